@@ -1,0 +1,9 @@
+"""Layerwise additive activation intervention: train, hold, apply and store one sparse vector (arXiv 2502.06115)."""
+
+from laai_core.apply import apply
+from laai_core.data import Example, Split, load_task
+from laai_core.errors import LaaiError
+from laai_core.intervention import Intervention
+from laai_core.train import TrainResult, train
+
+__all__ = ["Example", "Intervention", "LaaiError", "Split", "TrainResult", "apply", "load_task", "train"]

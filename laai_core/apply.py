@@ -1,0 +1,283 @@
+"""Apply interventions to a live model: hooks that add vectors at exact positions, and always come off again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from laai_core.errors import LaaiError
+from laai_core.intervention import Intervention
+from laai_core.locate import Layout, locate
+from laai_core.positions import Call, Generation, PositionTracker, repeated
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is written into some rows: flat vectors [D] by layer, scale folded in for `add`.
+
+    The vectors may require gradients: training goes through the same hooks as application.
+    """
+
+    vectors: Mapping[int, torch.Tensor]
+    site: str = "heads"
+    position: str = "last"
+    operation: str = "add"
+    step: float = 1.0  # of the operation `icv`
+
+    @classmethod
+    def of(cls, intervention: Intervention, layout: Layout) -> Edit:
+        """The edit an intervention makes on a model; LaaiError when it does not fit."""
+        vectors = intervention.for_model(layout)
+        if intervention.operation == "add":
+            vectors = {layer: vector * intervention.scale for layer, vector in vectors.items()}
+        return cls(vectors, intervention.site, intervention.position, intervention.operation, intervention.scale)
+
+
+@contextmanager
+def apply(
+    model: Any,
+    intervention: Intervention | Sequence[Intervention | None],
+    prompt_lengths: Sequence[int] | None = None,
+    projection: str | None = None,
+) -> Iterator[None]:
+    """Within the block, `model(...)` and `model.generate(...)` run with the intervention.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel around one.
+        intervention: one for every row, or a sequence with one per row of the batch (None leaves a row untouched).
+            In `generate` a row covers its beams and returned sequences.
+        prompt_lengths: non-padding tokens of each row's prompt. Default: the prompt is all of the row, so that in
+            `model(...)` it ends at the row's last non-padding token.
+        projection: module path of the output projection, see `locate`.
+
+    Raises:
+        LaaiError: when an intervention does not fit the model, or the rows of a call are not the announced ones.
+    """
+    layout = locate(model, projection)
+    rows: Edit | list[Edit | None]
+    if isinstance(intervention, Intervention):
+        rows = Edit.of(intervention, layout)
+    else:
+        edits = {id(iv): Edit.of(iv, layout) for iv in intervention if iv is not None}
+        rows = [None if iv is None else edits[id(iv)] for iv in intervention]
+    with hooked(layout, rows, prompt_lengths):
+        yield
+
+
+@contextmanager
+def hooked(
+    layout: Layout, rows: Edit | Sequence[Edit | None], prompt_lengths: Sequence[int] | None = None
+) -> Iterator[None]:
+    """`apply` for edits: rows that share one Edit object share its indices."""
+    steering = _Steering(layout, rows, prompt_lengths)
+    with ExitStack() as stack:
+        stack.callback(steering.remove)
+        steering.attach()
+        yield
+
+
+class _Steering:
+    """The hooks of one `apply` and what they know of the forward call in progress."""
+
+    def __init__(
+        self, layout: Layout, rows: Edit | Sequence[Edit | None], prompt_lengths: Sequence[int] | None
+    ) -> None:
+        self._layout = layout
+        self._edits, self._row_edits = _distinct(rows)
+        lengths = None if prompt_lengths is None else torch.tensor(list(prompt_lengths), dtype=torch.long)
+        if lengths is not None and (lengths.ndim != 1 or not len(lengths) or int(lengths.min()) < 1):
+            raise LaaiError(f"prompt_lengths is {list(prompt_lengths or ())}: expected a positive length per row")
+        if lengths is not None and self._row_edits is not None and len(lengths) != len(self._row_edits):
+            raise LaaiError(f"{len(self._row_edits)} interventions for {len(lengths)} prompt_lengths, expected one a row")
+        self._tracker = PositionTracker(layout.virtual_tokens, lengths)
+        self._parameters = _forward_parameters(layout.decoder)
+        self._handles: list[Any] = []
+        self._call: Call | None = None
+        self._hits: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cast: dict[tuple[int, int, torch.device, torch.dtype], torch.Tensor] = {}
+
+    def attach(self) -> None:
+        """Register every hook and watch `generate`."""
+        layout = self._layout
+        self._handles.append(layout.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+        places = {(layer, edit.site) for edit in self._edits for layer in edit.vectors}
+        for layer, site in sorted(places):
+            module = layout.module(layer, site)
+            if site == "heads":
+                handle = module.register_forward_pre_hook(self._input_hook(layer, site))
+            else:
+                handle = module.register_forward_hook(self._output_hook(layer, site))
+            self._handles.append(handle)
+        self._handles.append(_WatchedGenerate(layout.model, self._tracker))
+
+    def remove(self) -> None:
+        """Take every hook off; the model is as it was."""
+        for handle in reversed(self._handles):
+            handle.remove()
+        self._handles.clear()
+
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note where this call's prompts end. On the decoder, so that `model.model(...)` is seen too."""
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        tokens = given.get("input_ids")
+        if tokens is None:
+            tokens = given.get("inputs_embeds")
+        if tokens is None:
+            raise LaaiError(f"{type(module).__name__} was called without input_ids or inputs_embeds")
+        cache = given.get("past_key_values")
+        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        batch, length = tokens.shape[:2]
+        self._call = self._tracker.call(batch, length, past, given.get("attention_mask"))
+        self._hits.clear()
+
+    def _where(self, edit: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and columns of the current call that one edit changes, on `device`."""
+        assert self._call is not None
+        key = (edit, device)
+        if key not in self._hits:
+            batch = len(self._call.ordinals)
+            if self._row_edits is None:
+                rows = torch.arange(batch)
+            else:
+                if self._tracker.generation is None and len(self._row_edits) != batch:
+                    raise LaaiError(f"{len(self._row_edits)} interventions were given for a batch of {batch} rows")
+                rows = (repeated(self._row_edits, batch) == edit).nonzero().squeeze(1)
+            row, column = self._call.hits(self._edits[edit].position, rows)
+            self._hits[key] = row.to(device), column.to(device)
+        return self._hits[key]
+
+    def _edited(self, x: torch.Tensor, layer: int, site: str) -> torch.Tensor:
+        """x [B, T, D] with every edit of this layer and site; x itself when nothing is to change."""
+        shape = x.shape
+        if x.ndim == 2:  # some feed-forwards (OPT's) see all tokens in one row of tokens
+            x = x.view(*self._expected_shape(), -1) if len(x) == self._expected_shape().numel() else x
+        for index, edit in enumerate(self._edits):
+            if edit.site != site or layer not in edit.vectors:
+                continue
+            rows, columns = self._where(index, x.device)
+            if not len(rows):
+                continue
+            if x.ndim != 3 or x.shape[:2] != self._expected_shape() or x.shape[2] != len(edit.vectors[layer]):
+                raise LaaiError(
+                    f"layer {layer}, site {site}: the activation has shape {list(x.shape)}, expected "
+                    f"{[*self._expected_shape(), len(edit.vectors[layer])]}; a model sharded inside its layers is refused"
+                )
+            if edit.operation == "add":
+                vector = self._vector(index, layer, x)
+                x = x.index_put((rows, columns), vector.expand(len(rows), -1), accumulate=True)
+            else:
+                vector = edit.vectors[layer].to(x.device)
+                x = x.index_put((rows, columns), icv_step(x[rows, columns], vector, edit.step))
+        return x.view(shape)
+
+    def _expected_shape(self) -> torch.Size:
+        assert self._call is not None
+        return self._call.ordinals.shape
+
+    def _vector(self, index: int, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """The vector in the activation's dtype, on its device: cast once a device, unless it is being trained."""
+        vector = self._edits[index].vectors[layer]
+        if vector.requires_grad:
+            return vector.to(x.device, x.dtype)
+        key = (index, layer, x.device, x.dtype)
+        if key not in self._cast:
+            self._cast[key] = vector.to(x.device, x.dtype)
+        return self._cast[key]
+
+    def _input_hook(self, layer: int, site: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (self._edited(args[0], layer, site), *args[1:])
+
+        return hook
+
+    def _output_hook(self, layer: int, site: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            # Decoder blocks return a bare tensor in transformers 5 and a tuple in 4; MoE blocks may return a tuple.
+            if isinstance(output, tuple):
+                return (self._edited(output[0], layer, site), *output[1:])
+            return self._edited(output, layer, site)
+
+        return hook
+
+
+class _WatchedGenerate:
+    """Tells the tracker what `model.generate` was asked to continue.
+
+    A forward call cannot know whether it is a step of `generate` without a cache, or a chunk of a prefill. The
+    instance attribute shadows the method and is removed with the hooks.
+    """
+
+    def __init__(self, model: Any, tracker: PositionTracker) -> None:
+        self._model = model
+        self._before = model.__dict__.get("generate")
+        original = model.generate
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            outer, tracker.generation = tracker.generation, Generation(_prompt_mask(model, args, kwargs))
+            try:
+                return original(*args, **kwargs)
+            finally:
+                tracker.generation = outer
+
+        model.__dict__["generate"] = generate
+
+    def remove(self) -> None:
+        if self._before is None:
+            self._model.__dict__.pop("generate", None)
+        else:
+            self._model.__dict__["generate"] = self._before
+
+
+def icv_step(x: torch.Tensor, vector: torch.Tensor, step: float) -> torch.Tensor:
+    """The rule of in-context vectors (Liu et al. 2023, as their code has it) on x [n, hidden].
+
+    y = step * (1 + max(0, cos(x, -v))) * v / |v|;  x' = |x| * normalize(normalize(x) + y), computed in float32.
+    """
+    x32 = x.float()
+    direction = nn.functional.normalize(vector.float(), dim=-1)
+    unit = nn.functional.normalize(x32, dim=-1)
+    pull = step * (1 + (unit @ -direction).clamp_min(0)).unsqueeze(-1) * direction
+    return (x32.norm(dim=-1, keepdim=True) * nn.functional.normalize(unit + pull, dim=-1)).to(x.dtype)
+
+
+def _distinct(rows: Edit | Sequence[Edit | None]) -> tuple[list[Edit], torch.Tensor | None]:
+    """The distinct edits, and the edit's number of each row (-1: untouched), or None when one edit is for all."""
+    if isinstance(rows, Edit):
+        return [rows], None
+    edits: list[Edit] = []
+    numbers: dict[int, int] = {}
+    for edit in rows:
+        if edit is not None and id(edit) not in numbers:
+            numbers[id(edit)] = len(edits)
+            edits.append(edit)
+    return edits, torch.tensor([-1 if edit is None else numbers[id(edit)] for edit in rows], dtype=torch.long)
+
+
+def _forward_parameters(module: nn.Module) -> list[str]:
+    return [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
+
+
+def _prompt_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """[R, P] mask of what `generate` was given, 1 where a token is real."""
+    prompt = kwargs.get("input_ids")
+    for other in (args[0] if args else None, kwargs.get("inputs"), kwargs.get("inputs_embeds")):
+        prompt = other if prompt is None else prompt
+    if prompt is None:
+        raise LaaiError("generate was called without a prompt: pass input_ids")
+    mask = kwargs.get("attention_mask")
+    if mask is not None:
+        return mask.cpu().ne(0).long()
+    config = getattr(model, "generation_config", None)
+    pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
+    eos = kwargs.get("eos_token_id", getattr(config, "eos_token_id", None))
+    ends = eos if isinstance(eos, list | tuple) else [eos]
+    if prompt.ndim == 2 and pad is not None and pad not in ends and bool((prompt == pad).any()):
+        # transformers would guess the mask here; a guess must not decide where the vector goes.
+        raise LaaiError("generate got padding tokens without attention_mask: pass the mask")
+    return torch.ones(prompt.shape[:2], dtype=torch.long)

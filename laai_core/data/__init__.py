@@ -1,0 +1,28 @@
+"""Data: the word-rule tasks, their compositions, the bundled lexicon, and the split no seed can leak through."""
+
+from laai_core.data.example import Example, Split, few_shot_prompt
+from laai_core.data.fetch import fetch
+from laai_core.data.lexicon import COLUMNS, lexicon_pairs, read_lexicon
+from laai_core.data.pairs import WordPair, data_folder, join_pairs, read_pairs
+from laai_core.data.split import in_training_pool, item_key, split_items
+from laai_core.data.tasks import load_pairs, load_task, task_names
+
+__all__ = [
+    "COLUMNS",
+    "Example",
+    "Split",
+    "WordPair",
+    "data_folder",
+    "fetch",
+    "few_shot_prompt",
+    "in_training_pool",
+    "item_key",
+    "join_pairs",
+    "lexicon_pairs",
+    "load_pairs",
+    "load_task",
+    "read_lexicon",
+    "read_pairs",
+    "split_items",
+    "task_names",
+]

@@ -1,0 +1,89 @@
+"""One training or test example, and a task's split into the two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from laai_core.errors import LaaiError
+
+# Human distributions are rounded when they are published; further from one than this is a mistake, not rounding.
+SUM_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with what should follow it.
+
+    Either `target` (the text that continues the prompt, for the task loss `nll`), or `options` (K answer texts) with
+    `distribution` (K probabilities, the humans' answers, for the task loss `kl`). Sequences are stored as tuples.
+
+    Raises LaaiError, naming the prompt, when neither or both are given or when they do not fit each other.
+    """
+
+    prompt: str
+    target: str | None = None
+    options: Sequence[str] | None = None
+    distribution: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise LaaiError(f"Example: prompt is {self.prompt!r}; expected non-empty text")
+        if self.target is not None:
+            self._check_target()
+        elif self.options is not None and self.distribution is not None:
+            self._check_distribution(self.options, self.distribution)
+        else:
+            self._refuse("got neither a target nor options with a distribution", "one of the two")
+
+    def _check_target(self) -> None:
+        if self.options is not None or self.distribution is not None:
+            self._refuse("got a target together with options or a distribution", "one of the two")
+        if not isinstance(self.target, str) or not self.target.strip():
+            self._refuse(f"target is {self.target!r}", "non-empty text")
+
+    def _check_distribution(self, options: Sequence[str], distribution: Sequence[float]) -> None:
+        if isinstance(options, str) or len(options) < 2 or not all(isinstance(o, str) and o.strip() for o in options):
+            self._refuse(f"options are {options!r}", "two or more non-empty texts")
+        if len(set(options)) != len(options):
+            self._refuse(f"options {options!r} repeat one another", "distinct texts")
+        if len(distribution) != len(options):
+            self._refuse(f"{len(distribution)} probabilities for {len(options)} options", "one probability an option")
+        try:
+            shares = tuple(float(p) for p in distribution)
+        except (TypeError, ValueError):
+            shares = (math.nan,)
+        if not all(math.isfinite(p) and p >= 0 for p in shares):
+            self._refuse(f"distribution is {distribution!r}", "finite numbers, none below 0")
+        if abs(sum(shares) - 1) > SUM_TOLERANCE:
+            self._refuse(f"distribution sums to {sum(shares):g}", "1")
+        # Frozen, so this is the one place that may write: tuples make the example hashable and immune to its caller.
+        object.__setattr__(self, "options", tuple(options))
+        object.__setattr__(self, "distribution", shares)
+
+    def _refuse(self, found: str, expected: str) -> None:
+        start = self.prompt if len(self.prompt) <= 60 else self.prompt[:57] + "..."
+        raise LaaiError(f"Example with prompt {start!r}: {found}; expected {expected}")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A task's examples. `train` is in the order drawn, `test` in file order; no item is in both, for any seed.
+
+    `sources` maps each file that was read (its name, without a folder) to the SHA-256 of its bytes.
+    """
+
+    train: list[Example]
+    test: list[Example]
+    name: str
+    seed: int = 0
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+def few_shot_prompt(examples: Sequence[Example], prompt: str) -> str:
+    """The solved examples in order, each followed by a blank line, then the prompt: what the harness builds too."""
+    for example in examples:
+        if example.target is None:
+            example._refuse("it has no target, so it cannot be shown as a solved example", "a target")
+    return "".join(f"{example.prompt}{example.target}\n\n" for example in examples) + prompt

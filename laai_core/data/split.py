@@ -1,0 +1,48 @@
+"""Which items may be trained on, and which of them a seed draws."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import unicodedata
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from laai_core.errors import LaaiError
+
+Item = TypeVar("Item")
+
+
+def item_key(text: str) -> str:
+    """What identifies an item: its input, stripped and in Unicode normal form C."""
+    return unicodedata.normalize("NFC", text.strip())
+
+
+def in_training_pool(key: str) -> bool:
+    """Whether the item may ever be trained on: about three in ten may.
+
+    Depends on the input alone, never on the task or the seed: a composition's test words are then test words of its
+    rules too, and no seed's intervention has seen a test item.
+    """
+    return int(hashlib.sha256(item_key(key).encode("utf-8")).hexdigest()[:8], 16) % 10 < 3
+
+
+def split_items(
+    items: Iterable[Item], key: Callable[[Item], str], seed: int, n_train: int, name: str
+) -> tuple[list[Item], list[Item]]:
+    """Draw `n_train` training items from the pool; the test items are all outside it, in the order given.
+
+    `key` gives an item's input; keys must be distinct. `name` is the task's, for the error.
+    Raises LaaiError when n_train is below 1 or above the size of the pool.
+    """
+    items = list(items)
+    pool = {item_key(key(item)): item for item in items if in_training_pool(key(item))}
+    if isinstance(n_train, bool) or not isinstance(n_train, int) or not 1 <= n_train <= len(pool):
+        raise LaaiError(
+            f"task {name}: n_train is {n_train}; expected a whole number from 1 to {len(pool)}, its training pool"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise LaaiError(f"task {name}: seed is {seed!r}; expected a whole number")
+    # Sorted, so that the draw does not depend on the order of the file.
+    drawn = random.Random(seed).sample(sorted(pool), n_train)
+    return [pool[k] for k in drawn], [item for item in items if not in_training_pool(key(item))]

@@ -1,0 +1,125 @@
+"""Text to tokens exactly as the harness does it, and examples to one padded batch.
+
+Training must see the tokens that evaluation scores: prompt ids = encode(prompt), target ids =
+encode(prompt + target)[len(prompt ids):], special tokens as the tokenizer adds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from laai_core.data import Example
+from laai_core.errors import LaaiError
+
+WHITESPACE = ("refuse", "loglikelihood", "generation")
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids; no special tokens are added to a text that already begins with the prefix token (HFLM.tok_encode)."""
+    prefix = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
+    if prefix and text.startswith(prefix):
+        return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(text)
+
+
+def encode_pair(tokenizer: Any, prompt: str, target: str, whitespace: str = "refuse") -> tuple[list[int], list[int]]:
+    """Ids of a prompt and of the target behind it.
+
+    Args:
+        whitespace: a prompt that ends in whitespace is tokenised in two ways by the harness: `loglikelihood` moves
+            the whitespace to the target first, `generation` keeps it. `refuse` (default) raises.
+
+    Raises:
+        LaaiError: when either side has no token left, or the prompt ends in whitespace (see above).
+    """
+    stripped = prompt.rstrip()
+    if stripped != prompt and whitespace == "refuse":
+        raise LaaiError(
+            f"prompt {_short(prompt)} ends in whitespace, which puts the vector on different tokens in loglikelihood "
+            f"and in generation: strip it, or say which to match (--whitespace loglikelihood or generation)"
+        )
+    if whitespace == "loglikelihood":
+        prompt, target = stripped, prompt[len(stripped) :] + target
+    prompt_ids = encode_text(tokenizer, prompt)
+    if not prompt or not prompt_ids:
+        raise LaaiError(f"prompt {_short(prompt)} has no tokens: expected at least one to put the vector on")
+    target_ids = encode_text(tokenizer, prompt + target)[len(prompt_ids) :]
+    if not target_ids:
+        raise LaaiError(f"target {_short(target)} has no tokens of its own behind prompt {_short(prompt)}")
+    return prompt_ids, target_ids
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples as rows of tokens, right-padded, and where in them each continuation is scored.
+
+    A row is a prompt with all but the last token of a continuation. One-token options of an example share a row.
+    """
+
+    input_ids: torch.Tensor  # [R, T]
+    attention_mask: torch.Tensor  # [R, T]
+    prompt_lengths: list[int]  # R
+    # One entry per scored token [M]: its row, the column whose logits predict it, its id, its continuation.
+    row: torch.Tensor
+    column: torch.Tensor
+    token: torch.Tensor
+    continuation: torch.Tensor
+    example: torch.Tensor  # [C]: the example of each continuation
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on `device`."""
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
+        return Batch(**moved)
+
+
+def encode_examples(
+    tokenizer: Any,
+    examples: Sequence[Example],
+    stop: str = "\n",
+    max_length: int | None = None,
+    whitespace: str = "refuse",
+) -> Batch:
+    """All examples in one batch. A target gets `stop` appended (so that generation ends there), options do not.
+
+    Raises:
+        LaaiError: no example, an example that cannot be tokenised, or one longer than `max_length` tokens.
+    """
+    if not examples:
+        raise LaaiError("no training examples, expected at least one")
+    rows: dict[tuple[int, tuple[int, ...]], int] = {}
+    prompt_lengths: list[int] = []
+    scored: list[tuple[int, int, int, int]] = []
+    owners: list[int] = []
+    for index, example in enumerate(examples):
+        texts = [example.target + stop] if example.target is not None else list(example.options or ())
+        for text in texts:
+            prompt, continuation = encode_pair(tokenizer, example.prompt, text, whitespace)
+            ids = (*prompt, *continuation[:-1])
+            if max_length is not None and len(ids) > max_length:
+                raise LaaiError(
+                    f"example {index} ({_short(example.prompt)}) has {len(ids) + 1} tokens with its target, "
+                    f"the model takes {max_length + 1}"
+                )
+            key = (len(prompt), ids)
+            if key not in rows:
+                rows[key] = len(rows)
+                prompt_lengths.append(len(prompt))
+            for offset, token in enumerate(continuation):
+                scored.append((rows[key], len(prompt) - 1 + offset, token, len(owners)))
+            owners.append(index)
+    width = max(len(ids) for _, ids in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for (_, ids), row in rows.items():
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = 1
+    columns = [torch.tensor(column) for column in zip(*scored, strict=True)]
+    return Batch(input_ids, mask, prompt_lengths, *columns, torch.tensor(owners))
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 50 else text[:47] + "...")

@@ -1,0 +1,221 @@
+"""The value everything turns around: vectors at one site of one or more layers, with arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laai_core import storage
+from laai_core.errors import LaaiError
+from laai_core.locate import SITES, Layout
+
+POSITIONS = ("last", "generated", "all")
+OPERATIONS = ("add", "icv")
+
+# What a file says about the model it was made for; a sum of two interventions keeps these where both agree.
+_MODEL_KEYS = ("base_model", "model_type", "num_hidden_layers", "num_attention_heads", "head_dim", "hidden_size")
+
+
+class Intervention:
+    """Vectors to write into a frozen model: {layer: vector} at one site, position and operation. Immutable.
+
+    Args:
+        vectors: layer (negative counts from the end) to tensor: [H, d], or [H * d] together with `head_dim`, at
+            `heads`; [hidden] at `residual` and `mlp`. Kept as float32 on the CPU.
+        site: `heads` (input of the attention output projection), `residual` (output of the block) or `mlp`.
+        position: `last` (last prompt token), `generated` (that and all after it) or `all` (no padding).
+        head_dim: d, width of one head.
+        scale: factor applied to every vector when it is applied.
+        operation: `add`, or `icv` (the norm-preserving rule of in-context vectors; scale is its step).
+        metadata: JSON-able facts: base_model, task, method, training, ...
+
+    Raises:
+        LaaiError: on an unknown word, a wrong shape, no layer at all, or a NaN or infinite entry.
+    """
+
+    def __init__(
+        self,
+        vectors: Mapping[int, torch.Tensor],
+        site: str = "heads",
+        position: str = "last",
+        head_dim: int | None = None,
+        scale: float = 1.0,
+        operation: str = "add",
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        for word, value, allowed in (
+            ("site", site, SITES),
+            ("position", position, POSITIONS),
+            ("operation", operation, OPERATIONS),
+        ):
+            if value not in allowed:
+                raise LaaiError(f"unknown {word} {value!r:.60}: expected one of {', '.join(allowed)}")
+        try:
+            self.scale = float(scale)
+        except (TypeError, ValueError, OverflowError):
+            self.scale = math.nan
+        if not math.isfinite(self.scale):
+            raise LaaiError(f"scale is {scale!r:.60}: expected a finite number")
+        if not vectors:
+            raise LaaiError("an intervention needs at least one layer, got none")
+        self.site = site
+        self.position = position
+        self.operation = operation
+        self.metadata: dict[str, Any] = copy.deepcopy(dict(metadata or {}))
+        self._vectors = {layer: _checked(v, layer, site, head_dim) for layer, v in sorted(vectors.items())}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Intervention:
+        """Read a file written by `save`. Checks everything before returning; LaaiError says what is wrong."""
+        arguments = storage.read(Path(path))
+        try:
+            return cls(**arguments)
+        except LaaiError as error:
+            raise LaaiError(f"{path}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write one .safetensors file (DESIGN: the file), atomically. The same content gives the same bytes."""
+        storage.write(Path(path), self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The bytes of the file that `save` writes.
+
+        Raises:
+            LaaiError: when a layer is negative and the metadata does not say how many layers there are.
+        """
+        return storage.encode(
+            self._resolved(self.metadata.get("num_hidden_layers")),
+            site=self.site,
+            position=self.position,
+            scale=self.scale,
+            operation=self.operation,
+            metadata=self.metadata,
+        )
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers it writes to, in ascending order."""
+        return list(self._vectors)
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the file's bytes: the identity of an intervention."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def vector(self, layer: int) -> torch.Tensor:
+        """The unscaled float32 vector of one layer: [H, d] at `heads`, [hidden] elsewhere."""
+        if layer not in self._vectors:
+            raise LaaiError(f"the intervention has no layer {layer}: its layers are {self.layers}")
+        return self._vectors[layer].clone()
+
+    def rescaled(self, factor: float) -> Intervention:
+        """The same vectors with `scale` multiplied: what the harness's `scale=` does, for every operation."""
+        scale = self.scale * factor
+        return Intervention(self._vectors, self.site, self.position, None, scale, self.operation, self.metadata)
+
+    def for_model(self, layout: Layout) -> dict[int, torch.Tensor]:
+        """{layer: vector, unscaled and flat [D]} with layers resolved and shapes checked against a model."""
+        vectors = self._resolved(len(layout.blocks))
+        for layer, vector in vectors.items():
+            expected = layout.shape(layer, self.site)
+            if tuple(vector.shape) != expected:
+                raise LaaiError(
+                    f"the intervention's vector at layer {layer}, site {self.site}, has shape "
+                    f"{tuple(vector.shape)}, this model expects {expected}"
+                )
+        return {layer: vector.flatten() for layer, vector in vectors.items()}
+
+    def _resolved(self, num_layers: Any) -> dict[int, torch.Tensor]:
+        resolved: dict[int, torch.Tensor] = {}
+        for layer, vector in self._vectors.items():
+            if layer < 0:
+                if not isinstance(num_layers, int):
+                    raise LaaiError(f"layer {layer} counts from the end: set metadata num_hidden_layers, or count from 0")
+                layer += num_layers
+            if layer < 0 or (isinstance(num_layers, int) and layer >= num_layers):
+                raise LaaiError(f"layer {layer} is out of range: the model has layers 0 to {num_layers - 1}")
+            if layer in resolved:
+                raise LaaiError(f"layer {layer} is given twice, once counted from the end")
+            resolved[layer] = vector
+        return dict(sorted(resolved.items()))
+
+    # Arithmetic folds the scales into the vectors, so that equal results are equal objects.
+
+    def __mul__(self, factor: float) -> Intervention:
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        if self.operation != "add":
+            raise LaaiError(f"operation {self.operation!r} is not linear: change its scale instead of multiplying it")
+        return self._like({k: v * (self.scale * factor) for k, v in self._vectors.items()}, self.metadata)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Intervention:
+        return self * -1.0
+
+    def __add__(self, other: Intervention) -> Intervention:
+        if not isinstance(other, Intervention):
+            return NotImplemented
+        for word in ("site", "position", "operation"):
+            if getattr(self, word) != getattr(other, word):
+                raise LaaiError(
+                    f"cannot add interventions of different {word}: {getattr(self, word)!r} and {getattr(other, word)!r}"
+                )
+        left, right = self * 1.0, other * 1.0
+        total = dict(left._vectors)
+        for layer, vector in right._vectors.items():
+            if layer in total and total[layer].shape != vector.shape:
+                raise LaaiError(
+                    f"cannot add vectors of different shapes at layer {layer}: "
+                    f"{tuple(total[layer].shape)} and {tuple(vector.shape)}"
+                )
+            total[layer] = total[layer] + vector if layer in total else vector
+        shared = {k: v for k, v in self.metadata.items() if k in _MODEL_KEYS and other.metadata.get(k) == v}
+        return self._like(total, shared)
+
+    def __sub__(self, other: Intervention) -> Intervention:
+        if not isinstance(other, Intervention):
+            return NotImplemented
+        return self + -other
+
+    def _like(self, vectors: Mapping[int, torch.Tensor], metadata: Mapping[str, Any]) -> Intervention:
+        return Intervention(vectors, self.site, self.position, operation=self.operation, metadata=metadata)
+
+    def __repr__(self) -> str:
+        shapes = {layer: tuple(v.shape) for layer, v in self._vectors.items()}
+        return (
+            f"Intervention({shapes}, site={self.site!r}, position={self.position!r}, "
+            f"scale={self.scale:g}, operation={self.operation!r})"
+        )
+
+
+def _checked(vector: torch.Tensor, layer: int, site: str, head_dim: int | None) -> torch.Tensor:
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise LaaiError(f"layer {layer!r} is a {type(layer).__name__}: expected an int")
+    if not isinstance(vector, torch.Tensor) or not vector.is_floating_point():
+        found = vector.dtype if isinstance(vector, torch.Tensor) else type(vector).__name__
+        raise LaaiError(f"layer {layer}: expected a floating-point tensor, got {found}")
+    vector = vector.detach().to("cpu", torch.float32).contiguous().clone()
+    shape = tuple(vector.shape)
+    if site == "heads":
+        if vector.ndim == 1:
+            if head_dim is None:
+                raise LaaiError(f"layer {layer}: a flat vector at site heads needs head_dim=, or give it as [H, d]")
+            if head_dim < 1 or vector.numel() % head_dim:
+                raise LaaiError(f"layer {layer}: width {vector.numel()} does not split into heads of {head_dim}")
+            vector = vector.view(-1, head_dim)
+        elif vector.ndim != 2 or (head_dim is not None and shape[1] != head_dim):
+            raise LaaiError(f"layer {layer}: expected [H, {head_dim or 'd'}] at site heads, got {list(shape)}")
+    elif vector.ndim != 1:
+        raise LaaiError(f"layer {layer}: expected [hidden] at site {site}, got {list(shape)}")
+    if vector.numel() == 0:
+        raise LaaiError(f"layer {layer}: the vector is empty")
+    if not bool(torch.isfinite(vector).all()):
+        raise LaaiError(f"layer {layer}: the vector has NaN or infinite entries")
+    return vector

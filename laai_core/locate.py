@@ -1,0 +1,221 @@
+"""Find decoder blocks, attention output projections and feed-forward modules by structure, never by model name.
+
+The rule (DESIGN: finding the site) reads the module tree only: the decoder's module list of length
+`num_hidden_layers`, in a block its attention child, in that the one output-projection leaf. Widths come from the
+modules, never from the config: several families have heads x head_dim != hidden_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from laai_core.errors import LaaiError
+
+SITES = ("heads", "residual", "mlp")
+
+_ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+_PROJECTION_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "attention_out")
+# `fc2` is OPT's: it has no feed-forward module of its own, its last linear layer's output is the same tensor.
+_FEED_FORWARD_NAMES = ("mlp", "ffn", "feed_forward", "feedforward", "block_sparse_moe", "fc2")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one causal language model can be intervened on. Made by `locate`."""
+
+    model: nn.Module  # the causal LM itself, without a PEFT wrapper
+    decoder: nn.Module  # its forward receives the tokens, the mask and the cache
+    blocks: tuple[nn.Module, ...]
+    projections: tuple[nn.Module | str, ...]  # per layer: the module, or why there is none
+    num_heads: int
+    hidden_size: int
+    virtual_tokens: int  # PEFT prompt learning puts this many in front of every row
+
+    def layer(self, index: int) -> int:
+        """`index` counted from the front, or LaaiError when the model has no such layer."""
+        count = len(self.blocks)
+        if not -count <= index < count:
+            raise LaaiError(f"layer {index} is out of range: this model has layers 0 to {count - 1}")
+        return index % count
+
+    def module(self, layer: int, site: str) -> nn.Module:
+        """The module a hook goes on: its input is the site for `heads`, its output for `residual` and `mlp`."""
+        layer = self.layer(layer)
+        if site == "heads":
+            projection = self.projections[layer]
+            if isinstance(projection, str):
+                raise LaaiError(projection)
+            return projection
+        if site == "residual":
+            return self.blocks[layer]
+        if site == "mlp":
+            return _feed_forward(self.blocks[layer], layer)
+        raise LaaiError(f"unknown site {site!r}: expected one of {', '.join(SITES)}")
+
+    def shape(self, layer: int, site: str) -> tuple[int, ...]:
+        """Shape of a vector at the site: (H, d) for `heads`, (hidden,) for `residual` and `mlp`."""
+        if site != "heads":
+            self.module(layer, site)
+            return (self.hidden_size,)
+        return (self.num_heads, _in_features(self.module(layer, site)) // self.num_heads)
+
+
+def locate(model: Any, projection: str | None = None) -> Layout:
+    """Describe `model`'s blocks and sites.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel around one.
+        projection: module path of the output projection with `{}` for the layer, for architectures that
+            do not follow the common pattern; e.g. "model.layers.{}.self_attn.o_proj".
+
+    Raises:
+        LaaiError: when it is not such a model, or when none or several modules fit; names those considered.
+    """
+    virtual_tokens = 0
+    if hasattr(model, "get_base_model"):  # PEFT
+        peft_config = model.active_peft_config
+        if peft_config.is_prompt_learning:
+            virtual_tokens = peft_config.num_virtual_tokens
+        model = model.get_base_model()
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise LaaiError(f"expected a transformers model, got {type(model).__name__}")
+    config = model.config.get_text_config(decoder=True)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise LaaiError(f"{type(model).__name__} is an encoder-decoder: expected a decoder-only (causal) language model")
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        raise LaaiError(f"{type(model).__name__} has no language-model head: expected a causal language model")
+    decoder, blocks = _find_blocks(model, config.num_hidden_layers)
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    if projection is None:
+        projections = tuple(_find_projection(block, i, heads, hidden) for i, block in enumerate(blocks))
+    else:
+        projections = tuple(_named_projection(model, projection, i, heads) for i in range(len(blocks)))
+    return Layout(model, decoder, blocks, projections, heads, hidden, virtual_tokens)
+
+
+def verify_causal(layout: Layout) -> None:
+    """One dry forward over two rows that differ in their second token only.
+
+    Raises:
+        LaaiError: when the first position sees the second token (the model is not causal), or when an output
+            projection does not run exactly once (a hook there would miss, or act twice).
+    """
+    calls = [0] * len(layout.blocks)
+
+    def count(index: int) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            calls[index] += 1
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(count(i))
+        for i, module in enumerate(layout.projections)
+        if isinstance(module, nn.Module)
+    ]
+    device = layout.model.get_input_embeddings().weight.device
+    if device.type == "meta":  # offloaded: accelerate's hooks move the inputs
+        device = torch.device("cpu")
+    try:
+        with torch.no_grad():
+            logits = layout.model(torch.tensor([[1, 1], [1, 2]], device=device)).logits[:, 0].float()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    name = type(layout.model).__name__
+    if (logits[0] - logits[1]).abs().max() > 1e-3 * logits.abs().max():
+        raise LaaiError(f"{name} is not causal: its first position sees later tokens; expected a causal language model")
+    for i, module in enumerate(layout.projections):
+        if isinstance(module, nn.Module) and calls[i] != 1:
+            raise LaaiError(f"{name}: the output projection of layer {i} ran {calls[i]} times in one forward, expected once")
+
+
+def _find_blocks(model: Any, count: int) -> tuple[nn.Module, tuple[nn.Module, ...]]:
+    """The module that owns the list of decoder blocks, and the blocks."""
+    # get_decoder() first: it leads past vision towers. It is wrong for a few types, hence the wider looks.
+    roots = [model.get_decoder()] if hasattr(model, "get_decoder") else []
+    found: list[str] = []
+    for root in [*roots, getattr(model, "base_model", model), model]:
+        lists = [(n, m) for n, m in root.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        paths = [n for n, _ in lists]
+        top = [(n, m) for n, m in lists if not any(n.startswith(other + ".") for other in paths)]
+        if len(top) == 1:
+            path, blocks = top[0]
+            return root.get_submodule(path.rpartition(".")[0]), tuple(blocks)
+        found += [n for n, _ in top]
+    lengths = [f"{n} ({len(m)})" for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    raise LaaiError(
+        f"{type(model).__name__}: expected one module list of {count} decoder blocks, "
+        f"found {found or 'none'}; module lists: {', '.join(lengths[:12]) or 'none'}"
+    )
+
+
+def _find_projection(block: nn.Module, layer: int, heads: int, hidden: int) -> nn.Module | str:
+    """The attention output projection of one block, or the sentence that says why there is none.
+
+    A sentence, not an exception: hybrid models have blocks without attention between those with it.
+    """
+    attentions = [(n, m) for n, m in block.named_children() if n in _ATTENTION_NAMES]
+    found = [
+        (f"{name}.{leaf}", module)
+        for name, attention in attentions
+        for leaf, module in attention.named_modules()
+        if leaf.rpartition(".")[2] in _PROJECTION_NAMES and _is_linear(module)
+    ]
+    if len(found) == 1:
+        path, module = found[0]
+        if _out_features(module) == hidden and _in_features(module) % heads == 0:
+            return module
+        reason = f"{path} maps {_in_features(module)} to {_out_features(module)}, expected a multiple of {heads} to {hidden}"
+    else:
+        reason = f"{len(found)} output projections fit {_quoted(n for n, _ in found)}"
+    linears = _quoted(n for n, m in block.named_modules() if _is_linear(m))
+    return (
+        f"no attention output projection found in layer {layer}: {reason}; linear modules there: {linears}; "
+        f"name it with projection='path.to.layers.{{}}.its.module'"
+    )
+
+
+def _named_projection(model: nn.Module, path: str, layer: int, heads: int) -> nn.Module | str:
+    """The projection at the user's own module path."""
+    if "{}" not in path:
+        raise LaaiError(f"projection={path!r}: expected a module path with {{}} where the layer's number goes")
+    name = path.replace("{}", str(layer))
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return f"projection={path!r}: the model has no module {name!r}"
+    if not _is_linear(module) or _in_features(module) % heads:
+        return f"projection={path!r}: {name} is no linear module whose input splits into {heads} heads"
+    return module
+
+
+def _feed_forward(block: nn.Module, layer: int) -> nn.Module:
+    found = [(n, m) for n, m in block.named_children() if n in _FEED_FORWARD_NAMES]
+    if len(found) != 1:
+        children = _quoted(n for n, _ in block.named_children())
+        raise LaaiError(f"layer {layer} has {len(found)} feed-forward modules, expected one; its children: {children}")
+    return found[0][1]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+
+
+def _in_features(module: Any) -> int:
+    # A quantised layer packs its weight, so the shape of the weight says nothing; Conv1D has no in_features.
+    return int(module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features)
+
+
+def _out_features(module: Any) -> int:
+    return int(module.weight.shape[1] if isinstance(module, Conv1D) else module.out_features)
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"

@@ -1,0 +1,129 @@
+"""Which (row, column) of a forward call an intervention acts on.
+
+Everything is counted in ordinals: the 1-based number of a token among the non-padding tokens of its row, 0 for
+padding. A row's prompt ends at ordinal p, so `last` is ordinal == p, `generated` is >= p and `all` is >= 1, whatever
+the padding side, the cache or the chunking of the prefill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from laai_core.errors import LaaiError
+
+Hits = tuple[torch.Tensor, torch.Tensor]  # rows [n], columns [n]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward call: ordinals [B, T] of its tokens and prompt lengths [B], both on the CPU."""
+
+    ordinals: torch.Tensor
+    prompt_lengths: torch.Tensor
+
+    def hits(self, position: str, rows: torch.Tensor) -> Hits:
+        """Rows and columns of this call, among `rows` [n], that a `position` selects."""
+        ordinals = self.ordinals[rows]  # [n, T]
+        ends = self.prompt_lengths[rows].unsqueeze(1)  # [n, 1]
+        if position == "last":
+            chosen = ordinals == ends
+        elif position == "generated":
+            chosen = ordinals >= ends
+        else:
+            chosen = ordinals >= 1
+        row, column = chosen.nonzero(as_tuple=True)
+        return rows[row], column
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one `generate` was asked to continue: the mask of its prompt [R, P], on the CPU."""
+
+    mask: torch.Tensor
+
+    def ordinals(self, start: int, length: int, batch: int) -> torch.Tensor:
+        """[batch, length] for token columns start, start + 1, ...; rows are repeated for beams and samples."""
+        width = self.mask.shape[1]
+        known = _ordinals(self.mask)  # [R, P]
+        columns = torch.arange(start, start + length)
+        inside = known[:, columns.clamp(0, width - 1)]
+        beyond = self.lengths().unsqueeze(1) + columns - width + 1
+        table = torch.where(columns < width, inside, beyond)
+        table = torch.where(columns < 0, 0, table)  # PEFT's virtual tokens are no part of the prompt
+        return repeated(table, batch)
+
+    def lengths(self) -> torch.Tensor:
+        """[R] non-padding tokens of each prompt."""
+        return self.mask.sum(1)
+
+
+class PositionTracker:
+    """Follows the forward calls of one model and says where each row's prompt ends.
+
+    Args:
+        virtual_tokens: tokens PEFT puts in front of every row; never counted.
+        prompt_lengths: [R] non-padding tokens of each row's prompt. None: a row's prompt ends at its last
+            non-padding token in the call that starts with an empty cache.
+    """
+
+    def __init__(self, virtual_tokens: int, prompt_lengths: torch.Tensor | None) -> None:
+        self._virtual = virtual_tokens
+        self._given = prompt_lengths
+        self._seen: torch.Tensor | None = None
+        self.generation: Generation | None = None
+
+    def call(self, batch: int, length: int, past: int, mask: Any) -> Call:
+        """The call's ordinals and prompt lengths.
+
+        Args:
+            batch, length: shape of the tokens given to the decoder.
+            past: tokens already in the cache.
+            mask: the 2-D attention mask over past and present tokens, or None.
+        """
+        if self.generation is not None:
+            # generate() may pass a 4-D mask, a dict of masks or none, so its own prompt is what counts.
+            ordinals = self.generation.ordinals(past - self._virtual, length, batch)
+            ends = self.generation.lengths() if self._given is None else self._given
+            return Call(ordinals, repeated(ends, batch))
+        ordinals = self._plain_ordinals(batch, length, past, mask)
+        if self._given is not None:
+            ends = self._given
+            if len(ends) != batch:
+                raise LaaiError(f"prompt_lengths has {len(ends)} entries, the batch has {batch} rows")
+            longest = ordinals[:, -1] if mask is None else ordinals.max(1).values
+            short = (ends > longest).nonzero()
+            if past == 0 and len(short):
+                row = int(short[0])
+                raise LaaiError(f"prompt_lengths[{row}] is {int(ends[row])}, the row has {int(longest[row])} tokens")
+        elif past <= self._virtual:  # prefix tuning starts with its virtual tokens in the cache
+            ends = self._seen = ordinals.max(1).values
+        elif self._seen is not None and len(self._seen) == batch:
+            ends = self._seen
+        else:
+            raise LaaiError("a forward call continues a cache that was filled elsewhere: pass prompt_lengths=")
+        return Call(ordinals, ends)
+
+    def _plain_ordinals(self, batch: int, length: int, past: int, mask: Any) -> torch.Tensor:
+        if mask is None:
+            return (torch.arange(past, past + length) - self._virtual + 1).clamp_min(0).expand(batch, length)
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            raise LaaiError("expected a 2-D attention_mask [batch, tokens]: padding cannot be read off any other")
+        if mask.shape[1] != past + length:
+            raise LaaiError(f"attention_mask has {mask.shape[1]} columns, expected {past} cached + {length} new")
+        real = mask.cpu().ne(0).long()
+        real[:, : self._virtual] = 0
+        return _ordinals(real)[:, past:]
+
+
+def repeated(rows: torch.Tensor, batch: int) -> torch.Tensor:
+    """`rows` [R, ...] with every row repeated in place to fill `batch` rows: beams and returned sequences."""
+    if batch % len(rows):
+        raise LaaiError(f"{len(rows)} rows were announced, the model got a batch of {batch}")
+    return rows.repeat_interleave(batch // len(rows), 0)
+
+
+def _ordinals(mask: torch.Tensor) -> torch.Tensor:
+    return mask.cumsum(1) * mask

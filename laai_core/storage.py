@@ -1,0 +1,189 @@
+"""One .safetensors file per intervention: encoding, checking, and writing that never leaves half a file.
+
+Tensors `layers.{l}.{site}`, float32; one header key `laai` holds sorted JSON, because safetensors writes several
+metadata keys in random order and the same training must give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from laai_core.errors import LaaiError
+
+FORMAT_VERSION = 1
+_TENSOR_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.([a-z]+)")
+# Far above any real file (a vector is kilobytes), low enough that a hostile header costs nothing.
+_MAX_HEADER_BYTES = 4 << 20
+_MAX_FILE_BYTES = 1 << 30
+
+
+def encode(
+    vectors: Mapping[int, torch.Tensor],
+    *,
+    site: str,
+    position: str,
+    scale: float,
+    operation: str,
+    metadata: Mapping[str, Any],
+) -> bytes:
+    """The file's bytes. `vectors`: non-negative layer to float32 [H, d] or [hidden]."""
+    header = {
+        **metadata,
+        "format_version": FORMAT_VERSION,
+        "site": site,
+        "position": position,
+        "scale": scale,
+        "operation": operation,
+    }
+    try:
+        text = json.dumps(header, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise LaaiError(f"the metadata cannot be written as JSON: {error}") from None
+    tensors = {f"layers.{layer}.{site}": vector.contiguous() for layer, vector in vectors.items()}
+    return safetensors.torch.save(tensors, metadata={"laai": text})
+
+
+def write(path: Path, content: bytes) -> None:
+    """Put `content` at `path` whole or not at all: temporary file beside it, fsync, rename."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise LaaiError(f"cannot write {path}: {error.strerror or error}") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes private files; a saved Δ is an ordinary one
+        os.replace(temporary, path)
+    except OSError as error:
+        raise LaaiError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The constructor arguments of the Intervention in the file.
+
+    Raises:
+        LaaiError: missing, not safetensors, truncated, a newer format, or anything in it that does not fit.
+    """
+    content = _content(path)
+    header = _header(content, path)
+    facts = _facts(header.get("__metadata__"), path)
+    names = [name for name in header if name != "__metadata__"]
+    layers: dict[str, int] = {}
+    for name in names:
+        match = _TENSOR_NAME.fullmatch(name)
+        if not match or match[2] != facts["site"]:
+            raise LaaiError(f"{path}: unexpected tensor {name!r}, expected layers.<number>.{facts['site']}")
+        if not isinstance(header[name], dict) or header[name].get("dtype") != "F32":
+            raise LaaiError(f"{path}: tensor {name} is not float32")
+        layers[name] = int(match[1])
+    try:
+        tensors = safetensors.torch.load(content)
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise LaaiError(f"{path}: damaged safetensors file ({_one_line(error)})") from None
+    vectors = {layers[name]: tensors[name] for name in names}
+    dimensions = 2 if facts["site"] == "heads" else 1
+    for layer, vector in vectors.items():
+        if vector.ndim != dimensions:
+            raise LaaiError(f"{path}: layer {layer} has {vector.ndim} dimensions, expected {dimensions}")
+        if not bool(torch.isfinite(vector).all()):
+            raise LaaiError(f"{path}: layer {layer} has NaN or infinite entries")
+    arguments = {key: facts.pop(key) for key in ("site", "position", "scale", "operation")}
+    facts.pop("format_version")
+    return {"vectors": vectors, **arguments, "metadata": facts}
+
+
+def _content(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise LaaiError(f"{path} is a folder, expected one .safetensors file")
+        if not path.exists():
+            raise LaaiError(f"no intervention file at {path}")
+        if not path.is_file():
+            raise LaaiError(f"{path} is not an ordinary file")
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise LaaiError(f"{path} has over {_MAX_FILE_BYTES} bytes: too large for an intervention")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise LaaiError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _header(content: bytes, path: Path) -> dict[str, Any]:
+    """The safetensors header, checked here first so that the message says what is wrong."""
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 10 or content[8:9] != b"{" or length > _MAX_HEADER_BYTES:
+        raise LaaiError(f"{path} is not a safetensors file")
+    if 8 + length > len(content):
+        raise LaaiError(f"{path} is truncated: its header says {length} bytes, {len(content) - 8} are there")
+    try:
+        header = json.loads(content[8 : 8 + length].decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError):
+        raise LaaiError(f"{path} is not a safetensors file: its header is not valid JSON") from None
+    if not isinstance(header, dict):
+        raise LaaiError(f"{path} is not a safetensors file: its header is not a JSON object")
+    ends = [
+        entry["data_offsets"][1]
+        for name, entry in header.items()
+        if name != "__metadata__"
+        and isinstance(entry, dict)
+        and isinstance(entry.get("data_offsets"), list)
+        and len(entry["data_offsets"]) == 2
+        and isinstance(entry["data_offsets"][1], int)
+    ]
+    if not ends:
+        raise LaaiError(f"{path} holds no tensor")
+    if 8 + length + max(ends) > len(content):
+        raise LaaiError(f"{path} is truncated: expected {8 + length + max(ends)} bytes, found {len(content)}")
+    return header
+
+
+def _facts(metadata: Any, path: Path) -> dict[str, Any]:
+    """The checked content of the `laai` key."""
+    text = metadata.get("laai") if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        raise LaaiError(f"{path} is a safetensors file, but no intervention: it has no 'laai' metadata")
+    try:
+        facts = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise LaaiError(f"{path}: its 'laai' metadata is not valid JSON") from None
+    if not isinstance(facts, dict):
+        raise LaaiError(f"{path}: its 'laai' metadata is not a JSON object")
+    version = facts.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise LaaiError(f"{path} has format version {version!r}: this release reads version {FORMAT_VERSION}")
+    for key, kinds in (("site", str), ("position", str), ("operation", str), ("scale", (int, float))):
+        if not isinstance(facts.get(key), kinds) or isinstance(facts.get(key), bool):
+            raise LaaiError(f"{path}: metadata {key!r} is {facts.get(key)!r}")
+    return facts
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate key")
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

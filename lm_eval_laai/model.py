@@ -1,0 +1,206 @@
+"""`hf-laai`: the harness's HFLM with interventions, exact for every request type at any batch size."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from laai_core.apply import Edit, hooked
+from laai_core.errors import LaaiError
+from laai_core.intervention import Intervention
+from laai_core.locate import locate, verify_causal
+from lm_eval_laai.routing import Routing
+from lm_eval_laai.scoring import Row, Scorer
+
+logger = logging.getLogger(__name__)
+
+
+class _RoutedText(str):
+    """A context that remembers its edit while the harness sorts and batches contexts."""
+
+    edit: Edit | None = None
+
+
+@register_model("hf-laai")
+class HFLaai(HFLM):
+    """HFLM that applies interventions. Without `intervention` everything is HFLM's own.
+
+    Args:
+        intervention: a file, a folder of `<harness task name>.safetensors` that routes by task, or an Intervention.
+        scale: factor on every intervention's own scale.
+        unrouted: a task without a file in the folder: `error` (refuse before any request runs) or `none`.
+        projection: module path of the attention output projection, see `laai_core.locate.locate`.
+        **kwargs: every argument of HFLM.
+
+    Raises:
+        LaaiError: one line, before the model loads where that is possible.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        intervention: str | Path | Intervention | None = None,
+        scale: float = 1.0,
+        unrouted: str = "error",
+        projection: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._routing = None if intervention is None else Routing(intervention, scale, unrouted)
+        super().__init__(pretrained, **kwargs)
+        self._row_edits: list[Edit | None] | None = None  # of the loglikelihood call in progress
+        self._context_edits: list[Edit | None] | None = None  # of the generation batch in progress
+        if self._routing is None:
+            return
+        if self.backend != "causal":
+            raise LaaiError("an intervention needs a decoder-only (causal) model, this one is sequence-to-sequence")
+        self._layout = locate(self.model, projection)
+        verify_causal(self._layout)
+        self._edits = {id(iv): Edit.of(iv, self._layout) for iv in self._routing.all()}
+        for iv in self._routing.all():
+            self._warn_if_made_elsewhere(iv)
+
+    def _warn_if_made_elsewhere(self, intervention: Intervention) -> None:
+        """A vector for another model of the same shape, or trained in another dtype, works, and means less."""
+        made_for = intervention.metadata.get("base_model")
+        used_on = self.pretrained if isinstance(self.pretrained, str) else self.config._name_or_path
+        if isinstance(made_for, str) and _name(made_for) != _name(used_on):
+            logger.warning("the intervention was made for %s and is applied to %s", made_for, used_on)
+        training = intervention.metadata.get("training")
+        dtype = training.get("dtype") if isinstance(training, dict) else None
+        if dtype is not None and dtype != str(self.model.dtype).removeprefix("torch."):
+            logger.warning("the intervention was trained in %s, the model runs in %s", dtype, self.model.dtype)
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """The response cache knows a request by its text only and would answer for another intervention."""
+        if self._routing is not None and cache_hook.dbdict is not None:
+            raise LaaiError("--use_cache is refused with an intervention: its keys do not say which one was applied")
+        super().set_cache_hook(cache_hook)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """HFLM's facts, and the identity of every intervention."""
+        info = super().get_model_info()
+        if self._routing is not None:
+            info["interventions"] = self._routing.report()
+        return info
+
+    # Log-likelihoods: the harness tokenises, `Scorer` groups and runs.
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Exact per request; several continuations of one context under one intervention share its prompt pass."""
+        if self._routing is None:
+            return super().loglikelihood(requests, disable_tqdm)
+        self._row_edits = self._routed(requests)
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        finally:
+            self._row_edits = None
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        if self._row_edits is None:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        rows = [
+            Row(prompt, continuation, edit)
+            for (_, prompt, continuation), edit in zip(requests, self._row_edits, strict=True)
+        ]
+        return self._score(rows, "loglikelihood", disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The prefix token is the prompt: position `last` acts on it in a text's first window only.
+
+        For `generated` and `all` every later token of the text counts, so later windows are written to throughout.
+        """
+        if self._routing is None:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        rows: list[Row] = []
+        counts: list[int] = []
+        for request, edit in zip(requests, self._routed(requests), strict=True):
+            windows = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            before = len(rows)
+            for window in map(utils.make_disjoint_window, windows):
+                rows.append(Row(*window, edit if len(rows) == before else _in_later_windows(edit)))
+            counts.append(len(rows) - before)
+        scores = iter(self._score(rows, "loglikelihood_rolling", disable_tqdm))
+        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+
+    def _score(self, rows: list[Row], name: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
+        scorer = Scorer(self.model, self._layout, self.max_length, self.softmax_dtype)
+        bar = tqdm(total=len(rows), disable=disable_tqdm or self.rank != 0, desc=f"Running {name} requests")
+        with bar, torch.no_grad(), self._autocast():
+            return scorer.score(rows, self._batch_rows(rows), bar.update)
+
+    def _batch_rows(self, rows: list[Row]) -> int:
+        if self.batch_size != "auto":
+            return int(self.batch_size)
+        requests = sorted(((None, r.prompt, r.continuation) for r in rows), key=lambda r: -len(r[1]) - len(r[2]))
+        size = self._detect_batch_size(requests, 0)
+        self.batch_sizes[0] = size
+        return size
+
+    def _autocast(self) -> Any:
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    # Generation: the harness batches contexts; every context carries its edit along.
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """One batch may hold contexts of several tasks, each under its own intervention."""
+        if self._routing is None:
+            return super().generate_until(requests, disable_tqdm)
+        marked = []
+        for request, edit in zip(requests, self._routed(requests), strict=True):
+            context, *rest = request.args
+            text = _RoutedText(context)
+            text.edit = edit
+            marked.append(copy.copy(request))
+            marked[-1].arguments = (text, *rest)
+        return super().generate_until(marked, disable_tqdm)
+
+    def tok_batch_encode(self, strings: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """HFLM's, noting the contexts' edits for the `_model_generate` that follows."""
+        if self._routing is not None:
+            self._context_edits = [s.edit if isinstance(s, _RoutedText) else None for s in strings]
+        return super().tok_batch_encode([str(s) for s in strings], *args, **kwargs)
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        edits, self._context_edits = self._context_edits, None
+        if self._routing is None:
+            return super()._model_generate(context, *args, **kwargs)
+        assert edits is not None and len(edits) == len(context), "the harness batched contexts behind our back"
+        with hooked(self._layout, edits):
+            return super()._model_generate(context, *args, **kwargs)
+
+    def _routed(self, requests: Sequence[Instance]) -> list[Edit | None]:
+        """The edit of each request, by its task."""
+        assert self._routing is not None
+        self._routing.require(request.task_name for request in requests)
+        interventions = [self._routing.get(request.task_name) for request in requests]
+        return [None if iv is None else self._edits[id(iv)] for iv in interventions]
+
+
+def _in_later_windows(edit: Edit | None) -> Edit | None:
+    if edit is None or edit.position == "last":
+        return None
+    return dataclasses.replace(edit, position="all")
+
+
+def _name(model: str) -> str:
+    return os.path.basename(os.path.normpath(model))

@@ -1,0 +1,87 @@
+"""Which intervention a task gets: one file for all tasks, or a folder with one file a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from laai_core.errors import LaaiError
+from laai_core.intervention import Intervention
+
+UNROUTED = ("error", "none")
+
+
+class Routing:
+    """Interventions by task name.
+
+    Args:
+        source: an Intervention, a file, or a folder of `<harness task name>.safetensors`.
+        scale: factor on every intervention's own scale.
+        unrouted: a task without a file in the folder is refused (`error`) or run untouched (`none`).
+
+    Raises:
+        LaaiError: bad words, a bad file, a folder without files.
+    """
+
+    def __init__(self, source: str | Path | Intervention, scale: float = 1.0, unrouted: str = "error") -> None:
+        if unrouted not in UNROUTED:
+            raise LaaiError(f"unrouted is {unrouted!r}: expected one of {', '.join(UNROUTED)}")
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise LaaiError(f"scale is {scale!r}: expected a number")
+        self._unrouted = unrouted
+        self._for_all: Intervention | None = None
+        self._by_task: dict[str, Intervention] = {}
+        self._sources: dict[str, Intervention] = {}  # as loaded, for the results file
+        self._scale = float(scale)
+        if isinstance(source, Intervention):
+            self._for_all = self._kept("given from Python", source)
+        elif Path(source).is_dir():
+            self._by_task = {p.stem: self._kept(str(p), Intervention.load(p)) for p in _files(Path(source))}
+        else:
+            self._for_all = self._kept(str(source), Intervention.load(source))
+
+    def all(self) -> Iterable[Intervention]:
+        """Every intervention that may be applied, scaled."""
+        return [self._for_all] if self._for_all is not None else self._by_task.values()
+
+    def get(self, task: str | None) -> Intervention | None:
+        """The scaled intervention of a task; None leaves its requests untouched."""
+        return self._for_all if self._for_all is not None else self._by_task.get(task or "")
+
+    def require(self, tasks: Iterable[str | None]) -> None:
+        """Refuse tasks that have no intervention, all at once and before any request runs."""
+        if self._for_all is not None or self._unrouted == "none":
+            return
+        missing = sorted({str(task) for task in tasks if (task or "") not in self._by_task})
+        if missing:
+            raise LaaiError(
+                f"no intervention for {', '.join(missing)}: the folder has {', '.join(sorted(self._by_task))}; "
+                f"add <task>.safetensors, or pass unrouted=none to run such tasks untouched"
+            )
+
+    def report(self) -> list[dict[str, Any]]:
+        """What was applied, for the results file: identity, place and strength of every intervention."""
+        return [
+            {
+                "source": source,
+                "sha256": intervention.sha256,
+                "layers": intervention.layers,
+                "site": intervention.site,
+                "position": intervention.position,
+                "operation": intervention.operation,
+                "scale": intervention.scale * self._scale,
+            }
+            for source, intervention in self._sources.items()
+        ]
+
+    def _kept(self, source: str, intervention: Intervention) -> Intervention:
+        self._sources[source] = intervention
+        return intervention.rescaled(self._scale)
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise LaaiError(f"folder {folder} has no .safetensors file: expected <harness task name>.safetensors")
+    return files

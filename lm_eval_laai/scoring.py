@@ -1,0 +1,222 @@
+"""Log-likelihoods of continuations under interventions: exact per request, one prompt pass per prompt.
+
+Two requests may share a computation only when their prompts AND their interventions are equal: with a vector at the
+last prompt token, the same text split elsewhere is another computation. Requests that do share a prompt become
+  - one plain row, when every continuation is a beginning of the longest one, but for its last token (all one-token
+    options; options that differ in their last token only), or else
+  - a shared prompt: one pass over the prompt, whose cache all continuations then read.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from laai_core.apply import Edit, hooked
+from laai_core.errors import LaaiError
+from laai_core.locate import Layout
+
+# A shared prompt's cache is repeated for its continuations; below this many tokens that is never a memory question.
+_FREE_CACHE_TOKENS = 4096
+
+Answer = tuple[float, bool]  # log-probability, and whether greedy decoding would give the continuation
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request: token ids of its prompt and continuation, and what is written into it."""
+
+    prompt: list[int]
+    continuation: list[int]
+    edit: Edit | None
+
+
+@dataclass
+class _Group:
+    """Requests with one prompt and one edit."""
+
+    prompt: tuple[int, ...]
+    edit: Edit | None
+    members: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # request number, continuation
+
+    def longest(self) -> tuple[int, ...]:
+        return max((c for _, c in self.members), key=len)
+
+    def is_linear(self) -> bool:
+        """Whether one row over prompt + longest continuation predicts every token of every member."""
+        longest = self.longest()
+        return all(c[:-1] == longest[: len(c) - 1] for _, c in self.members)
+
+    def stems(self) -> list[tuple[int, ...]]:
+        """The distinct inputs behind the prompt that predict all but the first tokens."""
+        return sorted({c[:-1] for _, c in self.members if len(c) > 1})
+
+
+class Scorer:
+    """Scores rows on one model.
+
+    Args:
+        layout: of the model as it is called (`model` may be a PeftModel around `layout.model`).
+        max_length: tokens the model takes.
+        softmax_dtype: as HFLM's; None is the dtype of the logits.
+    """
+
+    def __init__(self, model: Any, layout: Layout, max_length: int, softmax_dtype: torch.dtype | None) -> None:
+        self._model, self._layout = model, layout
+        self._max_length, self._softmax_dtype = max_length, softmax_dtype
+        self._takes_positions = "position_ids" in inspect.signature(layout.model.forward).parameters
+
+    @property
+    def _device(self) -> torch.device:
+        device = self._layout.model.get_input_embeddings().weight.device
+        return torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate moves the inputs
+
+    def score(
+        self, rows: Sequence[Row], batch_size: int, done: Callable[[int], object] = lambda count: None
+    ) -> list[Answer]:
+        """Answers in the order of `rows`; `done` hears how many more requests are answered.
+
+        Raises:
+            LaaiError: for a continuation longer than the model's window.
+        """
+        answers: list[Answer | None] = [None] * len(rows)
+        groups = sorted(self._groups(rows), key=lambda g: -(len(g.prompt) + len(g.longest())))
+        # With virtual tokens a cached prompt could not be continued: PEFT would prepend them again.
+        shared = [g for g in groups if not g.is_linear() and not self._layout.virtual_tokens]
+        if shared and not self._cache_can_be_shared(shared[0]):
+            shared = []
+        plain = [part for g in groups if g not in shared for part in _linear_parts(g)]
+        for start in range(0, len(plain), batch_size):
+            chunk = plain[start : start + batch_size]
+            for number, answer in self._plain(chunk):
+                answers[number] = answer
+            done(sum(len(group.members) for group in chunk))
+        for chunk in _packed(shared, batch_size):
+            for number, answer in self._shared(chunk, batch_size):
+                answers[number] = answer
+            done(sum(len(group.members) for group in chunk))
+        assert all(answer is not None for answer in answers)
+        return answers  # type: ignore[return-value]
+
+    def _groups(self, rows: Sequence[Row]) -> list[_Group]:
+        groups: dict[tuple[tuple[int, ...], int], _Group] = {}
+        for number, row in enumerate(rows):
+            room = self._max_length + 1 - len(row.continuation)
+            if room < 1:
+                raise LaaiError(
+                    f"a continuation of {len(row.continuation)} tokens does not fit the model's {self._max_length}"
+                )
+            prompt = tuple(row.prompt[-room:])  # truncated from the left, as the harness does
+            key = (prompt, id(row.edit))
+            groups.setdefault(key, _Group(prompt, row.edit)).members.append((number, tuple(row.continuation)))
+        return list(groups.values())
+
+    def _plain(self, groups: Sequence[_Group]) -> Iterator[tuple[int, Answer]]:
+        """One right-padded row a group, without a mask, as the harness calls the model."""
+        inputs = [g.prompt + g.longest()[:-1] for g in groups]
+        ids = _padded(inputs, left=False).to(self._device)  # [B, T]
+        with self._writing([g.edit for g in groups], [len(g.prompt) for g in groups]):
+            logits = self._model(ids).logits  # [B, virtual + T, V]
+        logits = logits[:, logits.shape[1] - ids.shape[1] :]
+        for row, group in enumerate(groups):
+            start = len(group.prompt) - 1
+            span = self._log_softmax(logits[row, start : start + len(group.longest())])
+            for number, continuation in group.members:
+                yield number, _answer(span[: len(continuation)], continuation)
+
+    def _shared(self, groups: Sequence[_Group], batch_size: int) -> Iterator[tuple[int, Answer]]:
+        """A left-padded pass over the prompts, then the continuations' stems against copies of its cache."""
+        edits = [g.edit for g in groups]
+        prompts = _padded([g.prompt for g in groups], left=True).to(self._device)  # [G, P]
+        lengths = torch.tensor([len(g.prompt) for g in groups], device=self._device)
+        width = prompts.shape[1]
+        mask = (torch.arange(width, device=self._device) >= width - lengths.unsqueeze(1)).long()
+        with self._writing(edits, lengths.tolist()):
+            output = self._call(prompts, mask, (mask.cumsum(1) - 1).clamp_min(0))
+        first = self._log_softmax(output.logits[:, -1])  # [G, V]
+        stems = [(g, stem) for g, group in enumerate(groups) for stem in group.stems()]
+        tails: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+        size = max(batch_size, _FREE_CACHE_TOKENS // width)
+        for start in range(0, len(stems), size):
+            chunk = stems[start : start + size]
+            owners = torch.tensor([g for g, _ in chunk], device=self._device)
+            ids = _padded([stem for _, stem in chunk], left=False).to(self._device)  # [S, L]
+            real = torch.tensor([len(stem) for _, stem in chunk], device=self._device).unsqueeze(1)
+            offsets = torch.arange(ids.shape[1], device=self._device)
+            cache = copy.deepcopy(output.past_key_values) if start + size < len(stems) else output.past_key_values
+            cache.batch_select_indices(owners)
+            stem_mask = torch.cat([mask[owners], (offsets < real).long()], dim=1)
+            with self._writing([edits[g] for g, _ in chunk], lengths[owners].tolist()):
+                logits = self._call(ids, stem_mask, lengths[owners].unsqueeze(1) + offsets, cache).logits
+            for row, (g, stem) in enumerate(chunk):
+                tails[g, stem] = self._log_softmax(logits[row, : len(stem)])
+        for g, group in enumerate(groups):
+            for number, continuation in group.members:
+                head = first[g].unsqueeze(0)
+                stem = continuation[:-1]
+                span = torch.cat([head, tails[g, stem].to(head.device)]) if stem else head
+                yield number, _answer(span, continuation)
+
+    def _call(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any = None) -> Any:
+        extra = {"position_ids": positions} if self._takes_positions else {}
+        return self._model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+
+    def _cache_can_be_shared(self, group: _Group) -> bool:
+        """Whether this model returns a cache whose rows can be repeated (recurrent states may not)."""
+        ids = torch.tensor([group.prompt[:1]], device=self._device)
+        cache = getattr(self._model(input_ids=ids, use_cache=True), "past_key_values", None)
+        try:
+            cache.batch_select_indices(torch.tensor([0, 0], device=self._device))  # type: ignore[union-attr]
+        except (AttributeError, NotImplementedError):
+            return False
+        return True
+
+    def _writing(self, edits: Sequence[Edit | None], prompt_lengths: Sequence[int]) -> Any:
+        return hooked(self._layout, edits, prompt_lengths)
+
+    def _log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        return F.log_softmax(logits, dim=-1, dtype=self._softmax_dtype)
+
+
+def _answer(span: torch.Tensor, continuation: Sequence[int]) -> Answer:
+    """span [n, V]: log-probabilities at the n tokens of the continuation."""
+    target = torch.tensor(continuation, device=span.device).unsqueeze(1)
+    return float(span.gather(1, target).sum()), bool((span.argmax(1, keepdim=True) == target).all())
+
+
+def _linear_parts(group: _Group) -> list[_Group]:
+    """The group itself if it is linear, else its members one by one."""
+    if group.is_linear():
+        return [group]
+    return [_Group(group.prompt, group.edit, [member]) for member in group.members]
+
+
+def _packed(groups: Sequence[_Group], batch_size: int) -> Iterator[list[_Group]]:
+    """Runs of groups whose continuations fill a batch, one group at least."""
+    chunk: list[_Group] = []
+    rows = 0
+    for group in groups:
+        size = len(group.stems())
+        if chunk and rows + size > batch_size:
+            yield chunk
+            chunk, rows = [], 0
+        chunk.append(group)
+        rows += size
+    if chunk:
+        yield chunk
+
+
+def _padded(rows: Sequence[Sequence[int]], left: bool) -> torch.Tensor:
+    """[B, longest], padded with token 0: never attended to, or behind everything that is read."""
+    width = max(len(row) for row in rows)
+    padded = torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        start = width - len(row) if left else 0
+        padded[number, start : start + len(row)] = torch.tensor(row)
+    return padded

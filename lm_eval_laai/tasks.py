@@ -1,0 +1,60 @@
+"""Where the task definitions lie, and what they say, without starting the harness."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+
+class TaskInfo(NamedTuple):
+    """One task as its YAML defines it."""
+
+    name: str  # as given to the harness's --tasks
+    group: str
+    data_set: str  # as given to laai_core.load_task
+    source: str
+    metric: str
+
+
+def include_path() -> Path:
+    """The folder to give to the harness's --include_path."""
+    spec = find_spec("lm_eval_laai.task_yamls")
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations)))
+    # Not installed, run from a clone: there the folder has its own name.
+    return Path(__file__).resolve().parent.parent / "task_yamls"
+
+
+def list_tasks() -> list[TaskInfo]:
+    """Every task, group after group, in the groups' order."""
+    configs = [_read(path) for path in sorted(include_path().glob("**/*.yaml"))]
+    by_name = {config["task"]: config for config in configs if "group" not in config}
+    return [
+        TaskInfo(
+            name=name,
+            group=group["group"],
+            data_set=by_name[name]["metadata"]["laai_task"],
+            source=by_name[name]["metadata"]["source"],
+            metric=by_name[name]["metric_list"][0]["metric"],
+        )
+        for group in configs
+        if "group" in group
+        for name in group["task"]
+    ]
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads the harness's `!function module.name` as text: nothing is imported to list tasks."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A YAML with what it includes, merged as the harness merges: shallowly, its own keys win."""
+    config: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    included = config.pop("include", None)
+    return {**_read(path.parent / included), **config} if included else config

@@ -1,0 +1,1 @@
+"""Task definitions for lm-evaluation-harness; installed as `lm_eval_laai.task_yamls`."""

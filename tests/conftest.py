@@ -1,0 +1,19 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def public_data() -> Path:
+    """The folder to pass as `data`: $LAAI_DATA, or the copy for development beside the repository."""
+    folder = Path(os.environ.get("LAAI_DATA") or ROOT.parent / "shared" / "data")
+    if not (folder / "function_vectors" / "antonym.json").is_file():
+        pytest.skip(f"the public word sets are not in {folder}; set LAAI_DATA")
+    return folder

@@ -1,0 +1,295 @@
+"""`apply` against the slow reference, on every architecture."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import slow_reference
+import torch
+from tiny import ARCHITECTURES, BLOCK_PATHS, HEADS, HIDDEN, MLP_PATHS, PROJECTION_PATHS, WINDOWED, head_dim, tiny_model
+
+import laai_core as laai
+from laai_core.apply import icv_step
+
+EVERY = (*ARCHITECTURES, *WINDOWED)
+PATHS = {"heads": PROJECTION_PATHS, "residual": BLOCK_PATHS, "mlp": MLP_PATHS}
+NEW_TOKENS = 4
+
+
+def vector_at(name: str, site: str, seed: int) -> torch.Tensor:
+    shape = (HEADS, head_dim(name)) if site == "heads" else (HIDDEN,)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def intervention(name: str, site: str = "heads", position: str = "last", layer: int = 1, seed: int = 0, scale=1.0):
+    return laai.Intervention({layer: vector_at(name, site, seed)}, site=site, position=position, scale=scale)
+
+
+def spec(name: str, site: str = "heads", position: str = "last", layer: int = 1, seed: int = 0, scale=1.0) -> dict:
+    vector = scale * vector_at(name, site, seed)
+    return {"path": PATHS[site][name].format(layer), "vector": vector, "site": site, "position": position}
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts; the first has one token, where a prefill looks like a decode step."""
+    draw = random.Random(seed)
+    lengths = [1] + [draw.randint(2, 20) for _ in range(count - 1)]
+    return [[draw.randint(3, 299) for _ in range(length)] for length in lengths]
+
+
+def padded(rows: list[list[int]], left: bool) -> dict[str, torch.Tensor]:
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, place], mask[i, place] = torch.tensor(row), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("name", EVERY)
+def test_forward_equals_reference_row_by_row(name, left):
+    """Different interventions, sites and positions in one padded batch; one row untouched."""
+    model = tiny_model(name)
+    rows = prompts(6)
+    kinds = [("heads", "last"), ("heads", "generated"), ("residual", "last"), ("mlp", "all"), None, ("heads", "all")]
+    lengths = [1] + [max(1, len(row) - 2) for row in rows[1:]]
+    ivs = [None if k is None else intervention(name, *k, seed=i, scale=0.5) for i, k in enumerate(kinds)]
+    specs = [None if k is None else spec(name, *k, seed=i, scale=0.5) for i, k in enumerate(kinds)]
+    batch = padded(rows, left)
+    with torch.no_grad(), laai.apply(model, ivs, prompt_lengths=lengths):
+        positions = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+        extra = {} if name in ("OPT",) else {"position_ids": positions}
+        got = model(**batch, **extra).logits
+    for i, row in enumerate(rows):
+        with torch.no_grad(), slow_reference.writing(model, specs[i], lengths[i]):
+            want = model(input_ids=torch.tensor([row]), use_cache=False).logits[0]
+        mine = got[i, -len(row) :] if left else got[i, : len(row)]
+        torch.testing.assert_close(mine.log_softmax(-1), want.log_softmax(-1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "nocache"])
+@pytest.mark.parametrize("name", EVERY)
+def test_generate_equals_reference(name, cache, beams):
+    model = tiny_model(name)
+    rows = prompts(4, seed=1)
+    kinds = [("heads", "last"), ("residual", "generated"), None, ("mlp", "last")]
+    ivs = [None if k is None else intervention(name, *k, seed=i) for i, k in enumerate(kinds)]
+    specs = [None if k is None else spec(name, *k, seed=i) for i, k in enumerate(kinds)]
+    with laai.apply(model, ivs):
+        out = model.generate(
+            **padded(rows, left=True),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            num_beams=beams,
+            do_sample=False,
+            use_cache=cache,
+        )
+    width = max(map(len, rows))
+    for i, row in enumerate(rows):
+        want = slow_reference.beams(model, row, NEW_TOKENS, beams, specs[i])
+        assert out[i, width:].tolist() == want
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma2Window"])
+def test_generate_in_chunks_and_with_a_static_cache(name):
+    model = tiny_model(name)
+    rows = prompts(3, seed=2)
+    iv, wanted = intervention(name), spec(name)
+    width = max(map(len, rows))
+    for extra in ({"prefill_chunk_size": 5}, {"cache_implementation": "static"}):
+        with laai.apply(model, iv):
+            out = model.generate(
+                **padded(rows, left=True), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, **extra
+            )
+        for i, row in enumerate(rows):
+            assert out[i, width:].tolist() == slow_reference.beams(model, row, NEW_TOKENS, 1, wanted), extra
+
+
+def test_sampled_sequences_share_their_rows_intervention():
+    """num_return_sequences repeats rows: with a vector that forces one token, every sequence starts with it."""
+    model = tiny_model("Llama")
+    rows = prompts(2, seed=3)
+    strong = [intervention("Llama", "residual", layer=2, seed=s, scale=1000.0) for s in (5, 6)]
+    first = [slow_reference.greedy(model, r, 1, spec("Llama", "residual", layer=2, seed=s, scale=1000.0))[0] for r, s in zip(rows, (5, 6), strict=True)]
+    with laai.apply(model, strong):
+        out = model.generate(
+            **padded(rows, left=True), max_new_tokens=1, do_sample=True, temperature=1e-3, num_return_sequences=3
+        )
+    assert out[:, -1].tolist() == [first[0]] * 3 + [first[1]] * 3
+
+
+@pytest.mark.parametrize("site", ["heads", "residual", "mlp"])
+@pytest.mark.parametrize("name", EVERY)
+def test_earlier_positions_and_lower_layers_are_untouched(name, site):
+    """With position last nothing moves before the last prompt token, nor anywhere below the layer: bit for bit."""
+    model = tiny_model(name)
+    row = prompts(3)[2]
+    end, layer = len(row) - 3, 1
+    ids = torch.tensor([row])
+
+    def block_outputs() -> list[torch.Tensor]:
+        # Hooked anew for each run: behind the intervention's own hooks, so that they see what it wrote.
+        outputs: list[torch.Tensor] = []
+        blocks = [model.get_submodule(BLOCK_PATHS[name].format(i)) for i in range(3)]
+        hooks = [
+            b.register_forward_hook(lambda m, a, o: outputs.append(o[0] if isinstance(o, tuple) else o)) for b in blocks
+        ]
+        with torch.no_grad():
+            model(ids)
+        for hook in hooks:
+            hook.remove()
+        return outputs
+
+    before = block_outputs()
+    with laai.apply(model, intervention(name, site), prompt_lengths=[end]):
+        after = block_outputs()
+    tolerance = 1e-5 if name == "Mixtral" else 0.0  # experts see groups of other sizes, which changes rounding
+    for i in range(3):
+        difference = (after[i] - before[i]).abs()[0].amax(-1)
+        assert difference[: end - 1].max() <= tolerance
+        if i < layer:
+            assert difference.max() == 0
+        else:
+            assert difference[end - 1] > 1e-3
+
+
+def test_manual_decoding_continues_the_prefill():
+    """A user's own prefill and decode calls: the vector acts in the first only."""
+    model = tiny_model("Llama")
+    row = prompts(3)[1]
+    with torch.no_grad(), laai.apply(model, intervention("Llama")):
+        out = model(torch.tensor([row]), use_cache=True)
+        tokens = [int(out.logits[0, -1].argmax())]
+        for _ in range(3):
+            out = model(torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True)
+            tokens.append(int(out.logits[0, -1].argmax()))
+    assert tokens == slow_reference.greedy(model, row, 4, spec("Llama"))
+
+
+def test_a_cache_filled_elsewhere_is_refused():
+    model = tiny_model("Llama")
+    ids = torch.tensor([prompts(2)[1]])
+    cache = model(ids, use_cache=True).past_key_values
+    with laai.apply(model, intervention("Llama")), pytest.raises(laai.LaaiError, match="prompt_lengths"):
+        model(ids[:, :1], past_key_values=cache)
+
+
+def test_several_layers_and_algebra():
+    model = tiny_model("Llama")
+    row = prompts(2)[1]
+    a, b = intervention("Llama", seed=1), intervention("Llama", layer=-1, seed=2)
+    total = 2 * a + (-b)
+    with torch.no_grad(), laai.apply(model, total):
+        got = model(torch.tensor([row])).logits[0, -1]
+    with (
+        torch.no_grad(),
+        slow_reference.writing(model, spec("Llama", seed=1, scale=2.0), len(row)),
+        slow_reference.writing(model, spec("Llama", layer=2, seed=2, scale=-1.0), len(row)),
+    ):
+        want = model(torch.tensor([row])).logits[0, -1]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_nested_apply_adds_and_everything_comes_off():
+    model = tiny_model("GPT2")
+    row = torch.tensor([prompts(2)[1]])
+    with torch.no_grad():
+        clean = model(row).logits
+        with laai.apply(model, intervention("GPT2", seed=1)):
+            one = model(row).logits
+            with laai.apply(model, intervention("GPT2", seed=2)):
+                both = model(row).logits
+            assert torch.equal(model(row).logits, one)
+        with laai.apply(model, intervention("GPT2", seed=1) + intervention("GPT2", seed=2)):
+            torch.testing.assert_close(model(row).logits, both, atol=1e-4, rtol=1e-4)
+        assert not torch.equal(one, clean)
+        with pytest.raises(RuntimeError, match="inside"):
+            with laai.apply(model, intervention("GPT2")):
+                raise RuntimeError("inside")
+        assert torch.equal(model(row).logits, clean)
+    assert "generate" not in vars(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_two_models_at_once():
+    first, second = tiny_model("Llama", seed=1), tiny_model("Llama", seed=2)
+    row = torch.tensor([prompts(2)[1]])
+    with torch.no_grad():
+        with laai.apply(first, intervention("Llama", seed=1)):
+            alone = first(row).logits
+        with laai.apply(first, intervention("Llama", seed=1)), laai.apply(second, intervention("Llama", seed=2)):
+            second(row)
+            assert torch.equal(first(row).logits, alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_casts_the_vector_when_it_is_added(dtype):
+    model = tiny_model("Llama").to(dtype)
+    row = prompts(2)[1]
+    with torch.no_grad():
+        with laai.apply(model, intervention("Llama", scale=0.7)):
+            got = model(torch.tensor([row])).logits
+        with slow_reference.writing(model, spec("Llama", scale=0.7), len(row)):
+            want = model(torch.tensor([row])).logits
+    assert got.dtype == dtype
+    assert torch.equal(got, want)
+
+
+def test_icv_follows_the_published_rule():
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.randn(5, 16, generator=generator), torch.randn(16, generator=generator)
+    got = icv_step(x, v, 0.1)
+    for i in range(5):
+        a, b = x[i].double().numpy(), v.double().numpy()
+        cosine = (a @ -b) / ((a @ a) ** 0.5 * (b @ b) ** 0.5)
+        y = 0.1 * (1 + max(0.0, cosine)) * b / (b @ b) ** 0.5
+        moved = a / (a @ a) ** 0.5 + y
+        want = (a @ a) ** 0.5 * moved / (moved @ moved) ** 0.5
+        torch.testing.assert_close(got[i].double(), torch.tensor(want), atol=1e-5, rtol=1e-5)
+
+
+def test_icv_is_applied_at_every_token():
+    model = tiny_model("Llama")
+    row = prompts(3)[2]
+    v = vector_at("Llama", "mlp", 3)
+    iv = laai.Intervention({1: v}, site="mlp", position="all", operation="icv", scale=0.1)
+    module = model.get_submodule("model.layers.1.mlp")
+    with torch.no_grad():
+        with laai.apply(model, iv):
+            got = model(torch.tensor([row])).logits
+        hook = module.register_forward_hook(lambda m, a, o: icv_step(o[0], v, 0.1).unsqueeze(0))
+        want = model(torch.tensor([row])).logits
+        hook.remove()
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: intervention("Llama", layer=3), "layer 3 is out of range"),
+        (lambda: laai.Intervention({0: torch.ones(4, 16)}), "expects"),
+        (lambda: laai.Intervention({0: torch.ones(7)}, site="residual"), "expects"),
+    ],
+)
+def test_an_intervention_that_does_not_fit_is_refused(make, message):
+    with pytest.raises(laai.LaaiError, match=message), laai.apply(tiny_model("Llama"), make()):
+        pass
+
+
+def test_wrong_rows_are_refused():
+    model = tiny_model("Llama")
+    ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+    iv = intervention("Llama")
+    with laai.apply(model, [iv]), pytest.raises(laai.LaaiError, match="1 interventions.*2 rows"):
+        model(ids)
+    with laai.apply(model, iv, prompt_lengths=[3]), pytest.raises(laai.LaaiError, match="1 entries.*2 rows"):
+        model(ids)
+    with laai.apply(model, iv, prompt_lengths=[3, 4]), pytest.raises(laai.LaaiError, match=r"prompt_lengths\[1\] is 4"):
+        model(ids)
+    with pytest.raises(laai.LaaiError, match="positive"), laai.apply(model, iv, prompt_lengths=[0]):
+        pass
+    with laai.apply(model, iv), pytest.raises(laai.LaaiError, match="attention_mask"):
+        model.generate(torch.tensor([[0, 5, 6]]), max_new_tokens=1)

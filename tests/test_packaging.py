@@ -1,0 +1,214 @@
+"""What an installation brings: entry points, task files, pins, and an `import torch` that always works."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from lm_eval_laai.register import NAME, TARGET
+from lm_eval_laai.tasks import include_path, list_tasks
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = configparser.ConfigParser()
+CONFIG.read(ROOT / "setup.cfg", encoding="utf-8")
+
+
+def lines(value: str) -> list[str]:
+    return [line.strip() for line in value.splitlines() if line.strip()]
+
+
+def declared_entry_points() -> dict[tuple[str, str], str]:
+    section = CONFIG["options.entry_points"]
+    pairs = [(group, line.split("=")) for group in section for line in lines(section[group])]
+    return {(group, name.strip()): value.strip() for group, (name, value) in pairs}
+
+
+@pytest.fixture
+def installed() -> metadata.Distribution:
+    try:
+        return metadata.distribution("laai")
+    except metadata.PackageNotFoundError:
+        pytest.skip("laai is not installed in this environment")
+
+
+def run(code: str, *first_on_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(map(str, [*first_on_path, ROOT]))
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# What is declared
+
+
+def test_every_package_is_listed() -> None:
+    roots = ["laai_core", "lm_eval_laai"]
+    found = {path.parent.relative_to(ROOT) for root in roots for path in (ROOT / root).rglob("*.py")}
+    expected = {".".join(folder.parts) for folder in found} | {"lm_eval_laai.task_yamls"}
+    assert set(lines(CONFIG["options"]["packages"])) == expected
+
+
+def test_every_requirement_is_pinned_within_its_range() -> None:
+    pins = {}
+    for line in lines((ROOT / "constraints.txt").read_text(encoding="utf-8")):
+        if not line.startswith("#"):
+            name, version = line.split("==")
+            pins[name.lower().replace("_", "-")] = version
+    extras = CONFIG["options.extras_require"]
+    for line in lines(CONFIG["options"]["install_requires"]) + lines(extras["test"]) + lines(extras["plot"]):
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), line
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    script = lines((ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    readme = lines((ROOT / "README.md").read_text(encoding="utf-8"))
+    commands = [line for line in script if re.match(r"python -m (pip install|pytest) ", line)]
+    assert len(commands) == 2
+    for command in commands:
+        assert command in readme
+
+
+def test_the_lazy_name_is_the_entry_point() -> None:
+    assert declared_entry_points()["lm_eval.models", NAME] == TARGET
+
+
+def test_installed_entry_points(installed: metadata.Distribution) -> None:
+    found = {(point.group, point.name): point for point in installed.entry_points}
+    assert {key: point.value for key, point in found.items()} == declared_entry_points()
+    for point in found.values():
+        point.load()
+
+
+# The task files
+
+
+def test_include_path_holds_the_tasks() -> None:
+    assert {path.stem for path in include_path().glob("**/*.yaml")} == {
+        name for task in list_tasks() for name in (task.name, task.group)
+    }
+
+
+def test_include_path_is_the_installed_package(installed: metadata.Distribution) -> None:
+    import lm_eval_laai.task_yamls
+
+    assert files("lm_eval_laai.task_yamls") == include_path()
+    assert lm_eval_laai.task_yamls.__file__ == str(include_path() / "__init__.py")
+
+
+@pytest.mark.slow
+def test_wheel(tmp_path: Path) -> None:
+    # From a copy: building leaves folders behind, and what they hold would get into the next wheel.
+    source, target = tmp_path / "source", tmp_path / "target"
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "reference_model", "runs")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(source)]
+    subprocess.run(command, check=True, timeout=300)
+    code = "from lm_eval_laai.tasks import *; print(include_path()); print([task.name for task in list_tasks()])"
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert lines(done.stdout) == [
+        str(target / "lm_eval_laai" / "task_yamls"),
+        str([task.name for task in list_tasks()]),
+    ]
+    packages = {"laai_core": "laai_core", "lm_eval_laai": "lm_eval_laai", "task_yamls": "lm_eval_laai/task_yamls"}
+    for folder, package in packages.items():
+        for path in (source / folder).rglob("*"):
+            assert (target / package / path.relative_to(source / folder)).exists(), path
+
+
+# `import torch`
+
+IMPORT_TORCH = """
+import sys, torch
+from lm_eval_laai.register import _Watcher
+assert sys.meta_path.count(_Watcher) == 1, "PyTorch did not call the entry point"
+assert "lm_eval" not in sys.modules
+print(torch.ones(2).sum().item())
+"""
+
+
+def test_import_torch_imports_nothing_else(installed: metadata.Distribution) -> None:
+    done = run(
+        IMPORT_TORCH + "print(sorted(name for name in sys.modules if 'laai' in name and 'editable' not in name))"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "2.0\n['lm_eval_laai', 'lm_eval_laai.register']\n"
+
+
+@pytest.mark.parametrize("raised", ["ImportError('x')", "RuntimeError('x')", "SystemExit(3)", "KeyboardInterrupt()"])
+def test_import_torch_with_a_broken_lm_eval(raised: str, tmp_path: Path, installed: metadata.Distribution) -> None:
+    (tmp_path / "lm_eval").mkdir()
+    (tmp_path / "lm_eval" / "__init__.py").write_text(f"raise {raised}\n")
+    done = run(IMPORT_TORCH, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2.0\n", "")
+
+
+def test_import_torch_without_lm_eval(tmp_path: Path, installed: metadata.Distribution) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['lm_eval'] = None\n")
+    code = IMPORT_TORCH.replace('"lm_eval" not in', '"lm_eval.api" not in')
+    done = run(code + "import importlib.util as u\ntry: import lm_eval\nexcept ImportError: print('absent')", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2.0\nabsent\n", "")
+
+
+# The name, in every order of imports
+
+CHECK = """
+from lm_eval.api.registry import get_model, model_registry
+get_model("dummy")
+assert model_registry._objs["hf-laai"] == "lm_eval_laai.model:HFLaai", model_registry
+assert {"hf", "vllm"} <= set(model_registry)
+print("known")
+"""
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["import torch", "import lm_eval, torch", "import lm_eval.models, torch", "import lm_eval.api.registry, torch"],
+)
+def test_the_harness_knows_the_name(before: str, installed: metadata.Distribution) -> None:
+    assert run(before + CHECK).stdout == "known\n"
+
+
+def test_registering_twice_is_registering_once() -> None:
+    call = "from lm_eval_laai.register import register; register(); register()\n"
+    for code in (call + "import lm_eval.models\n", "import lm_eval.models\n" + call):
+        assert run(code + CHECK + call).stdout == "known\n"
+
+
+def test_a_name_that_is_taken_is_left_alone() -> None:
+    code = """
+from lm_eval.api.registry import model_registry
+model_registry.register("hf-laai", target="other:Class")
+from lm_eval_laai.register import register
+register()
+import lm_eval.models
+register()
+print(model_registry._objs["hf-laai"])
+"""
+    assert run(code).stdout == "other:Class\n"
+
+
+def test_a_frozen_or_unknown_registry_is_left_alone(tmp_path: Path) -> None:
+    code = "import lm_eval.models, lm_eval.api.registry as r; r.freeze_all()\n"
+    call = "from lm_eval_laai.register import register; register(); print('fine')"
+    assert run(code + call).stdout == "fine\n"
+    (tmp_path / "lm_eval").mkdir()
+    (tmp_path / "lm_eval" / "__init__.py").touch()
+    (tmp_path / "lm_eval" / "models.py").touch()
+    assert run(call + "\nimport lm_eval.models", tmp_path).stdout == "fine\n"
+    assert run("import lm_eval.models\n" + call, tmp_path).stdout == "fine\n"
