@@ -17,7 +17,7 @@ from laai_core.locate import Layout, locate
 from laai_core.positions import Call, Generation, PositionTracker, repeated
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: tensors have no truth value
 class Edit:
     """What is written into some rows: flat vectors [D] by layer, scale folded in for `add`.
 
@@ -94,7 +94,7 @@ class _Steering:
         if lengths is not None and (lengths.ndim != 1 or not len(lengths) or int(lengths.min()) < 1):
             raise LaaiError(f"prompt_lengths is {list(prompt_lengths or ())}: expected a positive length per row")
         if lengths is not None and self._row_edits is not None and len(lengths) != len(self._row_edits):
-            raise LaaiError(f"{len(self._row_edits)} interventions for {len(lengths)} prompt_lengths, expected one a row")
+            raise LaaiError(f"{len(self._row_edits)} interventions for {len(lengths)} prompt_lengths: one a row")
         self._tracker = PositionTracker(layout.virtual_tokens, lengths)
         self._parameters = _forward_parameters(layout.decoder)
         self._handles: list[Any] = []
@@ -130,7 +130,7 @@ class _Steering:
             tokens = given.get("inputs_embeds")
         if tokens is None:
             raise LaaiError(f"{type(module).__name__} was called without input_ids or inputs_embeds")
-        cache = given.get("past_key_values")
+        cache: Any = given.get("past_key_values")
         past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         batch, length = tokens.shape[:2]
         self._call = self._tracker.call(batch, length, past, given.get("attention_mask"))
@@ -164,9 +164,10 @@ class _Steering:
             if not len(rows):
                 continue
             if x.ndim != 3 or x.shape[:2] != self._expected_shape() or x.shape[2] != len(edit.vectors[layer]):
+                expected = [*self._expected_shape(), len(edit.vectors[layer])]
                 raise LaaiError(
-                    f"layer {layer}, site {site}: the activation has shape {list(x.shape)}, expected "
-                    f"{[*self._expected_shape(), len(edit.vectors[layer])]}; a model sharded inside its layers is refused"
+                    f"layer {layer}, site {site}: the activation has shape {list(x.shape)}, expected {expected}; "
+                    f"a model sharded inside its layers is refused"
                 )
             if edit.operation == "add":
                 vector = self._vector(index, layer, x)

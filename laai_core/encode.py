@@ -7,7 +7,7 @@ encode(prompt + target)[len(prompt ids):], special tokens as the tokenizer adds 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,8 +72,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
-        return Batch(**moved)
+        tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **tensors)
 
 
 def encode_examples(
@@ -117,8 +117,8 @@ def encode_examples(
     for (_, ids), row in rows.items():
         input_ids[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = 1
-    columns = [torch.tensor(column) for column in zip(*scored, strict=True)]
-    return Batch(input_ids, mask, prompt_lengths, *columns, torch.tensor(owners))
+    rows_of, columns, tokens, continuations = torch.tensor(scored).T
+    return Batch(input_ids, mask, prompt_lengths, rows_of, columns, tokens, continuations, torch.tensor(owners))
 
 
 def _short(text: str) -> str:

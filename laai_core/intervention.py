@@ -136,7 +136,7 @@ class Intervention:
         for layer, vector in self._vectors.items():
             if layer < 0:
                 if not isinstance(num_layers, int):
-                    raise LaaiError(f"layer {layer} counts from the end: set metadata num_hidden_layers, or count from 0")
+                    raise LaaiError(f"layer {layer} counts from the end: count from 0 or set num_hidden_layers")
                 layer += num_layers
             if layer < 0 or (isinstance(num_layers, int) and layer >= num_layers):
                 raise LaaiError(f"layer {layer} is out of range: the model has layers 0 to {num_layers - 1}")
@@ -163,10 +163,9 @@ class Intervention:
         if not isinstance(other, Intervention):
             return NotImplemented
         for word in ("site", "position", "operation"):
-            if getattr(self, word) != getattr(other, word):
-                raise LaaiError(
-                    f"cannot add interventions of different {word}: {getattr(self, word)!r} and {getattr(other, word)!r}"
-                )
+            mine, theirs = getattr(self, word), getattr(other, word)
+            if mine != theirs:
+                raise LaaiError(f"cannot add interventions of different {word}: {mine!r} and {theirs!r}")
         left, right = self * 1.0, other * 1.0
         total = dict(left._vectors)
         for layer, vector in right._vectors.items():

@@ -7,6 +7,7 @@ modules, never from the config: several families have heads x head_dim != hidden
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ _FEED_FORWARD_NAMES = ("mlp", "ffn", "feed_forward", "feedforward", "block_spars
 class Layout:
     """Where one causal language model can be intervened on. Made by `locate`."""
 
-    model: nn.Module  # the causal LM itself, without a PEFT wrapper
+    model: Any  # the causal LM itself, without a PEFT wrapper
     decoder: nn.Module  # its forward receives the tokens, the mask and the cache
     blocks: tuple[nn.Module, ...]
     projections: tuple[nn.Module | str, ...]  # per layer: the module, or why there is none
@@ -83,11 +84,11 @@ def locate(model: Any, projection: str | None = None) -> Layout:
         if peft_config.is_prompt_learning:
             virtual_tokens = peft_config.num_virtual_tokens
         model = model.get_base_model()
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+    if not (hasattr(model, "config") and hasattr(model, "named_modules")):
         raise LaaiError(f"expected a transformers model, got {type(model).__name__}")
     config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
-        raise LaaiError(f"{type(model).__name__} is an encoder-decoder: expected a decoder-only (causal) language model")
+        raise LaaiError(f"{type(model).__name__} is an encoder-decoder: expected a causal (decoder-only) model")
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise LaaiError(f"{type(model).__name__} has no language-model head: expected a causal language model")
     decoder, blocks = _find_blocks(model, config.num_hidden_layers)
@@ -130,14 +131,14 @@ def verify_causal(layout: Layout) -> None:
             hook.remove()
     name = type(layout.model).__name__
     if (logits[0] - logits[1]).abs().max() > 1e-3 * logits.abs().max():
-        raise LaaiError(f"{name} is not causal: its first position sees later tokens; expected a causal language model")
+        raise LaaiError(f"{name}'s first position sees later tokens: expected a causal language model")
     for i, module in enumerate(layout.projections):
         if isinstance(module, nn.Module) and calls[i] != 1:
-            raise LaaiError(f"{name}: the output projection of layer {i} ran {calls[i]} times in one forward, expected once")
+            raise LaaiError(f"{name}: layer {i}'s output projection ran {calls[i]} times in a forward, expected once")
 
 
 def _find_blocks(model: Any, count: int) -> tuple[nn.Module, tuple[nn.Module, ...]]:
-    """The module that owns the list of decoder blocks, and the blocks."""
+    """The innermost module around the decoder blocks that receives the tokens, and the blocks."""
     # get_decoder() first: it leads past vision towers. It is wrong for a few types, hence the wider looks.
     roots = [model.get_decoder()] if hasattr(model, "get_decoder") else []
     found: list[str] = []
@@ -147,13 +148,20 @@ def _find_blocks(model: Any, count: int) -> tuple[nn.Module, tuple[nn.Module, ..
         top = [(n, m) for n, m in lists if not any(n.startswith(other + ".") for other in paths)]
         if len(top) == 1:
             path, blocks = top[0]
-            return root.get_submodule(path.rpartition(".")[0]), tuple(blocks)
+            owner = path.rpartition(".")[0]
+            while owner and not _takes_tokens(root.get_submodule(owner)):  # BERT's relatives have an `encoder` between
+                owner = owner.rpartition(".")[0]
+            return root.get_submodule(owner), tuple(blocks)
         found += [n for n, _ in top]
     lengths = [f"{n} ({len(m)})" for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     raise LaaiError(
         f"{type(model).__name__}: expected one module list of {count} decoder blocks, "
         f"found {found or 'none'}; module lists: {', '.join(lengths[:12]) or 'none'}"
     )
+
+
+def _takes_tokens(module: nn.Module) -> bool:
+    return "input_ids" in inspect.signature(module.forward).parameters
 
 
 def _find_projection(block: nn.Module, layer: int, heads: int, hidden: int) -> nn.Module | str:
@@ -172,7 +180,8 @@ def _find_projection(block: nn.Module, layer: int, heads: int, hidden: int) -> n
         path, module = found[0]
         if _out_features(module) == hidden and _in_features(module) % heads == 0:
             return module
-        reason = f"{path} maps {_in_features(module)} to {_out_features(module)}, expected a multiple of {heads} to {hidden}"
+        sizes = f"{_in_features(module)} to {_out_features(module)}"
+        reason = f"{path} maps {sizes}, expected a multiple of {heads} to {hidden}"
     else:
         reason = f"{len(found)} output projections fit {_quoted(n for n, _ in found)}"
     linears = _quoted(n for n, m in block.named_modules() if _is_linear(m))

@@ -1,4 +1,4 @@
-"""Minimise smooth loss + penalty over x [H, d]: proximal gradient with spectral steps, and Adam as the literature does.
+"""Minimise smooth loss + penalty over x [H, d]: proximal gradient with spectral steps, or Adam as in the literature.
 
 Work is counted in evaluations of the loss and its gradient: one forward and one backward of the model each.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from laai_core.errors import LaaiError
+from laai_core.errors import WorkFailed
 from laai_core.penalty import Penalty
 
 OPTIMIZERS = ("prox", "adam")
@@ -95,7 +95,7 @@ def minimise(run: Run, start: torch.Tensor, optimizer: str, lr: float, tolerance
     except BudgetSpent:
         pass
     if run.best is None:
-        raise LaaiError(f"training failed at the start: {run.stopped}")
+        raise WorkFailed(f"training failed at the start: {run.stopped}")
     return run.best
 
 

@@ -86,11 +86,12 @@ def read(path: Path) -> dict[str, Any]:
     header = _header(content, path)
     facts = _facts(header.get("__metadata__"), path)
     names = [name for name in header if name != "__metadata__"]
+    site = facts["site"]
     layers: dict[str, int] = {}
     for name in names:
         match = _TENSOR_NAME.fullmatch(name)
-        if not match or match[2] != facts["site"]:
-            raise LaaiError(f"{path}: unexpected tensor {name!r}, expected layers.<number>.{facts['site']}")
+        if not match or match[2] != site:
+            raise LaaiError(f"{path}: unexpected tensor {name!r:.60}, expected layers.<number>.{site:.60}")
         if not isinstance(header[name], dict) or header[name].get("dtype") != "F32":
             raise LaaiError(f"{path}: tensor {name} is not float32")
         layers[name] = int(match[1])
@@ -99,7 +100,7 @@ def read(path: Path) -> dict[str, Any]:
     except (SafetensorError, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise LaaiError(f"{path}: damaged safetensors file ({_one_line(error)})") from None
     vectors = {layers[name]: tensors[name] for name in names}
-    dimensions = 2 if facts["site"] == "heads" else 1
+    dimensions = 2 if site == "heads" else 1
     for layer, vector in vectors.items():
         if vector.ndim != dimensions:
             raise LaaiError(f"{path}: layer {layer} has {vector.ndim} dimensions, expected {dimensions}")
@@ -167,10 +168,10 @@ def _facts(metadata: Any, path: Path) -> dict[str, Any]:
         raise LaaiError(f"{path}: its 'laai' metadata is not a JSON object")
     version = facts.get("format_version")
     if version != FORMAT_VERSION or isinstance(version, bool):
-        raise LaaiError(f"{path} has format version {version!r}: this release reads version {FORMAT_VERSION}")
+        raise LaaiError(f"{path} has format version {version!r:.60}: this release reads version {FORMAT_VERSION}")
     for key, kinds in (("site", str), ("position", str), ("operation", str), ("scale", (int, float))):
         if not isinstance(facts.get(key), kinds) or isinstance(facts.get(key), bool):
-            raise LaaiError(f"{path}: metadata {key!r} is {facts.get(key)!r}")
+            raise LaaiError(f"{path}: metadata {key!r} is {facts.get(key)!r:.60}")
     return facts
 
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from laai_core.apply import Edit, hooked
 from laai_core.data import Example
-from laai_core.encode import Batch, encode_examples
+from laai_core.encode import WHITESPACE, Batch, encode_examples
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate, verify_causal
@@ -79,7 +79,7 @@ def train(
     Raises:
         LaaiError: on bad arguments or data, before anything runs.
     """
-    _check_arguments(l1, group, penalty_scale, optimizer, steps, lr)
+    check_arguments(l1, group, penalty_scale, optimizer, steps, lr, tolerance, whitespace, batch_size)
     layout = locate(model, projection)
     layer = layout.layer(layer)
     shape = layout.shape(layer, site)
@@ -119,7 +119,11 @@ def train(
         "stationarity": residual,
         "sparsity": float((best.x == 0).float().mean()),
         "dtype": str(layout.model.dtype).removeprefix("torch."),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": _python_version()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
     metadata = {**model_facts(layout, layer, site), "task": task, "method": "laai", "training": training}
     intervention = Intervention({layer: (rms * best.x).view(shape)}, site=site, metadata=metadata)
@@ -170,13 +174,16 @@ class PlainForward:
 
     @torch.no_grad()
     def activation_rms(self) -> float:
-        """Root mean square of the site's activation over the last prompt tokens."""
-        seen: list[torch.Tensor] = []
+        """Root mean square of the site's activation over the last prompt tokens, one an example."""
+        batch = self._batch
         module = self._layout.module(self._layer, self._site)
+        seen: list[torch.Tensor] = []
 
         def keep(value: torch.Tensor) -> None:
-            ends = torch.tensor([n - 1 for n in self._batch.prompt_lengths], device=value.device)
-            seen.append(value[torch.arange(len(value), device=value.device), ends[: len(value)]].float())
+            ends = torch.tensor(batch.prompt_lengths[part], device=value.device) - 1
+            # OPT's feed-forward sees all rows of the batch in one.
+            rows = value.reshape(len(ends), -1, value.shape[-1])
+            seen.append(rows[torch.arange(len(ends), device=value.device), ends].float())
 
         if self._site == "heads":
             handle = module.register_forward_pre_hook(lambda module, args: keep(args[0]))
@@ -185,12 +192,19 @@ class PlainForward:
                 lambda module, args, output: keep(output[0] if isinstance(output, tuple) else output)
             )
         try:
-            self._layout.model(input_ids=self._batch.input_ids, attention_mask=self._batch.attention_mask)
+            for chunk in self._chunks:
+                part = slice(chunk.start, chunk.stop)
+                self._layout.model(
+                    input_ids=batch.input_ids[part], attention_mask=batch.attention_mask[part], use_cache=False
+                )
         finally:
             handle.remove()
-        rms = float(seen[0].square().mean().sqrt())
+        # An example's options may fill several rows; each of them holds its prompt.
+        owners = batch.example[batch.continuation].tolist()
+        row_of = dict(zip(owners, batch.row.tolist(), strict=True))
+        rms = float(torch.cat(seen)[list(row_of.values())].square().mean().sqrt())
         if rms == 0:
-            raise LaaiError(f"the activation at layer {self._layer}, site {self._site}, is zero: use --penalty-scale absolute")
+            raise LaaiError(f"layer {self._layer}, site {self._site} is all zero: use --penalty-scale absolute")
         return rms
 
     def _token_logprobs(self, delta: torch.Tensor, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,7 +242,7 @@ def model_facts(layout: Layout, layer: int, site: str) -> dict[str, Any]:
 
 def examples_sha256(examples: Sequence[Example]) -> str:
     """Identity of the training examples, in order."""
-    rows = [[e.prompt, e.target, e.options and list(e.options), e.distribution and list(e.distribution)] for e in examples]
+    rows = [[e.prompt, e.target, e.options, e.distribution] for e in examples]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -260,21 +274,31 @@ def _reporter(bar: Any) -> Callable[[Step], None]:
     return report
 
 
-def _check_arguments(l1: float, group: float, penalty_scale: str, optimizer: str, steps: int, lr: float) -> None:
+def check_arguments(
+    l1: float,
+    group: float,
+    penalty_scale: str,
+    optimizer: str,
+    steps: int,
+    lr: float,
+    tolerance: float | None,
+    whitespace: str,
+    batch_size: int | None,
+) -> None:
+    """LaaiError for an argument of `train` that no model and no data could make good."""
     for name, value in (("l1", l1), ("group", group)):
         if not 0 <= value < float("inf"):
             raise LaaiError(f"{name} is {value}: expected a finite number, 0 or above")
-    if not 0 < lr < float("inf"):
-        raise LaaiError(f"lr is {lr}: expected a finite number above 0")
-    if steps < 1:
-        raise LaaiError(f"steps is {steps}: expected at least one model evaluation")
+    for name, positive in (("lr", lr), ("tolerance", tolerance)):
+        if positive is not None and not 0 < positive < float("inf"):
+            raise LaaiError(f"{name} is {positive}: expected a finite number above 0")
+    for name, count in (("steps", steps), ("batch_size", batch_size)):
+        if count is not None and count < 1:
+            raise LaaiError(f"{name} is {count}: expected at least one")
     for name, word, allowed in (
         ("penalty_scale", penalty_scale, PENALTY_SCALES),
         ("optimizer", optimizer, OPTIMIZERS),
+        ("whitespace", whitespace, WHITESPACE),
     ):
         if word not in allowed:
             raise LaaiError(f"unknown {name} {word!r}: expected one of {', '.join(allowed)}")
-
-
-def _python_version() -> str:
-    return platform.python_version()

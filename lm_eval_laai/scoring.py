@@ -28,7 +28,7 @@ _FREE_CACHE_TOKENS = 4096
 Answer = tuple[float, bool]  # log-probability, and whether greedy decoding would give the continuation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One request: token ids of its prompt and continuation, and what is written into it."""
 
@@ -37,7 +37,7 @@ class Row:
     edit: Edit | None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Group:
     """Requests with one prompt and one edit."""
 
@@ -88,10 +88,13 @@ class Scorer:
         answers: list[Answer | None] = [None] * len(rows)
         groups = sorted(self._groups(rows), key=lambda g: -(len(g.prompt) + len(g.longest())))
         # With virtual tokens a cached prompt could not be continued: PEFT would prepend them again.
-        shared = [g for g in groups if not g.is_linear() and not self._layout.virtual_tokens]
-        if shared and not self._cache_can_be_shared(shared[0]):
+        linear = [group.is_linear() for group in groups]
+        shared = [g for g, is_linear in zip(groups, linear, strict=True) if not is_linear]
+        plain = [g for g, is_linear in zip(groups, linear, strict=True) if is_linear]
+        if shared and (self._layout.virtual_tokens or not self._cache_can_be_shared(shared[0])):
+            plain += [_Group(g.prompt, g.edit, [member]) for g in shared for member in g.members]
+            plain.sort(key=lambda g: -(len(g.prompt) + len(g.longest())))
             shared = []
-        plain = [part for g in groups if g not in shared for part in _linear_parts(g)]
         for start in range(0, len(plain), batch_size):
             chunk = plain[start : start + batch_size]
             for number, answer in self._plain(chunk):
@@ -188,13 +191,6 @@ def _answer(span: torch.Tensor, continuation: Sequence[int]) -> Answer:
     """span [n, V]: log-probabilities at the n tokens of the continuation."""
     target = torch.tensor(continuation, device=span.device).unsqueeze(1)
     return float(span.gather(1, target).sum()), bool((span.argmax(1, keepdim=True) == target).all())
-
-
-def _linear_parts(group: _Group) -> list[_Group]:
-    """The group itself if it is linear, else its members one by one."""
-    if group.is_linear():
-        return [group]
-    return [_Group(group.prompt, group.edit, [member]) for member in group.members]
 
 
 def _packed(groups: Sequence[_Group], batch_size: int) -> Iterator[list[_Group]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -28,8 +27,9 @@ from vocabulary import save_tokenizer, train_tokenizer
 VOCABULARY = 4352
 LENGTH = 88  # tokens a row: eleven pairs are 81 at the median, and fit whole in 97 of 100 documents
 WARMUP = 100  # steps
+COOLDOWN = 0.4  # of the steps
 CHECKPOINT_EVERY = 200  # steps
-LOG_EVERY = 25  # steps
+LOG_EVERY = 50  # steps
 
 
 def new_model() -> LlamaForCausalLM:
@@ -67,10 +67,11 @@ def optimizers(model: LlamaForCausalLM, lr: float, kind: str) -> list[torch.opti
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rate's factor: linear warm-up, then a cosine to a hundredth."""
-    if step < WARMUP:
-        return (step + 1) / WARMUP
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
+    """The learning rate's factor: linear warm-up, constant, then linear to near zero over the last COOLDOWN.
+
+    Before the cool-down nothing depends on `steps`, so a run can be continued to another end while it is going.
+    """
+    return min((step + 1) / WARMUP, (steps - step) / (COOLDOWN * steps), 1.0)
 
 
 def answer_loss(model: LlamaForCausalLM, decoder, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -93,7 +94,7 @@ def train(arguments: argparse.Namespace) -> None:
     model = new_model()
     built = optimizers(model, arguments.lr, arguments.optimizer)
     # What must be equal for a checkpoint to be continued.
-    recipe = {k: getattr(arguments, k) for k in ("seed", "steps", "rows", "lr", "optimizer")}
+    recipe = {k: getattr(arguments, k) for k in ("seed", "rows", "lr", "optimizer")}
     first, seconds = resume(arguments.checkpoint, recipe, model, built)
     decoder = torch.compile(model.model) if arguments.compile else model.model
     losses: list[float] = []
@@ -121,7 +122,7 @@ def train(arguments: argparse.Namespace) -> None:
             save_checkpoint(arguments.checkpoint, recipe, model, built, done, time.monotonic() - began)
         if arguments.evaluate_every and done % arguments.evaluate_every == 0:
             save(model, tokenizer, arguments.checkpoint.parent / "now")
-            log(step=done, **evaluate(arguments.checkpoint.parent / "now", [0], limit=100)["average"])
+            log(step=done, **evaluate(arguments.checkpoint.parent / "now", [0], limit=40)["average"])
     save(model, tokenizer, arguments.output)
 
 
@@ -184,13 +185,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights and tokenizer")
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/reference_model/state.pt"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--rows", type=int, default=32, help="documents a step")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="muon")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler")
-    parser.add_argument("--evaluate-every", type=int, default=0, help="steps; quick figures on 100 words a rule")
+    parser.add_argument("--evaluate-every", type=int, default=0, help="steps; quick figures on 40 words a rule")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate the weights in OUTPUT")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

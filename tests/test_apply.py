@@ -102,7 +102,11 @@ def test_generate_in_chunks_and_with_a_static_cache(name):
     for extra in ({"prefill_chunk_size": 5}, {"cache_implementation": "static"}):
         with laai.apply(model, iv):
             out = model.generate(
-                **padded(rows, left=True), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, **extra
+                **padded(rows, left=True),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                **extra,
             )
         for i, row in enumerate(rows):
             assert out[i, width:].tolist() == slow_reference.beams(model, row, NEW_TOKENS, 1, wanted), extra
@@ -113,7 +117,10 @@ def test_sampled_sequences_share_their_rows_intervention():
     model = tiny_model("Llama")
     rows = prompts(2, seed=3)
     strong = [intervention("Llama", "residual", layer=2, seed=s, scale=1000.0) for s in (5, 6)]
-    first = [slow_reference.greedy(model, r, 1, spec("Llama", "residual", layer=2, seed=s, scale=1000.0))[0] for r, s in zip(rows, (5, 6), strict=True)]
+    first = [
+        slow_reference.greedy(model, r, 1, spec("Llama", "residual", layer=2, seed=s, scale=1000.0))[0]
+        for r, s in zip(rows, (5, 6), strict=True)
+    ]
     with laai.apply(model, strong):
         out = model.generate(
             **padded(rows, left=True), max_new_tokens=1, do_sample=True, temperature=1e-3, num_return_sequences=3
@@ -135,7 +142,8 @@ def test_earlier_positions_and_lower_layers_are_untouched(name, site):
         outputs: list[torch.Tensor] = []
         blocks = [model.get_submodule(BLOCK_PATHS[name].format(i)) for i in range(3)]
         hooks = [
-            b.register_forward_hook(lambda m, a, o: outputs.append(o[0] if isinstance(o, tuple) else o)) for b in blocks
+            b.register_forward_hook(lambda m, a, o: outputs.append(o[0] if isinstance(o, tuple) else o))
+            for b in blocks
         ]
         with torch.no_grad():
             model(ids)
@@ -287,7 +295,10 @@ def test_wrong_rows_are_refused():
         model(ids)
     with laai.apply(model, iv, prompt_lengths=[3]), pytest.raises(laai.LaaiError, match="1 entries.*2 rows"):
         model(ids)
-    with laai.apply(model, iv, prompt_lengths=[3, 4]), pytest.raises(laai.LaaiError, match=r"prompt_lengths\[1\] is 4"):
+    with (
+        laai.apply(model, iv, prompt_lengths=[3, 4]),
+        pytest.raises(laai.LaaiError, match=r"prompt_lengths\[1\] is 4"),
+    ):
         model(ids)
     with pytest.raises(laai.LaaiError, match="positive"), laai.apply(model, iv, prompt_lengths=[0]):
         pass

@@ -40,9 +40,7 @@ def combined(a: float, left: Intervention, b: float, right: Intervention) -> dic
     """a * left + b * right by the definition, absent layers counting as zero."""
     x, y = applied(left), applied(right)
     zero = [0.0] * 4
-    return {
-        i: [a * p + b * q for p, q in zip(x.get(i, zero), y.get(i, zero), strict=True)] for i in sorted({*x, *y})
-    }
+    return {i: [a * p + b * q for p, q in zip(x.get(i, zero), y.get(i, zero), strict=True)] for i in sorted({*x, *y})}
 
 
 # --- construction
@@ -178,7 +176,7 @@ def test_linear_combinations(a, b, k):
 
 @given(interventions(), interventions())
 def test_laws_that_hold_to_the_bit(a, b):
-    for left, right in ((a + b, b + a), (-(-a), 1 * a), (a - b, a + -b), (2 * a, a * 2), (a + a, 2 * a)):
+    for left, right in ((a + b, b + a), (-1 * -a, 1 * a), (a - b, a + -b), (2 * a, a * 2), (a + a, 2 * a)):
         assert left.layers == right.layers
         assert left.scale == right.scale
         assert all(torch.equal(left.vector(i), right.vector(i)) for i in left.layers)
@@ -231,10 +229,11 @@ def test_other_attributes_survive():
 )
 def test_sums_of_different_kinds_are_refused(other, words):
     a = Intervention({0: torch.ones(4)}, "residual")
-    for combine in (lambda: a + other, lambda: a - other):
-        with pytest.raises(LaaiError) as error:
-            combine()
-        assert all(word in str(error.value) for word in words)
+    with pytest.raises(LaaiError) as error:
+        a + other
+    assert all(word in str(error.value) for word in words)
+    with pytest.raises(LaaiError):
+        a - other
 
 
 def test_same_width_in_other_heads_is_refused():

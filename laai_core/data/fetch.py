@@ -14,7 +14,7 @@ from typing import IO
 from tqdm import tqdm
 
 from laai_core.data.pairs import SETS_FOLDER, data_folder
-from laai_core.errors import LaaiError
+from laai_core.errors import LaaiError, WorkFailed
 
 # Todd et al. 2024, MIT licence. Pinned to one commit; the sums make sure of it.
 BASE_URL = (
@@ -61,7 +61,7 @@ def _fetch_one(name: str, path: Path, base_url: str, progress: bool) -> Path:
         found = _sha256(part)
         if found != SHA256[name]:
             part.unlink()
-            raise LaaiError(f"{url}: SHA-256 is {found}; expected {SHA256[name]}; the download was deleted, try again")
+            raise WorkFailed(f"{url}: SHA-256 is {found}; expected {SHA256[name]}; it was deleted, try again")
         os.replace(part, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -76,23 +76,23 @@ def _download(url: str, part: Path, progress: bool) -> None:
         response = _open(url, have)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not have:  # range not satisfiable: the part is already as long as the file, or longer
-            raise LaaiError(f"{url}: the server answered {error.code} {error.reason}; expected the file") from error
+            raise WorkFailed(f"{url}: the server answered {error.code} {error.reason}; expected the file") from error
         part.unlink()
         return _download(url, part, progress)
     except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
-        raise LaaiError(f"{url}: cannot be reached ({_reason(error)}); expected a server that answers") from error
+        raise WorkFailed(f"{url}: cannot be reached ({_reason(error)}); expected a server that answers") from error
     with response:
         # A server that does not know ranges sends everything (200): then what we have is thrown away.
         resumed = response.status == 206 and _range_start(response) == have
         if response.status == 206 and not resumed:
-            raise LaaiError(f"{url}: the server sent another range than bytes {have}-; expected that one or all")
+            raise WorkFailed(f"{url}: the server sent another range than bytes {have}-; expected that one or all")
         start = have if resumed else 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length is not None and length.isdigit() else None
         with part.open("ab" if resumed else "wb") as out:
             got = start + _copy(response, out, url, start, total, progress)
     if total is not None and got < total:
-        raise LaaiError(
+        raise WorkFailed(
             f"{url}: the connection was cut after {got} bytes; expected {total}; run the same command again to resume"
         )
 

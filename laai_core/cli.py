@@ -1,0 +1,64 @@
+"""`python -m laai_core`: the core's command line, and the frame in which `laai` runs it together with its own."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from laai_core.commands import data, inspect, train
+from laai_core.errors import LaaiError, WorkFailed
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are LaaiErrors, so that they end in one line as all others do."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse for a bad command line."""
+        raise LaaiError(f"{message} (see {self.prog} --help)")
+
+
+def make_parser(prog: str) -> tuple[Parser, Any]:
+    """A parser with the core's commands, and what further commands are added to."""
+    parser = Parser(prog=prog, description="Train, inspect and apply layerwise additive activation interventions.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (train, inspect, data):
+        command.add(commands)
+    return parser, commands
+
+
+def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
+    """Parse, run the command, print its report on stdout or one line on stderr; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Δ must not cost the result
+    try:
+        arguments = parser.parse_args(argv)
+        report = arguments.command(arguments)
+    except WorkFailed as error:
+        return _stop(error, FAILED)
+    except LaaiError as error:
+        return _stop(error, BAD_INPUT)
+    except torch.OutOfMemoryError as error:
+        return _stop(f"out of memory: {error}", FAILED)
+    except KeyboardInterrupt:
+        return _stop("interrupted", INTERRUPTED)
+    print(json.dumps(report.facts, indent=2) if arguments.json else report.text)
+    return DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console entry of the core alone."""
+    parser, _ = make_parser("python -m laai_core")
+    return run(parser, argv)
+
+
+def _stop(error: object, code: int) -> int:
+    print(f"laai: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,212 @@
+"""`laai train`: one Δ from a task's training examples, into one file."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from laai_core.commands.report import Report, table
+from laai_core.data import load_task
+from laai_core.encode import WHITESPACE
+from laai_core.errors import LaaiError
+from laai_core.load import DTYPES, ModelSource
+from laai_core.optimize import OPTIMIZERS
+from laai_core.train import PENALTY_SCALES, TrainResult, check_arguments, train
+
+SUFFIX = ".safetensors"
+# The arguments of `train` that are flags of the same name; their defaults are told there and nowhere else.
+_NUMBERS = {
+    "l1": (float, "weight of the sum of absolute values, the paper's gamma"),
+    "group": (float, "weight of the sum of the heads' norms, the paper's lambda"),
+    "steps": (int, "model evaluations"),
+    "lr": (float, "learning rate of adam; prox finds its own step sizes"),
+    "tolerance": (float, "stop early, at this share of the first stationarity residual"),
+    "batch_size": (int, "rows per forward; default all. Changes memory, not the result"),
+    "projection": (str, "module path of the attention output projection, {} for the layer's number"),
+}
+_WORDS = {
+    "penalty_scale": (PENALTY_SCALES, "whether penalties are relative to the size of the activation"),
+    "optimizer": (OPTIMIZERS, "prox gives exact zeros"),
+    "whitespace": (WHITESPACE, "a prompt that ends in whitespace: tokenise it as the harness does for these requests"),
+}
+
+
+def add(commands: Any) -> None:
+    """Put `train` on a parser."""
+    parser = commands.add_parser("train", help="train an intervention on a task's training examples")
+    parser.set_defaults(command=_command)
+    add_model_arguments(parser, required=True)
+    parser.add_argument("--task", required=True, help="a task without laai_, for example lexicon_antonym")
+    parser.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
+    parser.add_argument("--n-train", type=int, default=10, help="training examples (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
+    add_layer_argument(parser)
+    _add_training_arguments(parser)
+    parser.add_argument(
+        "--output",
+        default="./",
+        metavar="FILE or DIR/",
+        help=f"a folder gets laai_<task>{SUFFIX}, where intervention=DIR finds it (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    """The flags `model_source` reads."""
+    parser.add_argument("--model", required=required, help="a folder, or a name on the Hugging Face Hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let the model's own Python code run")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or else the CPU)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, as the checkpoint says")
+
+
+def model_source(arguments: argparse.Namespace) -> ModelSource:
+    """The model the flags name."""
+    return ModelSource(
+        arguments.model, arguments.revision, arguments.trust_remote_code, arguments.device, arguments.dtype
+    )
+
+
+def add_layer_argument(parser: argparse.ArgumentParser) -> None:
+    """--layer, for `choose_layer`."""
+    parser.add_argument(
+        "--layer", type=int, help="0-based, negative counts from the end (default: a third of the model's depth)"
+    )
+
+
+def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    for name, (kind, text) in _NUMBERS.items():
+        default = _default(name)
+        shown = "" if default is None else f" (default: {default})"
+        parser.add_argument(_flag(name), type=kind, default=default, help=text + shown)
+    for name, (choices, text) in _WORDS.items():
+        parser.add_argument(
+            _flag(name), choices=choices, default=_default(name), help=f"{text} (default: %(default)s)"
+        )
+
+
+def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for `train`, checked."""
+    options = {name: getattr(arguments, name) for name in (*_NUMBERS, *_WORDS)}
+    check_arguments(**{name: value for name, value in options.items() if name != "projection"})
+    return options
+
+
+def default_layer(count: int) -> int:
+    """The layer when none is given, for a model of `count` layers: a third of the way up.
+
+    Low enough that the layers above can act on the change, high enough that the word has been read. The paper's
+    layer is 3 of 32.
+    """
+    return round(count / 3)
+
+
+def choose_layer(layer: int | None, config: Any) -> int:
+    """The layer, 0-based, from a model's configuration: a wrong one is refused before the weights are read."""
+    count = config.get_text_config(decoder=True).num_hidden_layers
+    if layer is None:
+        return min(default_layer(count), count - 1)
+    if not -count <= layer < count:
+        raise LaaiError(f"layer {layer} is out of range: this model has layers 0 to {count - 1}")
+    return layer % count
+
+
+def harness_task(task: str) -> str:
+    """What the harness calls a task, and what an intervention folder's files are called."""
+    return f"laai_{task}"
+
+
+def output_path(output: str, task: str) -> Path:
+    """The file to write, in a folder that can be written to. Nothing is made yet."""
+    path = Path(output).expanduser()
+    if output.endswith(("/", "\\")) or path.is_dir():
+        path = path / f"{harness_task(task)}{SUFFIX}"
+    elif path.suffix != SUFFIX:
+        raise LaaiError(f"--output {output}: expected a name that ends in {SUFFIX}, or a folder with a / at its end")
+    check_writable(path.parent)
+    return path
+
+
+def check_writable(folder: Path) -> None:
+    """LaaiError unless files can be made in `folder`, or it can be made itself. Leaves nothing behind."""
+    existing = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise LaaiError(f"cannot write to {folder}: {error.strerror}; expected a writable folder") from error
+
+
+def summary(result: TrainResult) -> dict[str, Any]:
+    """What a training came to, for a report."""
+    best = min(result.history, key=lambda step: step.objective)
+    (layer,) = result.intervention.layers
+    vector = result.intervention.vector(layer)
+    return {
+        "sha256": result.intervention.sha256,
+        "layer": layer,
+        "objective": result.objective,
+        "task_loss": best.loss,
+        "task_loss_before": result.history[0].loss,
+        "stationarity": result.stationarity,
+        "active_heads": best.active_heads,
+        "heads": len(vector),
+        "nonzero_share": best.nonzero / vector.numel(),
+        "evaluations": len(result.history),
+        "stopped": result.stopped,
+    }
+
+
+def _command(arguments: argparse.Namespace) -> Report:
+    # In the order of what it costs to find out that something is wrong.
+    split = load_task(arguments.task, seed=arguments.seed, n_train=arguments.n_train, data=arguments.data)
+    options = _training_options(arguments)
+    path = output_path(arguments.output, arguments.task)
+    source = model_source(arguments)
+    source.checked_device()
+    layer = choose_layer(arguments.layer, source.config())
+    model, tokenizer = source.load()
+    start = time.perf_counter()
+    result = train(
+        model,
+        tokenizer,
+        split.train,
+        layer=layer,
+        seed=arguments.seed,
+        task=harness_task(arguments.task),
+        progress=True,
+        **options,
+    )
+    seconds = time.perf_counter() - start
+    result.intervention.save(path)
+    facts = {"file": str(path), "task": harness_task(arguments.task), **summary(result), "seconds": seconds}
+    return Report(facts, _text(facts))
+
+
+def _text(facts: dict[str, Any]) -> str:
+    stopped = f", {facts['stopped']}" if facts["stopped"] else ""
+    return table(
+        [
+            ("file", facts["file"]),
+            ("sha256", facts["sha256"]),
+            ("layer", facts["layer"]),
+            ("objective", f"{facts['objective']:.4f}"),
+            ("task loss", f"{facts['task_loss']:.4f} (before: {facts['task_loss_before']:.4f})"),
+            ("stationarity", f"{facts['stationarity']:.3g}"),
+            ("active heads", f"{facts['active_heads']} of {facts['heads']}"),
+            ("non-zero", f"{facts['nonzero_share']:.1%}"),
+            ("evaluations", f"{facts['evaluations']} in {facts['seconds']:.1f} s{stopped}"),
+        ]
+    )
+
+
+def _default(name: str) -> Any:
+    return inspect.signature(train).parameters[name].default
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

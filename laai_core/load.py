@@ -1,0 +1,114 @@
+"""Load a causal language model and its tokenizer; everything that can go wrong there becomes one line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import logging as hub_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from laai_core.errors import LaaiError
+
+logger = logging.getLogger(__name__)
+
+# `auto` is the checkpoint's own: what the harness takes too, and a vector is best trained in what it is evaluated in.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, and how it is to be held. Nothing is read before a method is called.
+
+    Args:
+        name: a folder, or a name on the Hugging Face Hub.
+        revision: a branch, tag or commit on the Hub.
+        trust_remote_code: whether the model's own Python code may run.
+        device: None is the first GPU, or the CPU where there is none.
+        dtype: one of DTYPES.
+    """
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    device: str | None = None
+    dtype: str = "auto"
+
+    def checked_device(self) -> torch.device:
+        """The device. LaaiError when this machine does not have it."""
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was compiled with CUDA
+            raise LaaiError(
+                f"device {name!r} cannot be used here ({_first_line(error)}); expected one like cpu"
+            ) from error
+
+    def config(self) -> Any:
+        """The model's configuration. LaaiError when there is none, or when it is no decoder-only model's."""
+        path = Path(self.name)
+        # A Hub name has one slash at most; what can only be a path is not looked up there.
+        is_path = path.is_absolute() or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
+        if not path.is_dir() and (path.exists() or self.name.startswith(".") or is_path):
+            raise LaaiError(f"no model folder at {self.name}: expected a folder with config.json, or a Hub name")
+        config = self._read(AutoConfig, "config")
+        if getattr(config, "is_encoder_decoder", False):
+            raise LaaiError(
+                f"{self.name} is an encoder-decoder ({config.model_type}): "
+                f"expected a decoder-only (causal) language model"
+            )
+        return config
+
+    def load(self) -> tuple[Any, Any]:
+        """The model in evaluation mode on its device, and the tokenizer."""
+        device = self.checked_device()
+        tokenizer = self._read(AutoTokenizer, "tokenizer")
+        model, info = self._read(AutoModelForCausalLM, "model", dtype=self.dtype, output_loading_info=True)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            logger.warning(
+                "%s lacks %d weights, which are now random: %s", self.name, len(missing), ", ".join(missing[:5])
+            )
+        return model.to(device).eval(), tokenizer
+
+    def _read(self, kind: Any, what: str, **arguments: Any) -> Any:
+        try:
+            with _quiet():
+                return kind.from_pretrained(
+                    self.name, revision=self.revision, trust_remote_code=self.trust_remote_code, **arguments
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the libraries, and a model's own code, raise whatever they like
+            raise LaaiError(f"cannot load the {what} of {self.name}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Only errors from transformers and the Hub; a loading bar only where somebody watches."""
+    verbosity, hub_verbosity = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    """The first line says what happened; transformers then lists every model it knows."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,325 @@
+"""hf-laai against the slow reference: exact for every request type, at any batch size, on every architecture."""
+
+from __future__ import annotations
+
+import random
+import string
+
+import pytest
+import slow_reference
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from test_apply import EVERY, intervention, spec
+from tiny import MAX_POSITIONS, tiny_model, tiny_tokenizer
+
+import laai_core as laai
+from lm_eval_laai.model import HFLaai
+
+TOLERANCE = 1e-4
+KINDS = [("heads", "last"), ("residual", "generated"), ("mlp", "all")]
+
+
+def requests(kind: str, arguments: list[tuple], tasks: list[str] | None = None) -> list[Instance]:
+    tasks = tasks or ["task"] * len(arguments)
+    return [
+        Instance(kind, {}, argument, 0, (task, number, 1))
+        for number, (argument, task) in enumerate(zip(arguments, tasks, strict=True))
+    ]
+
+
+def texts(count: int, seed: int, longest: int = 12) -> list[str]:
+    draw = random.Random(seed)
+    return ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(1, longest))) for _ in range(count)]
+
+
+def multiple_choice(seed: int, contexts: int = 3, options: int = 4) -> list[tuple[str, str]]:
+    """Contexts with options of one and of several tokens, some alike but for the end, some beginnings of others."""
+    pairs = []
+    for context in texts(contexts, seed):
+        endings = texts(options - 2, seed + 1, 5)
+        pairs += [(context, " " + e) for e in [*endings, endings[0] + "x", endings[0] + "xy"]]
+    return pairs
+
+
+def reference_scores(lm, pairs, specs):
+    model = lm.model
+    answers = []
+    for (context, continuation), one in zip(pairs, specs, strict=True):
+        prompt, target = lm._encode_pair(context, continuation)
+        answers.append(slow_reference.loglikelihood(model, prompt, target, one))
+    return answers
+
+
+def assert_same(got, want):
+    assert len(got) == len(want)
+    for (a, a_greedy), (b, b_greedy) in zip(got, want, strict=True):
+        assert a == pytest.approx(b, abs=TOLERANCE)
+        assert a_greedy == b_greedy
+
+
+def harness_model(name="Llama", iv=None, batch_size=1, tokenizer=None, **kwargs):
+    return HFLaai(
+        pretrained=tiny_model(name),
+        tokenizer=tokenizer or tiny_tokenizer(bos=True),
+        batch_size=batch_size,
+        intervention=iv,
+        **kwargs,
+    )
+
+
+def folder_of(path, ivs: dict[str, laai.Intervention]):
+    for task, iv in ivs.items():
+        iv.save(path / f"{task}.safetensors")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_loglikelihood(name):
+    for number, (kind, batch_size) in enumerate(zip(KINDS, (1, 3, 64), strict=True)):
+        lm = harness_model(name, intervention(name, *kind), batch_size)
+        pairs = multiple_choice(number, contexts=2) + [("", " abc"), ("q", "w")]
+        prompts = reference_scores(lm, pairs[:-2], [spec(name, *kind)] * (len(pairs) - 2))
+        got = lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+        assert_same(got[:-2], prompts)
+        # An empty context: the prefix token is the prompt.
+        target = lm.tok_encode(" abc", add_special_tokens=False)
+        want = slow_reference.loglikelihood(lm.model, [lm.prefix_token_id], target, spec(name, *kind))
+        assert_same(got[-2:-1], [want])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_generate_until(name):
+    for kind, batch_size in zip(KINDS[:2], (1, 3), strict=True):
+        lm = harness_model(name, intervention(name, *kind), batch_size)
+        contexts = texts(3, 7) + ["a"]
+        arguments = [(c, {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}) for c in contexts]
+        got = lm.generate_until(requests("generate_until", arguments), disable_tqdm=True)
+        for context, text in zip(contexts, got, strict=True):
+            tokens = slow_reference.greedy(lm.model, lm.tok_encode(context), 4, spec(name, *kind))
+            if lm.eot_token_id in tokens:
+                tokens = tokens[: tokens.index(lm.eot_token_id)]
+            assert text == lm.tok_decode(tokens).split("\n")[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_loglikelihood_rolling(kind, batch_size):
+    """A text of several windows: position last acts once, at the prefix token of the first."""
+    lm = harness_model(iv=intervention("Llama", *kind), batch_size=batch_size, max_length=10)
+    documents = ["abcdefghijklmnopqrstuvwxyz", "ab", "the quick brown fox"]
+    got = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(d,) for d in documents]), disable_tqdm=True)
+    for document, value in zip(documents, got, strict=True):
+        tokens = lm.tok_encode(document)
+        want, done = 0.0, 0
+        while done < len(tokens):
+            # By hand: the first window is predicted from the prefix token, each later one continues after the last.
+            part = tokens[done : done + 10]
+            if done == 0:
+                context, one = [lm.prefix_token_id], spec("Llama", *kind)
+            else:
+                context = tokens[max(0, done + len(part) - 11) : done]
+                one = None if kind[1] == "last" else {**spec("Llama", *kind), "position": "all"}
+            want += slow_reference.loglikelihood(lm.model, context, part, one)[0]
+            done += len(part)
+        assert value == pytest.approx(want, abs=TOLERANCE)
+
+
+def test_the_same_text_split_elsewhere_is_another_request():
+    """The harness's own grouping would score both at one split."""
+    lm = harness_model(iv=intervention("Llama"), batch_size=4)
+    pairs = [("abcdef", "g"), ("abcde", "fg"), ("abcd", "efg"), ("abcdef", "h")]
+    want = reference_scores(lm, pairs, [spec("Llama")] * 4)
+    assert_same(lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True), want)
+    assert len({round(score, 3) for score, _ in want}) == 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_tasks_of_one_run_get_their_own_interventions(tmp_path, batch_size):
+    """Same texts in four tasks: three interventions and, with unrouted=none, an untouched task, in shared batches."""
+    tasks = ["a", "b", "group::c", "free"]
+    folder = folder_of(tmp_path, {t: intervention("Llama", seed=i) for i, t in enumerate(tasks[:3])})
+    lm = harness_model(iv=folder, batch_size=batch_size, unrouted="none")
+    specs = [*(spec("Llama", seed=i) for i in range(3)), None]
+    pairs = multiple_choice(3, contexts=2)
+    all_pairs, all_tasks = pairs * 4, [t for t in tasks for _ in pairs]
+    want = reference_scores(lm, all_pairs, [s for s in specs for _ in pairs])
+    assert_same(lm.loglikelihood(requests("loglikelihood", all_pairs, all_tasks), disable_tqdm=True), want)
+    arguments = [(c, {"until": ["\n"], "max_gen_toks": 3}) for c in texts(3, 1)] * 4
+    got = lm.generate_until(requests("generate_until", arguments, [t for t in tasks for _ in range(3)]), True)
+    for (context, _), text, one in zip(arguments, got, [s for s in specs for _ in range(3)], strict=True):
+        tokens = slow_reference.greedy(lm.model, lm.tok_encode(context), 3, one)
+        assert text == lm.tok_decode(tokens).split("\n")[0].split("<eos>")[0]
+
+
+def test_an_unrouted_task_is_refused_before_any_request_runs(tmp_path):
+    lm = harness_model(iv=folder_of(tmp_path, {"a": intervention("Llama")}))
+    ran = []
+    lm.model.register_forward_pre_hook(lambda *args: ran.append(1))
+    pairs = [("ab", "c"), ("ab", "d")]
+    with pytest.raises(laai.LaaiError, match="no intervention for b, z: the folder has a"):
+        lm.loglikelihood(requests("loglikelihood", [*pairs, pairs[0]], ["a", "b", "z"]), disable_tqdm=True)
+    with pytest.raises(laai.LaaiError, match="no intervention for b"):
+        lm.generate_until(requests("generate_until", [("ab", {})], ["b"]), disable_tqdm=True)
+    with pytest.raises(laai.LaaiError, match="no intervention for b"):
+        lm.loglikelihood_rolling(requests("loglikelihood_rolling", [("ab",)], ["b"]), disable_tqdm=True)
+    assert not ran
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "generate_until", "loglikelihood_rolling"])
+def test_no_intervention_is_identical_to_hf_and_a_zero_one_agrees(kind):
+    zero = laai.Intervention({1: torch.zeros(4, 8)})
+    model, tokenizer = tiny_model("Llama"), tiny_tokenizer(bos=True)
+    arguments = {
+        "loglikelihood": multiple_choice(5, contexts=4),
+        "generate_until": [(t, {"until": ["\n"], "max_gen_toks": 6}) for t in texts(6, 2)],
+        "loglikelihood_rolling": [(t,) for t in texts(4, 3, 40)],
+    }[kind]
+    hf = getattr(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3), kind)(requests(kind, arguments), True)
+    none = getattr(HFLaai(pretrained=model, tokenizer=tokenizer, batch_size=3), kind)(requests(kind, arguments), True)
+    zeroed = getattr(HFLaai(pretrained=model, tokenizer=tokenizer, batch_size=3, intervention=zero), kind)(
+        requests(kind, arguments), True
+    )
+    assert none == hf
+    if kind == "loglikelihood":
+        assert_same(zeroed, hf)
+    elif kind == "generate_until":
+        assert zeroed == hf
+    else:
+        assert zeroed == pytest.approx(hf, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("bos", [True, False])
+def test_tokenizers(padding_side, bos):
+    for form in ("bytes", "metaspace"):
+        tokenizer = tiny_tokenizer(bos=bos, kind=form)
+        tokenizer.padding_side = padding_side
+        lm = harness_model(iv=intervention("Llama"), batch_size=4, tokenizer=tokenizer)
+        pairs = multiple_choice(9)
+        want = reference_scores(lm, pairs, [spec("Llama")] * len(pairs))
+        assert_same(lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True), want)
+
+
+def test_left_truncation_and_windows():
+    lm = harness_model(iv=intervention("Llama"), batch_size=2, max_length=8)
+    token = lm.tok_encode("q", add_special_tokens=False)[0]
+    prompt = [token + i for i in range(12)]
+    # (continuation length, what is left of the prompt): of 8 + 1 tokens the last ones stay.
+    for count, left in ((1, 8), (3, 6), (8, 1)):
+        continuation = [token + 5 + i for i in range(count)]
+        lm._row_edits = [next(iter(lm._edits.values()))]
+        try:
+            got = lm._loglikelihood_tokens([(("", ""), prompt, continuation)], disable_tqdm=True)
+        finally:
+            lm._row_edits = None
+        assert_same(got, [slow_reference.loglikelihood(lm.model, prompt[-left:], continuation, spec("Llama"))])
+    with pytest.raises(laai.LaaiError, match="continuation of 9 tokens does not fit"):
+        lm.loglikelihood(requests("loglikelihood", [("a", "b" * 9)]), disable_tqdm=True)
+    # Generation truncates to max_length - max_gen_toks.
+    context = "abcdefghijkl"
+    got = lm.generate_until(requests("generate_until", [(context, {"until": [], "max_gen_toks": 3})]), True)
+    tokens = slow_reference.greedy(lm.model, lm.tok_encode(context)[-5:], 3, spec("Llama"))
+    assert got == [lm.tok_decode(tokens)]
+
+
+def test_automatic_batch_size():
+    lm = harness_model(iv=intervention("Llama"), batch_size="auto", max_batch_size=4, max_length=MAX_POSITIONS)
+    pairs = multiple_choice(4)
+    want = reference_scores(lm, pairs, [spec("Llama")] * len(pairs))
+    assert_same(lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True), want)
+    assert len(lm.generate_until(requests("generate_until", [("abc", {"max_gen_toks": 2})]), True)) == 1
+
+
+def test_scale_multiplies_the_interventions_own():
+    lm = harness_model(iv=intervention("Llama", scale=0.5), scale=-3.0)
+    pairs = multiple_choice(6)
+    want = reference_scores(lm, pairs, [spec("Llama", scale=-1.5)] * len(pairs))
+    assert_same(lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True), want)
+    assert lm.get_model_info()["interventions"][0]["scale"] == -1.5
+
+
+def test_the_results_name_the_exact_intervention(tmp_path):
+    iv = intervention("Llama")
+    iv.save(tmp_path / "x.safetensors")
+    lm = harness_model(iv=str(tmp_path / "x.safetensors"))
+    (reported,) = lm.get_model_info()["interventions"]
+    assert reported["sha256"] == iv.sha256
+    assert (reported["layers"], reported["site"], reported["position"]) == ([1], "heads", "last")
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_continuations_of_one_prompt_share_its_pass(batch_size):
+    """Counted in tokens: four options of several tokens run the prompt once."""
+    lm = harness_model(iv=intervention("Llama"), batch_size=batch_size)
+    pairs = [("a" * 60, " " + option) for option in ("bcd", "efgh", "ijk", "lmno")]
+    seen = []
+    lm.model.register_forward_pre_hook(
+        lambda m, a, k: seen.append((a[0] if a else k["input_ids"]).numel()), with_kwargs=True
+    )
+    lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    prompt = len(lm.tok_encode("a" * 60))
+    assert sum(seen) < prompt + 4 * 6 + 2
+
+
+def test_bad_arguments(tmp_path):
+    model, tokenizer = tiny_model("Llama"), tiny_tokenizer(bos=True)
+    iv = intervention("Llama")
+    cases = [
+        (dict(intervention=str(tmp_path / "none.safetensors")), "no intervention file"),
+        (dict(intervention=str(tmp_path)), "has no .safetensors file"),
+        (dict(intervention=iv, scale=float("nan")), "scale is nan"),
+        (dict(intervention=iv, scale="big"), "scale is 'big'"),
+        (dict(intervention=iv, unrouted="maybe"), "unrouted is 'maybe'"),
+        (dict(intervention=laai.Intervention({0: torch.ones(4, 16)})), "expects"),
+        (dict(intervention=intervention("Llama", layer=7)), "out of range"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(laai.LaaiError, match=message):
+            HFLaai(pretrained=model, tokenizer=tokenizer, **arguments)
+
+
+def test_response_cache_is_refused(tmp_path):
+    from lm_eval.api.model import CachingLM
+
+    with pytest.raises(laai.LaaiError, match="--use_cache is refused"):
+        CachingLM(harness_model(iv=intervention("Llama")), str(tmp_path / "cache.db"))
+    CachingLM(harness_model(), str(tmp_path / "cache.db"))  # without an intervention it is the harness's own
+
+
+_MODEL = tiny_model("Llama")
+_TOKEN = st.integers(3, 299)
+_ROW = st.tuples(
+    st.lists(_TOKEN, min_size=1, max_size=9),
+    st.lists(_TOKEN, min_size=1, max_size=4),
+    st.sampled_from([0, 1, 2, None]),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    rows=st.lists(_ROW, min_size=1, max_size=7),
+    share=st.booleans(),
+    batch_size=st.integers(1, 5),
+    scale=st.sampled_from([1.0, -0.5, 2.0]),
+)
+def test_random_batches_equal_the_reference(rows, share, batch_size, scale):
+    """Lengths, splits, interventions per row and scale drawn at random; with `share` all rows have one prompt."""
+    from laai_core.apply import Edit
+    from laai_core.locate import locate
+    from lm_eval_laai.scoring import Row, Scorer
+
+    layout = locate(_MODEL)
+    kinds = [("heads", "last"), ("heads", "generated"), ("residual", "all")]
+    edits = [Edit.of(intervention("Llama", *k, seed=i, scale=scale), layout) for i, k in enumerate(kinds)]
+    specs = [spec("Llama", *k, seed=i, scale=scale) for i, k in enumerate(kinds)]
+    if share:
+        rows = [(rows[0][0], continuation, which) for _, continuation, which in rows]
+    with torch.no_grad():
+        got = Scorer(_MODEL, layout, 64, None).score(
+            [Row(p, c, None if w is None else edits[w]) for p, c, w in rows], batch_size
+        )
+    want = [slow_reference.loglikelihood(_MODEL, p, c, None if w is None else specs[w]) for p, c, w in rows]
+    assert_same(got, want)

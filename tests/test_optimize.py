@@ -1,0 +1,242 @@
+"""The optimisers on convex problems whose minimum is known from twenty thousand plain proximal steps."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from laai_core import LaaiError
+from laai_core.optimize import OPTIMIZERS, Run, minimise
+from laai_core.penalty import Penalty
+
+SHAPE = (4, 3)
+PENALTIES = [(0.0, 0.0), (0.3, 0.0), (0.0, 1.5), (0.2, 0.3)]
+
+
+class Quadratic:
+    """(x - a)' Q (x - a) / 2 with condition number 100; counts how often it is asked."""
+
+    def __init__(self, seed: int = 0) -> None:
+        generator = np.random.default_rng(seed)
+        basis, _ = np.linalg.qr(generator.normal(size=(12, 12)))
+        self.q = basis @ np.diag(np.geomspace(0.05, 5, 12)) @ basis.T
+        self.a = generator.normal(size=12) * 2
+        self.calls = 0
+
+    def loss(self, x: np.ndarray) -> float:
+        return float((x.ravel() - self.a) @ self.q @ (x.ravel() - self.a) / 2)
+
+    def gradient(self, x: np.ndarray) -> np.ndarray:
+        return (self.q @ (x.ravel() - self.a)).reshape(SHAPE)
+
+    def __call__(self, x: torch.Tensor) -> tuple[float, torch.Tensor]:
+        self.calls += 1
+        point = x.double().numpy()
+        return self.loss(point), torch.tensor(self.gradient(point), dtype=x.dtype)
+
+    def objective(self, x: np.ndarray, l1: float, group: float) -> float:
+        return self.loss(x) + l1 * np.abs(x).sum() + group * np.linalg.norm(x, axis=1).sum()
+
+    def minimum(self, l1: float, group: float) -> np.ndarray:
+        """Plain ISTA in float64, as slow as it is simple."""
+        step, x = 1 / 5, np.zeros(SHAPE)
+        for _ in range(20_000):
+            z = x - step * self.gradient(x)
+            z = np.sign(z) * np.maximum(np.abs(z) - step * l1, 0)
+            for h in range(len(z)):
+                norm = math.sqrt((z[h] ** 2).sum())
+                z[h] = 0 if norm <= step * group else z[h] * (1 - step * group / norm)
+            x = z
+        return x
+
+
+@pytest.fixture(scope="module")
+def minima() -> dict[tuple[float, float], np.ndarray]:
+    return {case: Quadratic().minimum(*case) for case in PENALTIES}
+
+
+def solve(evaluate, case=(0.2, 0.3), budget=200, optimizer="prox", lr=0.05, tolerance=None, start=None):
+    run = Run(evaluate, Penalty(*case), budget)
+    return run, minimise(run, torch.zeros(SHAPE) if start is None else start, optimizer, lr, tolerance)
+
+
+@pytest.mark.parametrize("case", PENALTIES)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_prox_reaches_the_minimum_at_any_scale(case, scale, minima):
+    """The problem in other units: x' = scale * x. Neither a step size nor a tolerance is given."""
+    quadratic = Quadratic()
+
+    def evaluate(x):
+        loss, gradient = quadratic(x / scale)
+        return loss, gradient / scale
+
+    run, best = solve(evaluate, (case[0] / scale, case[1] / scale), 300)
+    x = best.x.double().numpy() / scale
+    reference = quadratic.objective(minima[case], *case)
+    assert best.objective == pytest.approx(quadratic.objective(x, *case), rel=1e-5)
+    assert reference - 1e-6 <= best.objective <= reference + 1e-4 * abs(reference) + 1e-6
+    assert x == pytest.approx(minima[case], abs=0.02)
+
+
+@pytest.mark.parametrize("case", PENALTIES[1:])
+def test_prox_has_exactly_the_zeros_of_the_minimum(case, minima):
+    run, best = solve(Quadratic(), case, 400)
+    zeros = minima[case] == 0
+    assert zeros.any()  # or the test shows nothing
+    assert np.array_equal(best.x.numpy() == 0, zeros)
+    last = run.history[-1]
+    assert last.nonzero == (~zeros).sum()
+    assert last.active_heads == (~zeros).any(axis=1).sum()
+
+
+def test_prox_certifies_its_minimum():
+    run, best = solve(Quadratic(), (0.2, 0.3), 400)
+    at_zero = Penalty(0.2, 0.3).stationarity(torch.zeros(SHAPE), Quadratic()(torch.zeros(SHAPE))[1])
+    assert Penalty(0.2, 0.3).stationarity(best.x, best.gradient) < at_zero / 1000
+
+
+@pytest.mark.parametrize("case", PENALTIES)
+def test_adam_comes_close_to_the_minimum(case, minima):
+    run, best = solve(Quadratic(), case, 1000, "adam", lr=0.03)
+    reference = Quadratic().objective(minima[case], *case)
+    assert reference - 1e-6 <= best.objective <= reference + 0.02 * abs(reference) + 1e-3
+
+
+def test_adam_against_pytorch():
+    """Without penalty it is torch.optim.Adam, step by step."""
+    quadratic = Quadratic()
+    seen = []
+
+    def evaluate(x):
+        seen.append(x.clone())
+        return quadratic(x)
+
+    solve(evaluate, (0.0, 0.0), 50, "adam", lr=0.1)
+    x = torch.zeros(SHAPE, requires_grad=True)
+    peer = torch.optim.Adam([x], lr=0.1)
+    for point in seen:
+        assert torch.allclose(point, x.detach(), atol=1e-4)
+        x.grad = quadratic(x.detach())[1]
+        peer.step()
+
+
+@pytest.mark.parametrize("budget", [20, 60])
+def test_prox_is_no_worse_than_adam_at_equal_work(budget):
+    for seed in range(3):
+        _, prox = solve(Quadratic(seed), budget=budget)
+        for lr in (0.01, 0.05, 0.2):
+            _, adam = solve(Quadratic(seed), budget=budget, optimizer="adam", lr=lr)
+            assert prox.objective <= adam.objective + 1e-5
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("budget", [1, 2, 7, 40])
+def test_the_budget_is_spent_exactly(optimizer, budget):
+    quadratic = Quadratic()
+    run, _ = solve(quadratic, budget=budget, optimizer=optimizer)
+    assert quadratic.calls == len(run.history) == budget
+    assert [step.evaluation for step in run.history] == list(range(1, budget + 1))
+    assert run.stopped is None
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_history_is_what_was_evaluated(optimizer):
+    points = []
+    quadratic = Quadratic()
+
+    def evaluate(x):
+        points.append(x.double().numpy())
+        return quadratic(x)
+
+    reported = []
+    run = Run(evaluate, Penalty(0.2, 0.3), 30, reported.append)
+    minimise(run, torch.zeros(SHAPE), optimizer, 0.05, None)
+    assert reported == run.history
+    assert not points[0].any()  # the start is evaluated too
+    for x, step in zip(points, run.history, strict=True):
+        assert step.loss == pytest.approx(quadratic.loss(x))
+        assert step.penalty == pytest.approx(quadratic.objective(x, 0.2, 0.3) - quadratic.loss(x), abs=1e-5)
+        assert step.objective == pytest.approx(step.loss + step.penalty)
+        assert step.nonzero == np.count_nonzero(x)
+        assert step.active_heads == sum(row.any() for row in x)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_best_point_is_returned_not_the_last(optimizer):
+    """Adam with a large step overshoots; a loss that lies after the fifth evaluation misleads either."""
+    quadratic = Quadratic()
+
+    def evaluate(x):
+        loss, gradient = quadratic(x)
+        return (loss, gradient) if quadratic.calls <= 5 else (loss + 1000, gradient)
+
+    run, best = solve(evaluate, budget=12, optimizer=optimizer, lr=0.3)
+    objectives = [step.objective for step in run.history]
+    assert objectives[-1] > min(objectives)
+    assert best.objective == min(objectives)
+    assert best.objective == pytest.approx(quadratic.objective(best.x.double().numpy(), 0.2, 0.3), rel=1e-5)
+    assert best.gradient.double().numpy() == pytest.approx(quadratic.gradient(best.x.double().numpy()), abs=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_tolerance_stops_early_and_is_kept(optimizer):
+    quadratic = Quadratic()
+    points = []
+
+    def evaluate(x):
+        points.append(x)
+        return quadratic(x)
+
+    run, _ = solve(evaluate, budget=5000, optimizer=optimizer, tolerance=0.2)
+    assert len(run.history) < 1000
+    assert run.stopped is not None
+    residuals = [Penalty(0.2, 0.3).stationarity(x, quadratic(x)[1]) for x in (points[0], points[-1])]
+    assert residuals[1] <= 0.2 * residuals[0]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("bad", ["loss nan", "loss inf", "gradient nan", "gradient inf"])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(optimizer, bad):
+    quadratic = Quadratic()
+    where, number = bad.split()
+
+    def evaluate(x):
+        loss, gradient = quadratic(x)
+        if quadratic.calls == 4:
+            if where == "loss":
+                return float(number), gradient
+            gradient[1, 2] = float(number)
+        return loss, gradient
+
+    run, best = solve(evaluate, budget=50, optimizer=optimizer)
+    assert quadratic.calls == 4
+    assert len(run.history) == 3
+    assert "evaluation 4" in run.stopped
+    assert best.objective == min(step.objective for step in run.history)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_nothing_finite_at_all_is_an_error(optimizer):
+    with pytest.raises(LaaiError, match="not finite at evaluation 1"):
+        solve(lambda x: (math.nan, torch.zeros(SHAPE)), optimizer=optimizer)
+
+
+def test_prox_stays_at_zero_where_zero_is_the_minimum():
+    run, best = solve(Quadratic(), (50.0, 50.0), 20)
+    assert not best.x.any()
+    assert all(step.nonzero == 0 for step in run.history)
+
+
+def test_prox_survives_a_loss_that_is_not_convex():
+    """cos has many minima and negative curvature; the result must be stationary."""
+
+    def evaluate(x):
+        return float((torch.cos(3 * x) + 0.05 * x.square()).sum()), -3 * torch.sin(3 * x) + 0.1 * x
+
+    start = torch.linspace(-2, 2, 12).view(SHAPE)
+    run, best = solve(evaluate, (0.05, 0.05), 200, start=start)
+    assert best.objective < run.history[0].objective
+    assert Penalty(0.05, 0.05).stationarity(best.x, best.gradient) < 1e-3
