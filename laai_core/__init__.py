@@ -4,6 +4,17 @@ from laai_core.apply import apply
 from laai_core.data import Example, Split, load_task
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
-from laai_core.train import TrainResult, train
+from laai_core.train import Job, TrainResult, train, train_many
 
-__all__ = ["Example", "Intervention", "LaaiError", "Split", "TrainResult", "apply", "load_task", "train"]
+__all__ = [
+    "Example",
+    "Intervention",
+    "Job",
+    "LaaiError",
+    "Split",
+    "TrainResult",
+    "apply",
+    "load_task",
+    "train",
+    "train_many",
+]

@@ -63,12 +63,14 @@ class Batch:
     input_ids: torch.Tensor  # [R, T]
     attention_mask: torch.Tensor  # [R, T]
     prompt_lengths: list[int]  # R
+    run_of_row: list[int]  # R: which vector a row is under
     # One entry per scored token [M]: its row, the column whose logits predict it, its id, its continuation.
     row: torch.Tensor
     column: torch.Tensor
     token: torch.Tensor
     continuation: torch.Tensor
     example: torch.Tensor  # [C]: the example of each continuation
+    run_of_example: torch.Tensor  # [N]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
@@ -82,15 +84,19 @@ def encode_examples(
     stop: str = "\n",
     max_length: int | None = None,
     whitespace: str = "refuse",
+    runs: Sequence[int] | None = None,
 ) -> Batch:
     """All examples in one batch. A target gets `stop` appended (so that generation ends there), options do not.
+
+    `runs` numbers the vector each example is under, from 0; default: one for all.
 
     Raises:
         LaaiError: no example, an example that cannot be tokenised, or one longer than `max_length` tokens.
     """
     if not examples:
         raise LaaiError("no training examples, expected at least one")
-    rows: dict[tuple[int, tuple[int, ...]], int] = {}
+    runs = [0] * len(examples) if runs is None else runs
+    rows: dict[tuple[int, int, tuple[int, ...]], int] = {}
     prompt_lengths: list[int] = []
     scored: list[tuple[int, int, int, int]] = []
     owners: list[int] = []
@@ -104,21 +110,32 @@ def encode_examples(
                     f"example {index} ({_short(example.prompt)}) has {len(ids) + 1} tokens with its target, "
                     f"the model takes {max_length + 1}"
                 )
-            key = (len(prompt), ids)
+            key = (runs[index], len(prompt), ids)
             if key not in rows:
                 rows[key] = len(rows)
                 prompt_lengths.append(len(prompt))
             for offset, token in enumerate(continuation):
                 scored.append((rows[key], len(prompt) - 1 + offset, token, len(owners)))
             owners.append(index)
-    width = max(len(ids) for _, ids in rows)
+    width = max(len(ids) for *_, ids in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros_like(input_ids)
-    for (_, ids), row in rows.items():
+    for (*_, ids), row in rows.items():
         input_ids[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = 1
     rows_of, columns, tokens, continuations = torch.tensor(scored).T
-    return Batch(input_ids, mask, prompt_lengths, rows_of, columns, tokens, continuations, torch.tensor(owners))
+    return Batch(
+        input_ids,
+        mask,
+        prompt_lengths,
+        [run for run, *_ in rows],
+        rows_of,
+        columns,
+        tokens,
+        continuations,
+        torch.tensor(owners),
+        torch.tensor(list(runs)),
+    )
 
 
 def _short(text: str) -> str:

@@ -30,18 +30,19 @@ class Objective:
         if len(kinds) != 1:
             raise LaaiError("the examples mix targets with answer options: expected one kind")
         self.name = kinds.pop()
+        self._log_pi = torch.tensor([p for e in examples for p in smoothed(e.distribution or ())]).log()
+        counts = torch.tensor([len(example.options or ()) for example in examples])
+        self._owner = torch.arange(len(examples)).repeat_interleave(counts)
         self._count = len(examples)
-        pi = [share for example in examples for share in smoothed(example.distribution or ())]
-        self._log_pi = torch.tensor(pi).log()
-        self._ends = [len(example.options or ()) for example in examples]
 
     def per_example(self, logprobs: torch.Tensor) -> torch.Tensor:
         """[C] log-probabilities, continuations in the order of the examples, to [N] losses."""
         if self.name == "nll":
             return -logprobs
-        log_pi = self._log_pi.to(logprobs)
-        losses = []
-        for scores, target in zip(logprobs.split(self._ends), log_pi.split(self._ends), strict=True):
-            log_p = scores.log_softmax(0)
-            losses.append((log_p.exp() * (log_p - target)).sum())
-        return torch.stack(losses)
+        owner = self._owner.to(logprobs.device)
+        none = logprobs.new_zeros(self._count)
+        # Log-softmax within each example; its largest score is taken off first, so that nothing overflows.
+        largest = none.scatter_reduce(0, owner, logprobs.detach(), "amax", include_self=False)
+        shifted = logprobs - largest[owner]
+        log_p = shifted - none.index_add(0, owner, shifted.exp()).log()[owner]
+        return none.index_add(0, owner, log_p.exp() * (log_p - self._log_pi.to(logprobs)))

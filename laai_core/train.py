@@ -1,29 +1,49 @@
-"""Train one Δ on a few examples: the paper's eq. 2, by full forwards and backwards of the hooked model."""
+"""Train vectors on a few examples each: the paper's eq. 2."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from tqdm.auto import tqdm
 
-from laai_core.apply import Edit, hooked
 from laai_core.data import Example
 from laai_core.encode import WHITESPACE, Batch, encode_examples
 from laai_core.errors import LaaiError
+from laai_core.forward import Forward, PlainForward, frozen
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate, verify_causal
 from laai_core.objective import SMOOTHING, Objective
 from laai_core.optimize import OPTIMIZERS, Run, Step, minimise
 from laai_core.penalty import Penalty
+from laai_core.replay import ReplayForward
+
+logger = logging.getLogger(__name__)
 
 PENALTY_SCALES = ("relative", "absolute")
+PATHS = ("auto", "plain", "replay")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One vector to train: its examples, its layer (0-based, negative from the end) and its own settings."""
+
+    examples: Sequence[Example]
+    layer: int
+    l1: float = 0.001
+    group: float = 0.001
+    lr: float = 0.05
+    seed: int = 0
+    task: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,12 +62,12 @@ def train(
     tokenizer: Any,
     examples: Sequence[Example],
     layer: int,
-    l1: float = 0.001,
-    group: float = 0.001,
+    l1: float = Job.l1,
+    group: float = Job.group,
     penalty_scale: str = "relative",
     optimizer: str = "prox",
     steps: int = 100,
-    lr: float = 0.05,
+    lr: float = Job.lr,
     tolerance: float | None = None,
     seed: int = 0,
     stop: str = "\n",
@@ -55,6 +75,7 @@ def train(
     whitespace: str = "refuse",
     projection: str | None = None,
     batch_size: int | None = None,
+    path: str = "auto",
     task: str | None = None,
     progress: bool = False,
 ) -> TrainResult:
@@ -74,46 +95,163 @@ def train(
         whitespace: see `laai_core.encode.encode_pair`.
         projection: see `laai_core.locate.locate`.
         batch_size: rows per forward; default all. Changes memory, not the result.
+        path: `plain` runs whole prompts at every step, `replay` only what depends on the vector, `auto` is `replay`
+            where the model allows it. They give the same result.
         progress: show a tqdm bar on stderr.
 
     Raises:
         LaaiError: on bad arguments or data, before anything runs.
     """
-    check_arguments(l1, group, penalty_scale, optimizer, steps, lr, tolerance, whitespace, batch_size)
+    (result,) = train_many(
+        model,
+        tokenizer,
+        [Job(examples, layer, l1, group, lr, seed, task)],
+        penalty_scale=penalty_scale,
+        optimizer=optimizer,
+        steps=steps,
+        tolerance=tolerance,
+        stop=stop,
+        site=site,
+        whitespace=whitespace,
+        projection=projection,
+        batch_size=batch_size,
+        path=path,
+        progress=progress,
+    )
+    return result
+
+
+def train_many(
+    model: Any,
+    tokenizer: Any,
+    jobs: Sequence[Job],
+    penalty_scale: str = "relative",
+    optimizer: str = "prox",
+    steps: int = 100,
+    tolerance: float | None = None,
+    stop: str = "\n",
+    site: str = "heads",
+    whitespace: str = "refuse",
+    projection: str | None = None,
+    batch_size: int | None = None,
+    path: str = "auto",
+    progress: bool = False,
+) -> list[TrainResult]:
+    """Train several vectors; those of one layer run as rows of one batch, each with its own optimiser and end.
+
+    Arguments and errors as for `train`; the results are in the order of `jobs`.
+    """
+    if not jobs:
+        raise LaaiError("no jobs, expected at least one")
+    for job in jobs:
+        check_arguments(job.l1, job.group, penalty_scale, optimizer, steps, job.lr, tolerance, whitespace, batch_size)
+    if path not in PATHS:
+        raise LaaiError(f"unknown path {path!r}: expected one of {', '.join(PATHS)}")
     layout = locate(model, projection)
-    layer = layout.layer(layer)
-    shape = layout.shape(layer, site)
-    objective = Objective(examples)
+    layers = [layout.layer(job.layer) for job in jobs]
     max_length = getattr(layout.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    batch = encode_examples(tokenizer, examples, stop, max_length, whitespace)
-    with _frozen(layout.model):
+    prepared: list[tuple[int, list[int], Objective, Batch]] = []
+    for layer in sorted(set(layers)):
+        layout.shape(layer, site)
+        numbers = [number for number, at in enumerate(layers) if at == layer]
+        examples = [example for number in numbers for example in jobs[number].examples]
+        owners = [run for run, number in enumerate(numbers) for _ in jobs[number].examples]
+        batch = encode_examples(tokenizer, examples, stop, max_length, whitespace, owners)
+        prepared.append((layer, numbers, Objective(examples), batch))
+    results: dict[int, TrainResult] = {}
+    with ExitStack() as stack:
+        stack.enter_context(frozen(layout.model))
         verify_causal(layout)
-        forward = PlainForward(layout, batch, layer, site, batch_size)
-        rms = forward.activation_rms() if penalty_scale == "relative" else 1.0
-        groups = shape if len(shape) == 2 else (1, *shape)
+        bar = stack.enter_context(tqdm(total=steps * len(jobs), desc="train", disable=not progress, leave=False))
+        for layer, numbers, objective, batch in prepared:
+            plain = PlainForward(layout, batch, layer, site, batch_size)
+            rms = plain.activation_rms() if penalty_scale == "relative" else [1.0] * len(numbers)
+            forward = _chosen_path(path, plain, layout, batch, layer, site, batch_size)
+            shape = layout.shape(layer, site)
+            runs = [_run(jobs[number], shape, steps, optimizer, tolerance, bar) for number in numbers]
+            minimise(_evaluation(forward, objective, rms, batch), runs)
+            for number, run, unit in zip(numbers, runs, rms, strict=True):
+                facts = {
+                    "loss": objective.name,
+                    "penalty_scale": penalty_scale,
+                    "rms": unit,
+                    "optimizer": optimizer,
+                    "stop": stop,
+                }
+                results[number] = _result(layout, layer, site, jobs[number], run, unit, facts)
+    return [results[number] for number in range(len(jobs))]
 
-        def evaluate(x: torch.Tensor) -> tuple[float, torch.Tensor]:
-            loss, gradient = forward.loss_and_gradient(rms * x.flatten(), objective)
-            return loss, rms * gradient.view(groups)
 
-        with tqdm(total=steps, desc=f"train layer {layer}", disable=not progress, leave=False) as bar:
-            run = Run(evaluate, Penalty(l1, group), steps, _reporter(bar))
-            best = minimise(run, torch.zeros(groups), optimizer, lr, tolerance)
+def _run(job: Job, shape: tuple[int, ...], steps: int, optimizer: str, tolerance: float | None, bar: Any) -> Run:
+    """The optimiser of one job, at x = 0. Without heads the whole vector is one group."""
+
+    def report(step: Step) -> None:
+        bar.update()
+        bar.set_postfix(objective=f"{step.objective:.4f}", heads=step.active_heads)
+
+    groups = shape if len(shape) == 2 else (1, *shape)
+    return Run(Penalty(job.l1, job.group), torch.zeros(groups), steps, optimizer, job.lr, tolerance, report)
+
+
+def _evaluation(forward: Forward, objective: Objective, rms: Sequence[float], batch: Batch) -> Any:
+    """What `minimise` calls: x of the active runs to their losses and gradients, with Δ = rms * x."""
+    run_of_example = batch.run_of_example.tolist()
+
+    def evaluate(points: list[torch.Tensor], active: list[int]) -> list[tuple[float, torch.Tensor, str]]:
+        units = torch.tensor([rms[run] for run in active])
+        vectors = units.unsqueeze(1) * torch.stack([x.flatten() for x in points])
+        losses, gradients, per_example = forward.loss_and_gradient(vectors, objective, active)
+        gradients = units.unsqueeze(1) * gradients.cpu()
+        found = []
+        for run, x, loss, gradient in zip(active, points, losses.tolist(), gradients, strict=True):
+            culprit = _culprit(per_example, run, run_of_example)
+            found.append((loss, gradient.view(x.shape), culprit))
+        return found
+
+    return evaluate
+
+
+def _culprit(per_example: torch.Tensor, run: int, run_of_example: list[int]) -> str:
+    """Which of a run's examples has a loss that is not finite."""
+    bad = (~torch.isfinite(per_example)).nonzero().flatten().tolist()
+    first = run_of_example.index(run)
+    return next((f" (example {number - first})" for number in bad if run_of_example[number] == run), "")
+
+
+def _chosen_path(
+    path: str, plain: PlainForward, layout: Layout, batch: Batch, layer: int, site: str, batch_size: int | None
+) -> Forward:
+    """The fast path where it gives the plain one's numbers on this model, else the plain one."""
+    if path == "plain" or layout.virtual_tokens:
+        return plain
+    replay = ReplayForward(layout, batch, layer, site, batch_size)
+    if path == "replay":
+        return replay
+    difference = replay.difference_from(plain)
+    tolerance = 1e-3 if layout.model.dtype == torch.float32 else 0.2
+    if not isinstance(difference, str) and difference <= tolerance:
+        return replay
+    reason = difference if isinstance(difference, str) else f"log-probabilities differ by {difference:.2g}"
+    logger.warning("%s cannot be replayed (%s): training by full forwards", type(layout.model).__name__, reason)
+    return plain
+
+
+def _result(
+    layout: Layout, layer: int, site: str, job: Job, run: Run, rms: float, facts: dict[str, Any]
+) -> TrainResult:
+    """The best point of a run as an intervention that says how it was made."""
+    best = run.result()
     residual = run.penalty.stationarity(best.x, best.gradient)
     training = {
-        "loss": objective.name,
+        **facts,
         "epsilon": SMOOTHING,
-        "l1": l1,
-        "group": group,
-        "penalty_scale": penalty_scale,
-        "rms": rms,
-        "optimizer": optimizer,
-        "lr": lr if optimizer == "adam" else None,
+        "l1": job.l1,
+        "group": job.group,
+        "lr": job.lr if facts["optimizer"] == "adam" else None,
         "steps": len(run.history),
-        "seed": seed,
-        "n_train": len(examples),
-        "stop": stop,
-        "examples_sha256": examples_sha256(examples),
+        "seed": job.seed,
+        "n_train": len(job.examples),
+        "examples_sha256": examples_sha256(job.examples),
         "objective": best.objective,
         "task_loss": best.loss,
         "stationarity": residual,
@@ -125,113 +263,19 @@ def train(
             "transformers": transformers.__version__,
         },
     }
-    metadata = {**model_facts(layout, layer, site), "task": task, "method": "laai", "training": training}
-    intervention = Intervention({layer: (rms * best.x).view(shape)}, site=site, metadata=metadata)
+    metadata = {**model_facts(layout, layer), "task": job.task, "method": "laai", "training": training}
+    vector = (rms * best.x).view(layout.shape(layer, site))
+    intervention = Intervention({layer: vector}, site=site, metadata=metadata)
     return TrainResult(intervention, run.history, best.objective, residual, run.stopped)
 
 
-class PlainForward:
-    """Loss and gradient by full hooked forwards: the reference every faster path is tested against."""
-
-    def __init__(self, layout: Layout, batch: Batch, layer: int, site: str, batch_size: int | None = None) -> None:
-        self._layout, self._layer, self._site = layout, layer, site
-        device = layout.model.get_input_embeddings().weight.device
-        self._batch = batch.to("cpu" if device.type == "meta" else device)
-        rows = len(batch.prompt_lengths)
-        size = batch_size or rows
-        self._chunks = [range(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-    def loss_and_gradient(self, vector: torch.Tensor, objective: Objective) -> tuple[float, torch.Tensor]:
-        """Mean task loss with `vector` [D] at the last prompt tokens, and its gradient [D], both float32.
-
-        With several chunks the continuations' log-probabilities are computed first, then each chunk is run again
-        with the loss's derivative by them: the loss may couple rows (kl over options).
-        """
-        delta = vector.detach().requires_grad_()
-        chunks = self._chunks
-        with torch.enable_grad():
-            if len(chunks) == 1:
-                losses = objective.per_example(self._continuations([self._token_logprobs(delta, chunks[0])]))
-                loss = losses.mean()
-                (gradient,) = torch.autograd.grad(loss, delta)
-                return float(loss.detach()), gradient.float()
-            with torch.no_grad():
-                logprobs = self._continuations([self._token_logprobs(delta, chunk) for chunk in chunks])
-            logprobs.requires_grad_()
-            loss = objective.per_example(logprobs).mean()
-            (weights,) = torch.autograd.grad(loss, logprobs)
-            gradient = torch.zeros_like(delta)
-            for chunk in chunks:
-                index, scores = self._token_logprobs(delta, chunk)
-                weighted = (scores * weights[self._batch.continuation[index]]).sum()
-                gradient += torch.autograd.grad(weighted, delta)[0]
-        return float(loss.detach()), gradient.float()
-
-    @torch.no_grad()
-    def continuation_logprobs(self, vector: torch.Tensor) -> torch.Tensor:
-        """[C] log p(continuation | prompt) with `vector` [D] applied."""
-        return self._continuations([self._token_logprobs(vector, chunk) for chunk in self._chunks])
-
-    @torch.no_grad()
-    def activation_rms(self) -> float:
-        """Root mean square of the site's activation over the last prompt tokens, one an example."""
-        batch = self._batch
-        module = self._layout.module(self._layer, self._site)
-        seen: list[torch.Tensor] = []
-
-        def keep(value: torch.Tensor) -> None:
-            ends = torch.tensor(batch.prompt_lengths[part], device=value.device) - 1
-            # OPT's feed-forward sees all rows of the batch in one.
-            rows = value.reshape(len(ends), -1, value.shape[-1])
-            seen.append(rows[torch.arange(len(ends), device=value.device), ends].float())
-
-        if self._site == "heads":
-            handle = module.register_forward_pre_hook(lambda module, args: keep(args[0]))
-        else:
-            handle = module.register_forward_hook(
-                lambda module, args, output: keep(output[0] if isinstance(output, tuple) else output)
-            )
-        try:
-            for chunk in self._chunks:
-                part = slice(chunk.start, chunk.stop)
-                self._layout.model(
-                    input_ids=batch.input_ids[part], attention_mask=batch.attention_mask[part], use_cache=False
-                )
-        finally:
-            handle.remove()
-        # An example's options may fill several rows; each of them holds its prompt.
-        owners = batch.example[batch.continuation].tolist()
-        row_of = dict(zip(owners, batch.row.tolist(), strict=True))
-        rms = float(torch.cat(seen)[list(row_of.values())].square().mean().sqrt())
-        if rms == 0:
-            raise LaaiError(f"layer {self._layer}, site {self._site} is all zero: use --penalty-scale absolute")
-        return rms
-
-    def _token_logprobs(self, delta: torch.Tensor, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which scored tokens lie in `rows`, and their log-probabilities, float32."""
-        batch = self._batch
-        index = ((batch.row >= rows.start) & (batch.row < rows.stop)).nonzero().squeeze(1)
-        part = slice(rows.start, rows.stop)
-        with hooked(self._layout, Edit({self._layer: delta}, self._site), batch.prompt_lengths[part]):
-            logits = self._layout.model(
-                input_ids=batch.input_ids[part], attention_mask=batch.attention_mask[part], use_cache=False
-            ).logits
-        chosen = logits[batch.row[index] - rows.start, batch.column[index]].float()
-        return index, chosen.log_softmax(-1).gather(1, batch.token[index].to(chosen.device).unsqueeze(1)).squeeze(1)
-
-    def _continuations(self, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """Token log-probabilities summed by continuation: [C]."""
-        index = torch.cat([i for i, _ in parts])
-        scores = torch.cat([s for _, s in parts])
-        total = scores.new_zeros(len(self._batch.example))
-        return total.index_add(0, self._batch.continuation[index].to(scores.device), scores)
-
-
-def model_facts(layout: Layout, layer: int, site: str) -> dict[str, Any]:
+def model_facts(layout: Layout, layer: int) -> dict[str, Any]:
     """What a file records of the model (DESIGN: the file)."""
     config = layout.model.config
+    name = getattr(config, "_name_or_path", "") or type(layout.model).__name__
     return {
-        "base_model": getattr(config, "_name_or_path", "") or type(layout.model).__name__,
+        # Where a local model lay says nothing to anyone else, and would make equal trainings unequal files.
+        "base_model": Path(name).resolve().name if Path(name).exists() else name,
         "model_type": config.model_type,
         "num_hidden_layers": len(layout.blocks),
         "num_attention_heads": layout.num_heads,
@@ -244,34 +288,6 @@ def examples_sha256(examples: Sequence[Example]) -> str:
     """Identity of the training examples, in order."""
     rows = [[e.prompt, e.target, e.options, e.distribution] for e in examples]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
-
-
-class _frozen:
-    """Evaluation mode and no gradients for the weights, put back as they were at the end."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._training = [m for m in self._model.modules() if m.training]
-        self._learning = [p for p in self._model.parameters() if p.requires_grad]
-        self._model.eval()
-        for parameter in self._learning:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *error: object) -> None:
-        for module in self._training:
-            module.training = True
-        for parameter in self._learning:
-            parameter.requires_grad_(True)
-
-
-def _reporter(bar: Any) -> Callable[[Step], None]:
-    def report(step: Step) -> None:
-        bar.update()
-        bar.set_postfix(objective=f"{step.objective:.4f}", heads=step.active_heads)
-
-    return report
 
 
 def check_arguments(

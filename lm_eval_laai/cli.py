@@ -23,10 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_tasks(commands: Any) -> None:
     parser = commands.add_parser("tasks", help="list the harness tasks, and the --include_path to give")
     parser.set_defaults(command=_tasks)
+    parser.add_argument("--include-path", action="store_true", help="print that path and nothing else")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _tasks(arguments: argparse.Namespace) -> Report:
+    if arguments.include_path:
+        return Report({"include_path": str(include_path())}, str(include_path()))
     tasks = list_tasks()
     facts = {"include_path": str(include_path()), "tasks": [task._asdict() for task in tasks]}
     rows = table(

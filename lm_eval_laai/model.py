@@ -7,10 +7,12 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
@@ -38,7 +40,8 @@ class HFLaai(HFLM):
     """HFLM that applies interventions. Without `intervention` everything is HFLM's own.
 
     Args:
-        intervention: a file, a folder of `<harness task name>.safetensors` that routes by task, or an Intervention.
+        intervention: a file, `org/repo[:file][@revision]` on the Hugging Face Hub, a folder of
+            `<harness task name>.safetensors` that routes by task, or an Intervention.
         scale: factor on every intervention's own scale.
         unrouted: a task without a file in the folder: `error` (refuse before any request runs) or `none`.
         projection: module path of the attention output projection, see `laai_core.locate.locate`.
@@ -58,7 +61,12 @@ class HFLaai(HFLM):
         **kwargs: Any,
     ) -> None:
         self._routing = None if intervention is None else Routing(intervention, scale, unrouted)
+        if self._routing is not None:
+            _refuse_tensor_parallel(kwargs)
+        if isinstance(pretrained, str) and kwargs.get("tp_plan") is None:
+            _join_cpu_launch()
         super().__init__(pretrained, **kwargs)
+        self._share_requests_between_processes()
         self._row_edits: list[Edit | None] | None = None  # of the loglikelihood call in progress
         self._context_edits: list[Edit | None] | None = None  # of the generation batch in progress
         if self._routing is None:
@@ -70,6 +78,12 @@ class HFLaai(HFLM):
         self._edits = {id(iv): Edit.of(iv, self._layout) for iv in self._routing.all()}
         for iv in self._routing.all():
             self._warn_if_made_elsewhere(iv)
+
+    def _share_requests_between_processes(self) -> None:
+        """Rank and world size of a launch of several processes, which HFLM sets only where it sees several GPUs."""
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and self.world_size == 1:
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def _warn_if_made_elsewhere(self, intervention: Intervention) -> None:
         """A vector for another model of the same shape, or trained in another dtype, works, and means less."""
@@ -135,8 +149,9 @@ class HFLaai(HFLM):
                 context_len=1,
             )
             before = len(rows)
-            for window in map(utils.make_disjoint_window, windows):
-                rows.append(Row(*window, edit if len(rows) == before else _in_later_windows(edit)))
+            for prompt, continuation in map(utils.make_disjoint_window, windows):
+                here = edit if len(rows) == before else _in_later_windows(edit)
+                rows.append(Row(prompt, continuation, here))
             counts.append(len(rows) - before)
         scores = iter(self._score(rows, "loglikelihood_rolling", disable_tqdm))
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
@@ -194,6 +209,19 @@ class HFLaai(HFLM):
         self._routing.require(request.task_name for request in requests)
         interventions = [self._routing.get(request.task_name) for request in requests]
         return [None if iv is None else self._edits[id(iv)] for iv in interventions]
+
+
+def _join_cpu_launch() -> None:
+    """Meet torchrun's other processes on a machine without an accelerator: accelerate does so only for `cpu=True`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        PartialState(cpu=True, timeout=timedelta(weeks=52))  # HFLM's own: a process may wait long for a slower one
+
+
+def _refuse_tensor_parallel(arguments: dict[str, Any]) -> None:
+    """Before the model loads; `locate` refuses a model that came sharded in another way."""
+    for name in ("tp_plan", "tp_size"):
+        if arguments.get(name) is not None:
+            raise LaaiError(f"{name} is refused with an intervention: it splits layers; use parallelize=True or device_map")
 
 
 def _in_later_windows(edit: Edit | None) -> Edit | None:

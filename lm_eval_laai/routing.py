@@ -16,7 +16,8 @@ class Routing:
     """Interventions by task name.
 
     Args:
-        source: an Intervention, a file, or a folder of `<harness task name>.safetensors`.
+        source: an Intervention, a file, `org/repo[:file][@revision]` on the Hugging Face Hub, or a folder of
+            `<harness task name>.safetensors`.
         scale: factor on every intervention's own scale.
         unrouted: a task without a file in the folder is refused (`error`) or run untouched (`none`).
 

@@ -9,8 +9,6 @@ last prompt token, the same text split elsewhere is another computation. Request
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from laai_core.apply import Edit, hooked
+from laai_core.cache import model_inputs, padded, selected
 from laai_core.errors import LaaiError
+from laai_core.forward import model_device
 from laai_core.locate import Layout
 
 # A shared prompt's cache is repeated for its continuations; below this many tokens that is never a memory question.
@@ -70,12 +70,7 @@ class Scorer:
     def __init__(self, model: Any, layout: Layout, max_length: int, softmax_dtype: torch.dtype | None) -> None:
         self._model, self._layout = model, layout
         self._max_length, self._softmax_dtype = max_length, softmax_dtype
-        self._takes_positions = "position_ids" in inspect.signature(layout.model.forward).parameters
-
-    @property
-    def _device(self) -> torch.device:
-        device = self._layout.model.get_input_embeddings().weight.device
-        return torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate moves the inputs
+        self._device = model_device(layout)
 
     def score(
         self, rows: Sequence[Row], batch_size: int, done: Callable[[int], object] = lambda count: None
@@ -123,7 +118,7 @@ class Scorer:
     def _plain(self, groups: Sequence[_Group]) -> Iterator[tuple[int, Answer]]:
         """One right-padded row a group, without a mask, as the harness calls the model."""
         inputs = [g.prompt + g.longest()[:-1] for g in groups]
-        ids = _padded(inputs, left=False).to(self._device)  # [B, T]
+        ids, _ = self._padded(inputs)  # [B, T]
         with self._writing([g.edit for g in groups], [len(g.prompt) for g in groups]):
             logits = self._model(ids).logits  # [B, virtual + T, V]
         logits = logits[:, logits.shape[1] - ids.shape[1] :]
@@ -136,27 +131,23 @@ class Scorer:
     def _shared(self, groups: Sequence[_Group], batch_size: int) -> Iterator[tuple[int, Answer]]:
         """A left-padded pass over the prompts, then the continuations' stems against copies of its cache."""
         edits = [g.edit for g in groups]
-        prompts = _padded([g.prompt for g in groups], left=True).to(self._device)  # [G, P]
-        lengths = torch.tensor([len(g.prompt) for g in groups], device=self._device)
-        width = prompts.shape[1]
-        mask = (torch.arange(width, device=self._device) >= width - lengths.unsqueeze(1)).long()
-        with self._writing(edits, lengths.tolist()):
-            output = self._call(prompts, mask, (mask.cumsum(1) - 1).clamp_min(0))
+        lengths = [len(g.prompt) for g in groups]
+        tokens, mask = self._padded([g.prompt for g in groups], left=True)  # [G, P]
+        with self._writing(edits, lengths):
+            output = self._model(**model_inputs(self._layout, tokens, mask), use_cache=True)
         first = self._log_softmax(output.logits[:, -1])  # [G, V]
         stems = [(g, stem) for g, group in enumerate(groups) for stem in group.stems()]
         tails: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
-        size = max(batch_size, _FREE_CACHE_TOKENS // width)
+        size = max(batch_size, _FREE_CACHE_TOKENS // tokens.shape[1])
         for start in range(0, len(stems), size):
             chunk = stems[start : start + size]
-            owners = torch.tensor([g for g, _ in chunk], device=self._device)
-            ids = _padded([stem for _, stem in chunk], left=False).to(self._device)  # [S, L]
-            real = torch.tensor([len(stem) for _, stem in chunk], device=self._device).unsqueeze(1)
-            offsets = torch.arange(ids.shape[1], device=self._device)
-            cache = copy.deepcopy(output.past_key_values) if start + size < len(stems) else output.past_key_values
-            cache.batch_select_indices(owners)
-            stem_mask = torch.cat([mask[owners], (offsets < real).long()], dim=1)
-            with self._writing([edits[g] for g, _ in chunk], lengths[owners].tolist()):
-                logits = self._call(ids, stem_mask, lengths[owners].unsqueeze(1) + offsets, cache).logits
+            owners = [g for g, _ in chunk]
+            rows = torch.tensor(owners, device=self._device)
+            prompt_lengths = torch.tensor(lengths, device=self._device)[rows]
+            inputs = model_inputs(self._layout, *self._padded([s for _, s in chunk]), mask[rows], prompt_lengths)
+            cache = selected(output.past_key_values, rows)
+            with self._writing([edits[g] for g in owners], [lengths[g] for g in owners]):
+                logits = self._model(**inputs, past_key_values=cache, use_cache=True).logits  # [S, L, V]
             for row, (g, stem) in enumerate(chunk):
                 tails[g, stem] = self._log_softmax(logits[row, : len(stem)])
         for g, group in enumerate(groups):
@@ -166,19 +157,19 @@ class Scorer:
                 span = torch.cat([head, tails[g, stem].to(head.device)]) if stem else head
                 yield number, _answer(span, continuation)
 
-    def _call(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any = None) -> Any:
-        extra = {"position_ids": positions} if self._takes_positions else {}
-        return self._model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
-
     def _cache_can_be_shared(self, group: _Group) -> bool:
         """Whether this model returns a cache whose rows can be repeated (recurrent states may not)."""
         ids = torch.tensor([group.prompt[:1]], device=self._device)
         cache = getattr(self._model(input_ids=ids, use_cache=True), "past_key_values", None)
         try:
-            cache.batch_select_indices(torch.tensor([0, 0], device=self._device))  # type: ignore[union-attr]
+            selected(cache, torch.tensor([0, 0], device=self._device))
         except (AttributeError, NotImplementedError):
             return False
         return True
+
+    def _padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, mask = padded(rows, left)
+        return tokens.to(self._device), mask.to(self._device)
 
     def _writing(self, edits: Sequence[Edit | None], prompt_lengths: Sequence[int]) -> Any:
         return hooked(self._layout, edits, prompt_lengths)
@@ -206,13 +197,3 @@ def _packed(groups: Sequence[_Group], batch_size: int) -> Iterator[list[_Group]]
         rows += size
     if chunk:
         yield chunk
-
-
-def _padded(rows: Sequence[Sequence[int]], left: bool) -> torch.Tensor:
-    """[B, longest], padded with token 0: never attended to, or behind everything that is read."""
-    width = max(len(row) for row in rows)
-    padded = torch.zeros(len(rows), width, dtype=torch.long)
-    for number, row in enumerate(rows):
-        start = width - len(row) if left else 0
-        padded[number, start : start + len(row)] = torch.tensor(row)
-    return padded

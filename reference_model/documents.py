@@ -61,26 +61,33 @@ class Documents:
             for name in self.names
         }
 
-    def word_document(self, rng: np.random.Generator) -> tuple[list[int], list[bool]]:
-        """Tokens and loss marks of one document: PAIRS different words under one relation."""
-        pieces = self.pieces[rng.choice(self.names, p=self.shares)]
+    def word_document(self, rng: np.random.Generator, words: int) -> tuple[list[int], list[bool], int]:
+        """Tokens, loss marks and relation (its index in `names`) of one document: PAIRS of the first `words` words."""
+        relation = int(rng.choice(len(self.names), p=self.shares))
+        pieces = self.pieces[self.names[relation]]
         ids, answer = [self.bos], [False]
-        for index in rng.choice(len(pieces), PAIRS, replace=False):
+        for index in rng.choice(min(words, len(pieces)), PAIRS, replace=False):
             ids += pieces[index].ids
             answer += pieces[index].answer
-        return ids, answer
+        return ids, answer, relation
 
-    def batch(self, rng: np.random.Generator, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and labels, both [rows, length]; a label stands at its own token and is IGNORE off the answers."""
+    def batch(
+        self, rng: np.random.Generator, rows: int, words: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids and labels, both [rows, length], and relations [rows].
+
+        A label stands at its own token and is IGNORE off the answers.
+        """
         ids = torch.full((rows, self.length), self.pad)
         labels = torch.full((rows, self.length), IGNORE)
+        relations = torch.zeros(rows, dtype=torch.long)
         for row in range(rows):
-            tokens, answer = self.word_document(rng)
+            tokens, answer, relations[row] = self.word_document(rng, words)
             size = min(len(tokens), self.length)
             ids[row, :size] = torch.tensor(tokens[:size])
             marks = torch.tensor(answer[:size])
             labels[row, :size][marks] = ids[row, :size][marks]
-        return ids, labels
+        return ids, labels, relations
 
 
 def piece(tokenizer: Tokenizer, prompt: str, target: str) -> Piece:

@@ -16,7 +16,7 @@ def positions(position: str, prompt_length: int, length: int) -> list[int]:
 
 
 class AddByIndex:
-    """Adds `vector` at the positions of unpadded rows whose prompt has `prompt_length` tokens; every call is a full one."""
+    """Adds `vector` to unpadded rows whose prompt has `prompt_length` tokens; every call is a full one."""
 
     def __init__(self, model, path, vector, site, position, prompt_length):
         self.model, self.module = model, model.get_submodule(path)

@@ -258,7 +258,7 @@ def empty_folder(folder: Path, _: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "flags", "said"),
     [
-        (encoder, [], "not causal"),
+        (encoder, [], "expected a causal language model"),
         (encoder_decoder, [], "encoder-decoder"),
         (wordless, [], "has no tokens"),
         (no_tokenizer, [], "cannot load the tokenizer"),

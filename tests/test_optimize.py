@@ -59,8 +59,9 @@ def minima() -> dict[tuple[float, float], np.ndarray]:
 
 
 def solve(evaluate, case=(0.2, 0.3), budget=200, optimizer="prox", lr=0.05, tolerance=None, start=None):
-    run = Run(evaluate, Penalty(*case), budget)
-    return run, minimise(run, torch.zeros(SHAPE) if start is None else start, optimizer, lr, tolerance)
+    run = Run(Penalty(*case), torch.zeros(SHAPE) if start is None else start, budget, optimizer, lr, tolerance)
+    minimise(lambda points, active: [(*evaluate(points[0]), "")], [run])
+    return run, run.result()
 
 
 @pytest.mark.parametrize("case", PENALTIES)
@@ -152,8 +153,8 @@ def test_history_is_what_was_evaluated(optimizer):
         return quadratic(x)
 
     reported = []
-    run = Run(evaluate, Penalty(0.2, 0.3), 30, reported.append)
-    minimise(run, torch.zeros(SHAPE), optimizer, 0.05, None)
+    run = Run(Penalty(0.2, 0.3), torch.zeros(SHAPE), 30, optimizer, on_step=reported.append)
+    minimise(lambda points, active: [(*evaluate(points[0]), "")], [run])
     assert reported == run.history
     assert not points[0].any()  # the start is evaluated too
     for x, step in zip(points, run.history, strict=True):
@@ -240,3 +241,36 @@ def test_prox_survives_a_loss_that_is_not_convex():
     run, best = solve(evaluate, (0.05, 0.05), 200, start=start)
     assert best.objective < run.history[0].objective
     assert Penalty(0.05, 0.05).stationarity(best.x, best.gradient) < 1e-3
+
+
+def test_runs_of_one_batch_are_those_of_separate_ones():
+    """Other penalties, budgets and optimisers side by side; a run that ends is no longer asked about."""
+    settings = [(0.2, 0.3, 30, "prox"), (0.05, 0.0, 12, "adam"), (50.0, 50.0, 30, "prox")]
+    runs = [Run(Penalty(l1, group), torch.zeros(SHAPE), budget, kind) for l1, group, budget, kind in settings]
+    rounds = []
+
+    def evaluate(points, active):
+        rounds.append(list(active))
+        return [(*Quadratic()(x), "") for x in points]
+
+    minimise(evaluate, runs)
+    for run, (l1, group, budget, kind) in zip(runs, settings, strict=True):
+        alone, best = solve(Quadratic(), (l1, group), budget, kind)
+        assert run.history == alone.history
+        assert torch.equal(run.result().x, best.x)
+    assert rounds[0] == [0, 1, 2] and rounds[-1] == [0]
+    assert sum(map(len, rounds)) == sum(len(run.history) for run in runs)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_interrupt_keeps_the_best_so_far(optimizer):
+    quadratic = Quadratic()
+
+    def evaluate(x):
+        if quadratic.calls == 6:
+            raise KeyboardInterrupt
+        return quadratic(x)
+
+    run, best = solve(evaluate, budget=50, optimizer=optimizer)
+    assert run.stopped == "interrupted after 6 evaluations"
+    assert best.objective == min(step.objective for step in run.history)

@@ -26,9 +26,9 @@ from tiny import (
 import laai_core as laai
 from laai_core import Example, LaaiError
 from laai_core.encode import encode_examples
+from laai_core.forward import PlainForward
 from laai_core.locate import locate
 from laai_core.objective import Objective
-from laai_core.train import PlainForward
 
 LAYER = 1
 PATHS = {"heads": PROJECTION_PATHS, "residual": BLOCK_PATHS, "mlp": MLP_PATHS}
@@ -113,9 +113,27 @@ class Reference:
         return float(torch.stack(seen).square().mean().sqrt())
 
 
-def plain_forward(name: str, examples, site="heads", layer=LAYER, batch_size=None) -> PlainForward:
+class OneRun:
+    """The plain path with a single vector."""
+
+    def __init__(self, forward: PlainForward) -> None:
+        self.forward = forward
+
+    def loss_and_gradient(self, delta: torch.Tensor, objective: Objective) -> tuple[float, torch.Tensor]:
+        losses, gradients, _ = self.forward.loss_and_gradient(delta.unsqueeze(0), objective, [0])
+        return float(losses[0]), gradients[0]
+
+    def continuation_logprobs(self, delta: torch.Tensor) -> torch.Tensor:
+        return self.forward.continuation_logprobs(delta.unsqueeze(0))
+
+    def activation_rms(self) -> float:
+        (rms,) = self.forward.activation_rms()
+        return rms
+
+
+def plain_forward(name: str, examples, site="heads", layer=LAYER, batch_size=None) -> OneRun:
     model = tiny_model(name).requires_grad_(False)
-    return PlainForward(locate(model), encode_examples(TOKENIZER, examples), layer, site, batch_size)
+    return OneRun(PlainForward(locate(model), encode_examples(TOKENIZER, examples), layer, site, batch_size))
 
 
 def some_delta(name: str, site: str = "heads", size: float = 0.5) -> torch.Tensor:
@@ -466,7 +484,7 @@ def test_the_model_is_left_as_it_was_after_an_exception(calls):
     handle = model.get_submodule("model.layers.2").register_forward_hook(fail)
     before = state(model)
     with pytest.raises(RuntimeError, match="out of memory"):
-        train(model=model)
+        train(model=model, path="plain")
     assert count == calls
     assert_unchanged(before, state(model))
     handle.remove()

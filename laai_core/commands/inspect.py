@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from laai_core.commands.report import Report, table
+from laai_core.facts import flat
+from laai_core.hub import local_file
 from laai_core.intervention import Intervention
 from laai_core.plot import check_plot, heat_map
 
@@ -16,7 +18,7 @@ def add(commands: Any) -> None:
     """Put `inspect` on a parser."""
     parser = commands.add_parser("inspect", help="show an intervention: layer, site, norms, sparsity, training")
     parser.set_defaults(command=_command)
-    parser.add_argument("file", metavar="FILE", help="a .safetensors file written by laai train")
+    parser.add_argument("file", metavar="FILE", help="a .safetensors file, or org/repo[:file][@revision]")
     parser.add_argument("--plot", metavar="FILE.png", help="draw a heat map, heads by dimensions")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
@@ -24,10 +26,11 @@ def add(commands: Any) -> None:
 def _command(arguments: argparse.Namespace) -> Report:
     if arguments.plot:
         check_plot(Path(arguments.plot))
-    intervention = Intervention.load(arguments.file)
+    path = local_file(arguments.file)
+    intervention = Intervention.load(path)
     facts = {
         "file": arguments.file,
-        "sha256": hashlib.sha256(Path(arguments.file).read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         **describe(intervention),
     }
     if arguments.plot:
@@ -61,7 +64,7 @@ def describe(intervention: Intervention) -> dict[str, Any]:
 
 def _text(facts: dict[str, Any]) -> str:
     keys = ("file", "sha256", "site", "position", "scale", "operation")
-    parts = [table([(key, facts[key]) for key in keys] + [(k, v) for k, v in _flat(facts["metadata"])])]
+    parts = [table([(key, facts[key]) for key in keys] + [(k, v) for k, v in flat(facts["metadata"])])]
     for number, layer in facts["layers"].items():
         width = layer["shape"][-1]
         heads = f"{layer['active_heads']} of {layer['shape'][0]} heads active, " if len(layer["shape"]) == 2 else ""
@@ -74,15 +77,3 @@ def _text(facts: dict[str, Any]) -> str:
     if "plot" in facts:
         parts.append(f"\nheat map: {facts['plot']}")
     return "\n".join(parts)
-
-
-def _flat(metadata: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested metadata as lines: training.steps, ..."""
-    rows: list[tuple[str, Any]] = []
-    for key, value in sorted(metadata.items()):
-        if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{key}.")
-        else:
-            # Strings as JSON-like literals: a stop string is a line break.
-            rows.append((prefix + key, repr(value) if isinstance(value, str) and not value.isprintable() else value))
-    return rows

@@ -1,0 +1,78 @@
+"""Prompts that run once and are read by many: ragged rows as model inputs, and views of their key-value cache.
+
+The views work on the layer objects of transformers' caches; a copy is shallow, and every cache layer replaces its
+tensors instead of writing into them, so that the original stays as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from laai_core.locate import Layout
+
+
+def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and mask [R, longest] of ragged rows, padded with token 0."""
+    width = max(map(len, rows))
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for number, row in enumerate(rows):
+        start = width - len(row) if left else 0
+        tokens[number, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[number, start : start + len(row)] = 1
+    return tokens, mask
+
+
+def model_inputs(
+    layout: Layout,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    cached_mask: torch.Tensor | None = None,
+    cached_lengths: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """The model's arguments for tokens [R, T] behind what is cached; positions count each row's real tokens.
+
+    `cached_mask` [R, P] and `cached_lengths` [R] describe the cache, if there is one.
+    """
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": mask if cached_mask is None else torch.cat([cached_mask, mask], 1),
+    }
+    if "position_ids" in inspect.signature(layout.model.forward).parameters:
+        first = 0 if cached_lengths is None else cached_lengths.unsqueeze(1)
+        inputs["position_ids"] = first + (mask.cumsum(1) - 1).clamp_min(0)
+    return inputs
+
+
+def selected(cache: Any, rows: torch.Tensor) -> Any:
+    """A cache with `rows` [n] of another, in that order, repeats allowed.
+
+    Raises:
+        AttributeError, NotImplementedError: for caches whose rows cannot be chosen (recurrent states).
+    """
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen.batch_select_indices(rows)
+    return chosen
+
+
+def read_only(cache: Any) -> Any:
+    """A cache whose `update` returns old and new keys and values together, and keeps only the old ones."""
+    frozen = copy.copy(cache)
+    frozen.layers = [_read_only_layer(layer) for layer in cache.layers]
+    return frozen
+
+
+def _read_only_layer(layer: Any) -> Any:
+    frozen = copy.copy(layer)
+
+    def update(keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return copy.copy(layer).update(keys, values, *args, **kwargs)
+
+    frozen.update = update
+    return frozen

@@ -1,0 +1,112 @@
+"""The model card of an intervention on the Hub: what it is, how it was trained, how it scored, how to use it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from laai_core.facts import flat
+from laai_core.hub import is_repository
+
+if TYPE_CHECKING:
+    from laai_core.intervention import Intervention
+
+Scores = Mapping[str, Mapping[str, Any]]
+
+_SITES = {
+    "heads": "attention-head outputs (the input of the attention output projection)",
+    "residual": "output of the decoder block",
+    "mlp": "output of the feed-forward module",
+}
+_POSITIONS = {
+    "last": "the last token of the prompt",
+    "generated": "the last token of the prompt and every token after it",
+    "all": "every token",
+}
+
+
+def model_card(intervention: Intervention, repo: str, file: str, scores: Scores | None = None) -> str:
+    """The text of README.md.
+
+    Args:
+        repo, file: where the intervention will lie.
+        scores: {task: {metric: value}}; the `results` of the harness's results file can be handed over as they are.
+    """
+    metadata = intervention.metadata
+    base = str(metadata.get("base_model") or "unknown")
+    on_hub = is_repository(base)
+    if not on_hub:
+        base = os.path.basename(os.path.normpath(base))  # the rest of a path says where it lay on somebody's machine
+    header: dict[str, Any] = {"library_name": "laai", "tags": ["laai", "activation-steering"]}
+    if on_hub:
+        header["base_model"] = base
+    task = metadata.get("task")
+    layers = ", ".join(map(str, intervention.layers))
+    verb = "added to" if intervention.operation == "add" else "applied (in-context vector rule) to"
+    facts = [
+        ("base model", f"[{base}](https://huggingface.co/{base})" if on_hub else base),
+        ("task", task),
+        ("method", metadata.get("method")),
+        ("layers (from 0)", layers),
+        ("site", f"`{intervention.site}`: {_SITES[intervention.site]}"),
+        ("position", f"`{intervention.position}`: {_POSITIONS[intervention.position]}"),
+        ("operation", f"`{intervention.operation}`, scale {intervention.scale:g}"),
+        ("vector", " x ".join(map(str, intervention.vector(intervention.layers[0]).shape))),
+        ("SHA-256 of the file", f"`{intervention.sha256}`"),
+    ]
+    training = metadata.get("training")
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(header, sort_keys=True).rstrip(),
+            "---",
+            f"# {repo.partition('/')[2]}",
+            "",
+            f"An activation intervention for {base}, {verb} the {_SITES[intervention.site]} of layer {layers}, "
+            f"at {_POSITIONS[intervention.position]}. The model's weights stay as they are.",
+            "",
+            *_table(("", ""), facts),
+            "",
+            "## Training",
+            "",
+            *(_table(("", ""), flat(training)) if isinstance(training, dict) else ["Not recorded."]),
+            "",
+            "## Scores",
+            "",
+            *(_table(("task", "metric", "value"), _rows(scores)) if scores else ["None were given."]),
+            "",
+            "## Use",
+            "",
+            "```bash",
+            f"lm_eval --model hf-laai --model_args pretrained={base},intervention={repo}:{file} "
+            f"--tasks {task or 'TASK'}",
+            "```",
+            "",
+            "```python",
+            "import laai_core as laai",
+            "",
+            f'with laai.apply(model, laai.Intervention.load("{repo}:{file}")):',
+            "    model.generate(**batch)",
+            "```",
+            "",
+        ]
+    )
+
+
+def _rows(scores: Scores) -> list[tuple[str, str, str]]:
+    """One row a number; the harness calls a metric `name,filter`."""
+    return [
+        (task, metric.removesuffix(",none"), f"{value:.4g}")
+        for task, metrics in scores.items()
+        for metric, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """A Markdown table; rows that end in None are left out."""
+    lines = [[str(cell).replace("|", "\\|") for cell in row] for row in rows if row[-1] is not None]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *lines)]

@@ -1,0 +1,18 @@
+"""Nested metadata as rows for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(`training.versions.torch`, value) and so on, sorted by name."""
+    rows: list[tuple[str, Any]] = []
+    for key, value in sorted(facts.items()):
+        if isinstance(value, Mapping):
+            rows += flat(value, f"{prefix}{key}.")
+        else:
+            # Strings as literals where they would break the line: a stop string is a line break.
+            rows.append((prefix + key, repr(value) if isinstance(value, str) and not value.isprintable() else value))
+    return rows

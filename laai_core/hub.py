@@ -1,0 +1,169 @@
+"""Interventions on the Hugging Face Hub: find one file there, put one there. Every failure is one line.
+
+Cache, login and endpoint are huggingface_hub's own (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from laai_core.errors import LaaiError
+
+SUFFIX = ".safetensors"
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_REPOSITORY = re.compile(rf"{_NAME}/{_NAME}")
+_SPEC = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?::(?P<file>[^:@]+))?(?:@(?P<revision>[^:@]+))?")
+_SECONDS = 10.0  # to wait for an answer that is a list of names
+
+
+@dataclass(frozen=True)
+class Place:
+    """`org/repo[:file][@revision]`."""
+
+    repo: str
+    file: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        file, revision = f":{self.file}" if self.file else "", f"@{self.revision}" if self.revision else ""
+        return f"{self.repo}{file}{revision}"
+
+
+def is_repository(name: str) -> bool:
+    """Whether `name` can name a repository: org/repo, and nothing of that name lies on this machine."""
+    return bool(_REPOSITORY.fullmatch(name)) and not name.endswith(SUFFIX) and not os.path.exists(name)
+
+
+def local_file(source: str | Path, local_files_only: bool = False) -> Path:
+    """The file on this machine that `source` names, downloaded into huggingface_hub's cache if it is not there yet.
+
+    Args:
+        source: a path, or `org/repo[:file][@revision]`. What exists here wins; a Path is always a path; and
+            `folder/name.safetensors` is a path too, so that a misspelt one never reaches for the network.
+            Without a file the repository must hold exactly one .safetensors.
+        local_files_only: look into the cache only.
+
+    Raises:
+        LaaiError: no such repository, revision or file, none or several to choose from, gated, no network.
+    """
+    match = _SPEC.fullmatch(source) if isinstance(source, str) else None
+    if match is None or os.path.exists(source) or match["repo"].endswith(SUFFIX):
+        return Path(source)
+    place = Place(match["repo"], match["file"], match["revision"])
+    file = place.file or _only(_files(place, local_files_only), place)
+    with _explained(Place(place.repo, file, place.revision), local_files_only):
+        path = hf_hub_download(
+            place.repo, file, revision=place.revision, local_files_only=local_files_only, library_name="laai"
+        )
+    return Path(path)
+
+
+def upload(repo: str, files: Mapping[str, bytes], message: str, private: bool | None, revision: str | None) -> str:
+    """Write `files` (by their name in the repository) in one commit; make the repository if it is new.
+
+    Returns: the commit's address.
+
+    Raises:
+        LaaiError: a bad name, not logged in, no right to write, no such branch, no network.
+    """
+    api = HfApi(library_name="laai")
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    with _explained(Place(repo, revision=revision), local_files_only=False):
+        try:
+            api.create_repo(repo, private=private, exist_ok=True)
+            return str(api.create_commit(repo, operations, commit_message=message, revision=revision).commit_url)
+        except HfHubHTTPError as error:
+            if error.response.status_code in (401, 403):
+                raise LaaiError(f"the Hub does not let you write to {repo}: log in with a write token") from None
+            raise
+
+
+def _files(place: Place, local_files_only: bool) -> list[str]:
+    """Names of the repository's interventions; what the cache holds of it when the Hub cannot be reached."""
+    with _explained(place, local_files_only):
+        reason: Exception | None = None
+        if not local_files_only:
+            try:
+                # Not list_repo_files: that one retries for half a minute when there is no network.
+                info = HfApi(library_name="laai").model_info(place.repo, revision=place.revision, timeout=_SECONDS)
+                return _interventions(sibling.rfilename for sibling in info.siblings or ())
+            except HfHubHTTPError as error:
+                if error.response.status_code < 500:
+                    raise
+                reason = error
+            except (HTTPError, OSError) as error:
+                reason = error
+        try:
+            folder = Path(snapshot_download(place.repo, revision=place.revision, local_files_only=True))
+        except LocalEntryNotFoundError as error:
+            raise error from reason
+    return _interventions(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def _interventions(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if name.endswith(SUFFIX))
+
+
+def _only(names: list[str], place: Place) -> str:
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise LaaiError(f"{place} holds no {SUFFIX} file")
+    raise LaaiError(f"{place} holds {', '.join(names)}: name one, as in {place.repo}:{names[0]}")
+
+
+@contextmanager
+def _explained(place: Place, local_files_only: bool) -> Iterator[None]:
+    """Turn huggingface_hub's errors into one line each. The order matters: some derive from others."""
+    try:
+        yield
+    except GatedRepoError:
+        raise LaaiError(f"{place.repo} is gated: ask for access on its page, then `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise LaaiError(
+            f"{place.repo} is neither a local file nor a repository on {constants.ENDPOINT}; "
+            f"if it is private: `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise LaaiError(f"{place.repo} has no revision {place.revision!r}") from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        if local_files_only or constants.HF_HUB_OFFLINE:
+            raise LaaiError(f"{place} is not in the cache, and the Hub is switched off (offline mode)") from None
+        raise LaaiError(f"{_unreachable(error)}, and {place} is not in the cache") from None
+    except EntryNotFoundError:
+        others = ", ".join(_files(place, local_files_only)) or "none"
+        raise LaaiError(f"{place.repo} has no file {place.file!r}; its {SUFFIX} files: {others}") from None
+    except HFValidationError as error:
+        raise LaaiError(f"{place.repo} is no repository name: {_one_line(error)}") from None
+    except HfHubHTTPError as error:
+        raise LaaiError(f"the Hub refused {place} ({error.response.status_code}): {_one_line(error)}") from None
+    except (HTTPError, OSError) as error:
+        raise LaaiError(_unreachable(error)) from None
+    except ValueError as error:  # how huggingface_hub reports a model card that the Hub does not accept
+        raise LaaiError(f"the Hub refused {place}: {_one_line(error)}") from None
+
+
+def _unreachable(error: Exception) -> str:
+    return f"cannot reach the Hub at {constants.ENDPOINT} ({_one_line(error.__cause__ or error)})"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,271 @@
+"""Sharing on the Hub: loading, offline use, pushing and every refusal, against tests/fake_hub.py over real HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+import yaml
+from fake_hub import TOKEN, FakeHub, Repository
+from tiny import tiny_model, tiny_tokenizer
+
+import laai_core as laai
+from laai_core import cli
+from lm_eval_laai.model import HFLaai
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def example(seed: int = 0, **metadata) -> laai.Intervention:
+    vector = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+    return laai.Intervention({1: vector}, metadata={"base_model": "org/base", "task": "laai_toy", **metadata})
+
+
+@pytest.fixture()
+def hub(monkeypatch, tmp_path):
+    """A Hub that the client of this process talks to, with an empty cache and no login."""
+    constants = huggingface_hub.constants
+    with FakeHub() as server:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not HTTP of the Hub's own
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server
+
+
+@pytest.fixture()
+def shared(hub) -> FakeHub:
+    """org/one holds one intervention, an older one under its first commit's id, and another on the branch `dev`."""
+    hub.repositories["org/one"] = repository = Repository()
+    hub.old = repository.commit({"a.safetensors": example(1).to_bytes(), "README.md": b"hello"})
+    repository.commit({"a.safetensors": example(2).to_bytes()})
+    repository.commit({"deep/b.safetensors": example(3).to_bytes()}, "dev/x")
+    hub.repositories["org/two"] = two = Repository()
+    two.commit({"a.safetensors": example(4).to_bytes(), "b.safetensors": example(5).to_bytes()})
+    hub.repositories["org/none"] = Repository()
+    hub.repositories["org/gated"] = gated = Repository(gated=True)
+    gated.commit({"a.safetensors": example(6).to_bytes()})
+    hub.repositories["org/private"] = private = Repository(private=True)
+    private.commit({"a.safetensors": example(7).to_bytes()})
+    return hub
+
+
+def test_every_form_of_the_name(shared):
+    for spec, seed in [
+        ("org/one", 2),
+        ("org/one:a.safetensors", 2),
+        (f"org/one@{shared.old}", 1),
+        (f"org/one:a.safetensors@{shared.old}", 1),
+        ("org/one@dev/x", 3),
+        ("org/one:deep/b.safetensors@dev/x", 3),
+        ("org/two:b.safetensors", 5),
+    ]:
+        assert laai.Intervention.load(spec).sha256 == example(seed).sha256, spec
+
+
+def test_the_cache_answers_offline_and_when_the_hub_is_down(shared, monkeypatch):
+    laai.Intervention.load("org/one")
+    laai.Intervention.load("org/one@dev/x")
+    asked = len(shared.log)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert laai.Intervention.load("org/one").sha256 == example(2).sha256
+    assert laai.Intervention.load("org/one@dev/x").sha256 == example(3).sha256
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert laai.Intervention.load("org/one:a.safetensors", local_files_only=True).sha256 == example(2).sha256
+    assert len(shared.log) == asked
+    shared.broken = True
+    assert laai.Intervention.load("org/one").sha256 == example(2).sha256
+
+
+def test_a_file_is_downloaded_once_and_again_when_it_changed(shared):
+    for _ in range(2):
+        laai.Intervention.load("org/one")
+    assert sum(line.startswith("GET /objects") for line in shared.log) == 1
+    shared.repositories["org/one"].commit({"a.safetensors": example(9).to_bytes()})
+    assert laai.Intervention.load("org/one").sha256 == example(9).sha256
+
+
+def refusal(spec: str, **arguments) -> str:
+    with pytest.raises(laai.LaaiError) as caught:
+        laai.Intervention.load(spec, **arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_refusals(shared, monkeypatch):
+    assert "org/missing is neither a local file nor a repository on http://127.0.0.1" in refusal("org/missing")
+    assert "hf auth login" in refusal("org/private")
+    assert refusal("org/one@v9") == "org/one has no revision 'v9'"
+    assert refusal("org/one:a.safetensors@v9") == "org/one has no revision 'v9'"
+    expected = "org/one has no file 'c.safetensors'; its .safetensors files: a.safetensors"
+    assert refusal("org/one:c.safetensors") == expected
+    several = "org/two holds a.safetensors, b.safetensors: name one, as in org/two:a.safetensors"
+    assert refusal("org/two") == several
+    assert refusal("org/none") == "org/none holds no .safetensors file"
+    for spec in ("org/gated", "org/gated:a.safetensors"):
+        assert refusal(spec) == "org/gated is gated: ask for access on its page, then `hf auth login`"
+    assert "org/a--b is no repository name" in refusal("org/a--b")
+    shared.repositories["org/one"].commit({"a.safetensors": b"not an intervention"})
+    assert "is not a safetensors file" in refusal("org/one")
+    for arguments, offline in (({"local_files_only": True}, False), ({}, True)):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        for spec in ("org/two", "org/two:a.safetensors"):
+            assert refusal(spec, **arguments).endswith(
+                "is not in the cache, and the Hub is switched off (offline mode)"
+            )
+
+
+def test_no_network(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert refusal("org/one").startswith("cannot reach the Hub at http://127.0.0.1:9 (")
+    hub.broken = True
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+    assert refusal("org/one").startswith(f"cannot reach the Hub at {hub.endpoint} (")
+
+
+def test_a_login_opens_private_and_gated_repositories(shared, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert laai.Intervention.load("org/private").sha256 == example(7).sha256
+    assert laai.Intervention.load("org/gated").sha256 == example(6).sha256
+
+
+def test_what_exists_here_wins_and_misspelt_paths_stay_here(shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example(8).save("org/one")
+    assert laai.Intervention.load("org/one").sha256 == example(8).sha256
+    assert "no intervention file at org/x.safetensors" in refusal("org/x.safetensors")
+    assert "no intervention file at org/two" in refusal("./org/two")
+    with pytest.raises(laai.LaaiError, match="no intervention file"):
+        laai.Intervention.load(Path("org/two"))
+    assert not shared.log
+
+
+SCORES = {"laai_toy": {"alias": "toy", "exact_match,none": 0.875, "exact_match_stderr,none": "N/A", "nll": 1.5}}
+
+
+def test_push_writes_the_file_and_a_card(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    training = {"steps": 200, "stop": "\n", "versions": {"torch": "2"}}
+    iv = example(training=training, method="laai")
+    url = iv.push_to_hub("org/new", scores=SCORES)
+    files = hub.repositories["org/new"].commits[hub.repositories["org/new"].branches["main"]]
+    assert sorted(files) == ["README.md", "laai_toy.safetensors"]
+    assert url == f"{hub.endpoint}/org/new/commit/{hub.repositories['org/new'].branches['main']}"
+    assert files["laai_toy.safetensors"] == iv.to_bytes()
+    _, header, text = files["README.md"].decode().split("---\n", 2)
+    assert yaml.safe_load(header) == {
+        "base_model": "org/base",
+        "library_name": "laai",
+        "tags": ["laai", "activation-steering"],
+    }
+    for line in (
+        "| base model | [org/base](https://huggingface.co/org/base) |",
+        "| task | laai_toy |",
+        "| layers (from 0) | 1 |",
+        "| site | `heads`: attention-head outputs (the input of the attention output projection) |",
+        "| vector | 4 x 8 |",
+        f"| SHA-256 of the file | `{iv.sha256}` |",
+        "| steps | 200 |",
+        "| stop | '\\n' |",
+        "| versions.torch | 2 |",
+        "| laai_toy | exact_match | 0.875 |",
+        "| laai_toy | nll | 1.5 |",
+        "lm_eval --model hf-laai --model_args pretrained=org/base,intervention=org/new:laai_toy.safetensors "
+        "--tasks laai_toy",
+    ):
+        assert line in text.splitlines(), line
+    assert "N/A" not in text
+    monkeypatch.delenv("HF_TOKEN")
+    assert laai.Intervention.load("org/new").sha256 == iv.sha256
+
+
+def test_push_again_replaces_and_to_a_branch_or_privately(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    example(1).push_to_hub("org/new", private=True)
+    example(2).push_to_hub("org/new")
+    assert hub.repositories["org/new"].private
+    assert laai.Intervention.load("org/new").sha256 == example(2).sha256
+    hub.repositories["org/new"].branches["dev"] = hub.repositories["org/new"].branches["main"]
+    example(3).push_to_hub("org/new", file="x.safetensors", revision="dev")
+    assert laai.Intervention.load("org/new:x.safetensors@dev").sha256 == example(3).sha256
+    assert laai.Intervention.load("org/new").sha256 == example(2).sha256
+
+
+def test_a_card_tells_nothing_of_the_machine(hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    example(base_model=str(tmp_path / "somebody" / "model-7b")).push_to_hub("org/new")
+    repository = hub.repositories["org/new"]
+    card = repository.commits[repository.branches["main"]]["README.md"].decode()
+    assert str(tmp_path) not in card and "| base model | model-7b |" in card and "base_model:" not in card
+
+
+def test_push_refusals(hub, monkeypatch):
+    hub.repositories["org/there"] = Repository()
+
+    def refused(repo: str, **arguments) -> str:
+        with pytest.raises(laai.LaaiError) as caught:
+            example().push_to_hub(repo, **arguments)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert refused("org/new") == "the Hub does not let you write to org/new: log in with a write token"
+    assert refused("org/there") == "the Hub does not let you write to org/there: log in with a write token"
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert refused("forbidden/x") == "the Hub does not let you write to forbidden/x: log in with a write token"
+    assert "is no repository name" in refused("a/b/c")
+    assert refused("org/new", revision="nowhere") == "org/new has no revision 'nowhere'"
+    assert "expected a name that ends in .safetensors" in refused("org/new", file="x.bin")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "offline" in refused("org/new")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert refused("org/new").startswith("cannot reach the Hub at http://127.0.0.1:9 (")
+
+
+def test_hf_laai_and_inspect_take_the_same_name(shared, capsys):
+    lm = HFLaai(tiny_model("Llama"), "org/one:a.safetensors", tokenizer=tiny_tokenizer(bos=True))
+    (reported,) = lm.get_model_info()["interventions"]
+    assert (reported["source"], reported["sha256"]) == ("org/one:a.safetensors", example(2).sha256)
+    assert cli.main(["inspect", "org/one", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sha256"] == example(2).sha256
+
+
+@pytest.mark.slow
+def test_a_process_with_nothing_but_environment_variables(tmp_path):
+    """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, as people set them: push, load, load offline, no network."""
+    script = (
+        "import sys, torch, laai_core as laai\n"
+        "iv = laai.Intervention({1: torch.ones(4, 8)}, metadata={'task': 'laai_toy'})\n"
+        "if sys.argv[1] == 'push': iv.push_to_hub('org/new')\n"
+        "try: print(laai.Intervention.load(sys.argv[2]).sha256 == iv.sha256)\n"
+        "except laai.LaaiError as error: print(error)\n"
+    )
+
+    def run(*arguments: str, **environment: str) -> str:
+        variables = {"HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        variables |= {"PYTHONPATH": str(ROOT), **environment}
+        return subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    with FakeHub() as server:
+        assert run("push", "org/new", HF_ENDPOINT=server.endpoint, HF_TOKEN=TOKEN) == "True"
+        assert run("load", "org/new:laai_toy.safetensors@main", HF_ENDPOINT=server.endpoint) == "True"
+    assert run("load", "org/new", HF_ENDPOINT=server.endpoint) == "True"  # the server is gone, the cache is not
+    assert run("load", "org/new", HF_HUB_OFFLINE="1") == "True"
+    assert "switched off" in run("load", "org/other:x.safetensors", HF_HUB_OFFLINE="1")
+    assert "cannot reach" in run("load", "org/other:x.safetensors", HF_ENDPOINT=server.endpoint)

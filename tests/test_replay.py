@@ -1,0 +1,154 @@
+"""The fast path against the plain one and against the slow reference's idea of a row, on every architecture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_apply import EVERY
+from tiny import HEADS, HIDDEN, head_dim, tiny_model, tiny_tokenizer
+
+import laai_core as laai
+from laai_core.encode import encode_examples
+from laai_core.forward import PlainForward
+from laai_core.locate import locate
+from laai_core.objective import Objective
+from laai_core.replay import ReplayForward
+
+TOKENIZER = tiny_tokenizer(bos=False)
+# Ragged prompts and targets, and prompts of one token, whose prefix is empty.
+RAGGED = [("q", " ab"), ("the long story of a word", " x"), ("so", " bcd ef"), ("hello there", " yes")]
+ONE_TOKEN = [("q", " ab"), ("w", " c")]
+SURVEY = [
+    laai.Example("which one", options=[" a", " b", " other"], distribution=[0.5, 0.3, 0.2]),
+    laai.Example("or that", options=[" a", " none at all"], distribution=[0.9, 0.1]),
+]
+
+
+def rules(pairs):
+    return [laai.Example(prompt, target) for prompt, target in pairs]
+
+
+def both(name, examples, site="heads", layer=1, runs=None, batch_size=None):
+    layout = locate(tiny_model(name))
+    batch = encode_examples(TOKENIZER, examples, runs=runs)
+    return [kind(layout, batch, layer, site, batch_size) for kind in (PlainForward, ReplayForward)]
+
+
+def vectors(name, count, site="heads"):
+    width = HEADS * head_dim(name) if site == "heads" else HIDDEN
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("examples", [rules(RAGGED), rules(ONE_TOKEN), SURVEY], ids=["ragged", "one_token", "kl"])
+@pytest.mark.parametrize("name", EVERY)
+def test_objective_and_gradient_equal_the_plain_path(name, examples):
+    plain, replay = both(name, examples)
+    delta = vectors(name, 1)
+    (loss, gradient, _), (fast_loss, fast_gradient, _) = (
+        forward.loss_and_gradient(delta, Objective(examples), [0]) for forward in (plain, replay)
+    )
+    assert float(fast_loss) == pytest.approx(float(loss), rel=1e-5)
+    assert (fast_gradient - gradient).norm() <= 1e-4 * gradient.norm()
+    assert replay.difference_from(plain) < 1e-3
+
+
+@pytest.mark.parametrize("site", ["heads", "residual", "mlp"])
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma3TextWindow", "OPT"])
+def test_every_layer_and_site(name, layer, site):
+    examples = rules(RAGGED)
+    results = [
+        f.loss_and_gradient(vectors(name, 1, site), Objective(examples), [0])
+        for f in both(name, examples, site, layer)
+    ]
+    (loss, gradient, _), (fast_loss, fast_gradient, _) = results
+    assert float(fast_loss) == pytest.approx(float(loss), rel=1e-5)
+    assert (fast_gradient - gradient).norm() <= 1e-4 * gradient.norm()
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("path", [PlainForward, ReplayForward])
+def test_many_vectors_in_one_batch_equal_separate_runs(path, batch_size):
+    """Three runs with examples of their own; then only two of them go on."""
+    sets = [rules(RAGGED), rules(RAGGED[:2]), rules(ONE_TOKEN + RAGGED[2:])]
+    together = [e for examples in sets for e in examples]
+    runs = [number for number, examples in enumerate(sets) for _ in examples]
+    layout = locate(tiny_model("Llama"))
+    joint = path(layout, encode_examples(TOKENIZER, together, runs=runs), 1, "heads", batch_size)
+    deltas = vectors("Llama", 3)
+    for active in ([0, 1, 2], [0, 2]):
+        losses, gradients, _ = joint.loss_and_gradient(deltas[active], Objective(together), active)
+        for number, loss, gradient in zip(active, losses, gradients, strict=True):
+            alone = PlainForward(layout, encode_examples(TOKENIZER, sets[number]), 1, "heads")
+            want_loss, want_gradient, _ = alone.loss_and_gradient(
+                deltas[number : number + 1], Objective(sets[number]), [0]
+            )
+            assert float(loss) == pytest.approx(float(want_loss), rel=1e-5)
+            assert (gradient - want_gradient[0]).norm() <= 1e-4 * want_gradient.norm()
+
+
+def test_a_step_runs_only_what_depends_on_the_vector():
+    """Counted in tokens: blocks below the layer never run, those above see the last prompt token and the target."""
+    examples = rules([("a" * 40, " b"), ("c" * 30, " d")])
+    _, replay = both("Llama", examples)
+    objective = Objective(examples)
+    replay.loss_and_gradient(vectors("Llama", 1), objective, [0])
+    seen = {0: [], 1: [], 2: []}
+    model = replay._layout.model
+    for layer, tokens in seen.items():
+        block = model.model.layers[layer]
+        block.mlp.register_forward_hook(lambda m, a, o, tokens=tokens: tokens.append(o.shape[:2].numel()))
+    replay.loss_and_gradient(vectors("Llama", 1), objective, [0])
+    suffix = max(
+        replay._batch.attention_mask.sum(1).tolist()[i] - n + 1 for i, n in enumerate(replay._batch.prompt_lengths)
+    )
+    assert seen == {0: [], 1: [2 * suffix], 2: [2 * suffix]}
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model("Llama")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before = model(ids).logits
+        laai.train(model, TOKENIZER, rules(RAGGED), layer=2, steps=3, path="replay")
+        assert torch.equal(model(ids).logits, before)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("optimizer", ["prox", "adam"])
+def test_both_paths_train_the_same_vector(optimizer):
+    results = [
+        laai.train(tiny_model("Qwen2"), TOKENIZER, rules(RAGGED), layer=1, steps=15, optimizer=optimizer, path=path)
+        for path in ("plain", "replay", "auto")
+    ]
+    for result in results[1:]:
+        assert result.objective == pytest.approx(results[0].objective, rel=1e-3)
+
+
+def test_train_many_equals_separate_trainings():
+    model = tiny_model("Llama")
+    jobs = [
+        laai.Job(rules(RAGGED), 1, l1=l1, group=l1, lr=lr) for l1, lr in ((0.0, 0.05), (0.01, 0.05), (0.1, 0.02))
+    ] + [laai.Job(rules(RAGGED[:2]), 2)]
+    for optimizer in ("prox", "adam"):
+        many = laai.train_many(model, TOKENIZER, jobs, steps=20, optimizer=optimizer)
+        for job, result in zip(jobs, many, strict=True):
+            alone = laai.train(
+                model, TOKENIZER, job.examples, job.layer, job.l1, job.group, optimizer=optimizer, steps=20, lr=job.lr
+            )
+            assert result.objective == pytest.approx(alone.objective, rel=0.01)
+            assert result.intervention.layers == [job.layer]
+
+
+def test_a_model_that_cannot_be_replayed_says_so_once_and_trains(caplog):
+    """A block that ignores its cache: replayed numbers would be wrong, so the plain path is used."""
+    model = tiny_model("Llama")
+    attention = model.model.layers[2].self_attn
+    original = attention.forward
+    attention.forward = lambda *args, past_key_values=None, **kwargs: original(*args, **kwargs)
+    examples = rules(RAGGED[1:])
+    with caplog.at_level("WARNING"):
+        result = laai.train(model, TOKENIZER, examples, layer=1, steps=5)
+    assert [r.message for r in caplog.records if "cannot be replayed" in r.message].__len__() == 1
+    plain = laai.train(model, TOKENIZER, examples, layer=1, steps=5, path="plain")
+    assert result.objective == plain.objective
