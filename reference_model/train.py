@@ -29,10 +29,10 @@ LENGTH = 88  # tokens a row: eleven pairs are 81 at the median, and fit whole in
 MUON = 2.5  # Muon's learning rate over AdamW's
 WARMUP = 50  # steps
 COOLDOWN = 0.4  # of the steps
-CURRICULUM = [(250, 64), (400, 200)]  # (until step, words)
+CURRICULUM = [(450, 64), (600, 200)]  # (until step, words)
 PROBE_LAYER = 3  # the output of the third block
 PROBE_WEIGHT = 0.5
-CHECKPOINT_EVERY = 200  # steps
+CHECKPOINT_EVERY = 50  # steps
 LOG_EVERY = 25  # steps
 
 

@@ -1,0 +1,73 @@
+"""What test_data_parallel runs in one process and, started by torchrun, in two: `launched.py MODEL INTERVENTIONS OUT`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+from lm_eval import simple_evaluate
+
+from lm_eval_laai.model import HFLaai
+
+COUNT = 7  # of documents a task: an odd number, so that one process gets more
+WORDS = ["hot", "wall", "there", "morning", "nothing", "another", "in"]
+
+
+def documents(**_: Any) -> dict[str, datasets.Dataset]:
+    rows = [{"prompt": f"Q: {word}\nA:", "answers": [" cold", " here", " le matin"], "gold": 0} for word in WORDS]
+    return {"test": datasets.Dataset.from_list(rows)}
+
+
+def task(name: str, **changes: Any) -> dict[str, Any]:
+    common = {"task": name, "custom_dataset": documents, "test_split": "test", "doc_to_text": "prompt"}
+    return {**common, "target_delimiter": "", **changes}
+
+
+TASKS = [
+    task("choice", output_type="multiple_choice", doc_to_choice="answers", doc_to_target="gold"),
+    task(
+        "written",
+        output_type="generate_until",
+        doc_to_target=" cold",
+        generation_kwargs={"until": ["\n"], "max_gen_toks": 4},
+        metric_list=[{"metric": "exact_match"}],
+    ),
+    task(
+        "text",
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="prompt",
+        metric_list=[{"metric": "byte_perplexity"}],
+    ),
+]
+NAMES = [one["task"] for one in TASKS]
+
+
+def evaluate(model: str, interventions: str | None) -> dict[str, Any]:
+    """How many requests of each type this process ran, its place, and on rank 0 every answer and metric."""
+    lm = HFLaai(model, interventions, device="cpu", batch_size=3)
+    ran = {}
+    for kind in ("loglikelihood", "generate_until", "loglikelihood_rolling"):
+
+        def counted(requests: Any, *rest: Any, kind: str = kind, run: Any = getattr(lm, kind), **more: Any) -> Any:
+            ran[kind] = len(requests)
+            return run(requests, *rest, **more)
+
+        setattr(lm, kind, counted)
+    results = simple_evaluate(model=lm, tasks=[dict(one) for one in TASKS], bootstrap_iters=0)
+    facts: dict[str, Any] = {"rank": lm.rank, "world_size": lm.world_size, "ran": ran}
+    if results is not None:
+        samples = {name: sorted(results["samples"][name], key=lambda s: s["doc_id"]) for name in NAMES}
+        facts["answers"] = {name: [sample["resps"] for sample in rows] for name, rows in samples.items()}
+        facts["metrics"] = {name: results["results"][name] for name in NAMES}
+    return facts
+
+
+if __name__ == "__main__":
+    model, interventions, out = sys.argv[1:]
+    found = evaluate(model, interventions or None)
+    Path(out, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
