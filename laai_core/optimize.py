@@ -67,6 +67,7 @@ class Run:
     ) -> None:
         self.penalty = penalty
         self.history: list[Step] = []
+        self.first: Point | None = None
         self.best: Point | None = None
         self.stopped: str | None = None  # why the run ended before its budget, if it did
         self._budget, self._on_step = budget, on_step
@@ -85,6 +86,7 @@ class Run:
         active = int(x.ne(0).any(dim=1).sum())
         step = Step(len(self.history) + 1, point.objective, loss, penalty, int(x.count_nonzero()), active)
         self.history.append(step)
+        self.first = self.first or point
         if self.best is None or point.objective < self.best.objective:
             self.best = point
         self._on_step(step)

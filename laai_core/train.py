@@ -24,7 +24,7 @@ from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate, verify_causal
 from laai_core.objective import SMOOTHING, Objective
 from laai_core.optimize import OPTIMIZERS, Run, Step, minimise
-from laai_core.penalty import Penalty
+from laai_core.penalty import Penalty, critical_penalty
 from laai_core.replay import ReplayForward
 
 logger = logging.getLogger(__name__)
@@ -44,16 +44,22 @@ class Job:
     lr: float = 0.05
     seed: int = 0
     task: str | None = None
+    start: Intervention | None = None  # where to begin; default: zero
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` returns. `objective` and `stationarity` are those of the returned intervention."""
+    """What `train` returns. `objective` and `stationarity` are those of the returned intervention.
+
+    `critical_penalty` is the smallest p for which the starting point, if it is zero, is stationary under
+    l1 = group = p: from there on training returns zero.
+    """
 
     intervention: Intervention
     history: list[Step]
     objective: float
     stationarity: float
+    critical_penalty: float
     stopped: str | None  # why training ended before its steps, if it did
 
 
@@ -144,9 +150,9 @@ def train_many(
     if not jobs:
         raise LaaiError("no jobs, expected at least one")
     for job in jobs:
-        check_arguments(job.l1, job.group, penalty_scale, optimizer, steps, job.lr, tolerance, whitespace, batch_size)
-    if path not in PATHS:
-        raise LaaiError(f"unknown path {path!r}: expected one of {', '.join(PATHS)}")
+        check_arguments(
+            job.l1, job.group, penalty_scale, optimizer, steps, job.lr, tolerance, whitespace, batch_size, path
+        )
     layout = locate(model, projection)
     layers = [layout.layer(job.layer) for job in jobs]
     max_length = getattr(layout.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -168,7 +174,10 @@ def train_many(
             rms = plain.activation_rms() if penalty_scale == "relative" else [1.0] * len(numbers)
             forward = _chosen_path(path, plain, layout, batch, layer, site, batch_size)
             shape = layout.shape(layer, site)
-            runs = [_run(jobs[number], shape, steps, optimizer, tolerance, bar) for number in numbers]
+            runs = [
+                _run(jobs[number], layout, layer, shape, unit, steps, optimizer, tolerance, bar)
+                for number, unit in zip(numbers, rms, strict=True)
+            ]
             minimise(_evaluation(forward, objective, rms, batch), runs)
             for number, run, unit in zip(numbers, runs, rms, strict=True):
                 facts = {
@@ -182,15 +191,28 @@ def train_many(
     return [results[number] for number in range(len(jobs))]
 
 
-def _run(job: Job, shape: tuple[int, ...], steps: int, optimizer: str, tolerance: float | None, bar: Any) -> Run:
-    """The optimiser of one job, at x = 0. Without heads the whole vector is one group."""
+def _run(
+    job: Job,
+    layout: Layout,
+    layer: int,
+    shape: tuple[int, ...],
+    rms: float,
+    steps: int,
+    optimizer: str,
+    tolerance: float | None,
+    bar: Any,
+) -> Run:
+    """The optimiser of one job. Without heads the whole vector is one group."""
 
     def report(step: Step) -> None:
         bar.update()
         bar.set_postfix(objective=f"{step.objective:.4f}", heads=step.active_heads)
 
-    groups = shape if len(shape) == 2 else (1, *shape)
-    return Run(Penalty(job.l1, job.group), torch.zeros(groups), steps, optimizer, job.lr, tolerance, report)
+    start = torch.zeros(shape)
+    if job.start is not None:
+        start = job.start.scale * job.start.for_model(layout)[layer].view(shape) / rms
+    groups = start if start.ndim == 2 else start.unsqueeze(0)
+    return Run(Penalty(job.l1, job.group), groups, steps, optimizer, job.lr, tolerance, report)
 
 
 def _evaluation(forward: Forward, objective: Objective, rms: Sequence[float], batch: Batch) -> Any:
@@ -266,7 +288,9 @@ def _result(
     metadata = {**model_facts(layout, layer), "task": job.task, "method": "laai", "training": training}
     vector = (rms * best.x).view(layout.shape(layer, site))
     intervention = Intervention({layer: vector}, site=site, metadata=metadata)
-    return TrainResult(intervention, run.history, best.objective, residual, run.stopped)
+    assert run.first is not None
+    critical = critical_penalty(run.first.gradient)
+    return TrainResult(intervention, run.history, best.objective, residual, critical, run.stopped)
 
 
 def model_facts(layout: Layout, layer: int) -> dict[str, Any]:
@@ -300,6 +324,7 @@ def check_arguments(
     tolerance: float | None,
     whitespace: str,
     batch_size: int | None,
+    path: str,
 ) -> None:
     """LaaiError for an argument of `train` that no model and no data could make good."""
     for name, value in (("l1", l1), ("group", group)):
@@ -315,6 +340,7 @@ def check_arguments(
         ("penalty_scale", penalty_scale, PENALTY_SCALES),
         ("optimizer", optimizer, OPTIMIZERS),
         ("whitespace", whitespace, WHITESPACE),
+        ("path", path, PATHS),
     ):
         if word not in allowed:
             raise LaaiError(f"unknown {name} {word!r}: expected one of {', '.join(allowed)}")

@@ -17,6 +17,7 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from laai_core.apply import Edit, hooked
@@ -200,8 +201,39 @@ class HFLaai(HFLM):
         if self._routing is None:
             return super()._model_generate(context, *args, **kwargs)
         assert edits is not None and len(edits) == len(context), "the harness batched contexts behind our back"
+        if self._layout.virtual_tokens:
+            return self._generate_behind_soft_prompt(context, edits, *args, **kwargs)
         with hooked(self._layout, edits):
             return super()._model_generate(context, *args, **kwargs)
+
+    def _generate_behind_soft_prompt(
+        self,
+        context: torch.Tensor,
+        edits: list[Edit | None],
+        max_length: int,
+        attention_mask: torch.Tensor,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Contexts of one length at a time, without padding.
+
+        PEFT puts padding between the soft prompt and the text and counts it as positions: in `hf` the answers depend
+        on who shares the batch.
+        """
+        width, lengths = context.shape[1], attention_mask.sum(1)
+        answers: list[torch.Tensor] = [context] * len(context)
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero().squeeze(1)
+            with hooked(self._layout, [edits[row] for row in rows.tolist()]):
+                tokens = super()._model_generate(
+                    context[rows, width - length :],
+                    max_length=max_length - width + length,
+                    attention_mask=attention_mask[rows, width - length :],
+                    **kwargs,
+                )
+            for row, answer in zip(rows.tolist(), tokens[:, length:], strict=True):
+                answers[row] = answer
+        padding = float(self.tokenizer.pad_token_id)
+        return torch.cat([context, pad_sequence(answers, batch_first=True, padding_value=padding)], dim=1)
 
     def _routed(self, requests: Sequence[Instance]) -> list[Edit | None]:
         """The edit of each request, by its task."""

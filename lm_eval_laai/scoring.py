@@ -142,7 +142,7 @@ class Scorer:
         for start in range(0, len(stems), size):
             chunk = stems[start : start + size]
             owners = [g for g, _ in chunk]
-            rows = torch.tensor(owners, device=self._device)
+            rows = torch.tensor(owners)  # on the CPU: the layers' caches may lie on several devices
             prompt_lengths = torch.tensor(lengths, device=self._device)[rows]
             inputs = model_inputs(self._layout, *self._padded([s for _, s in chunk]), mask[rows], prompt_lengths)
             cache = selected(output.past_key_values, rows)

@@ -44,12 +44,12 @@ def exact_match(
     seed: int = 0,
     limit: int | None = None,
 ) -> float:
-    """The share of the rule's test items (all, or the first `limit`) answered exactly, after `shots` examples.
+    """The share of the rule's test items (all, or `limit` spread over them) answered exactly, after `shots` examples.
 
     The examples are the first of the seed's ten training examples, so ten shots are just those an intervention sees.
     """
     split = load_task(LEXICON_PREFIX + rule, seed=seed)
-    test = split.test[:limit]
+    test = split.test[:: max(1, len(split.test) // limit)][:limit] if limit else split.test
     written = answers(model, tokenizer, [few_shot_prompt(split.train[:shots], example.prompt) for example in test])
     return sum(text == str(example.target).strip() for text, example in zip(written, test, strict=True)) / len(test)
 

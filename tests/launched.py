@@ -13,8 +13,7 @@ from lm_eval import simple_evaluate
 
 from lm_eval_laai.model import HFLaai
 
-COUNT = 7  # of documents a task: an odd number, so that one process gets more
-WORDS = ["hot", "wall", "there", "morning", "nothing", "another", "in"]
+WORDS = ["hot", "wall", "there", "morning", "nothing", "another", "in"]  # an odd number, so that one process gets more
 
 
 def documents(**_: Any) -> dict[str, datasets.Dataset]:
@@ -62,7 +61,7 @@ def evaluate(model: str, interventions: str | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"rank": lm.rank, "world_size": lm.world_size, "ran": ran}
     if results is not None:
         samples = {name: sorted(results["samples"][name], key=lambda s: s["doc_id"]) for name in NAMES}
-        facts["answers"] = {name: [sample["resps"] for sample in rows] for name, rows in samples.items()}
+        facts["answers"] = {name: [sample["filtered_resps"] for sample in rows] for name, rows in samples.items()}
         facts["metrics"] = {name: results["results"][name] for name in NAMES}
     return facts
 

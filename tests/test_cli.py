@@ -114,7 +114,17 @@ def test_train_prints_a_summary_and_logs_to_stderr(
     assert core.main(["train", "--model", str(model), "--task", TASK, "--steps", "3", "--output", f"{tmp_path}/"]) == 0
     out, err = capfd.readouterr()
     assert [line.split("  ")[0] for line in out.splitlines()] == [
-        *("file", "sha256", "layer", "objective", "task loss", "stationarity", "active heads", "non-zero"),
+        *(
+            "file",
+            "sha256",
+            "layer",
+            "l1, group",
+            "objective",
+            "task loss",
+            "stationarity",
+            "active heads",
+            "non-zero",
+        ),
         "evaluations",
     ]
     assert "3/3" in err  # the bar
@@ -472,3 +482,12 @@ def test_demo_refusals(
     monkeypatch.setattr(demo, "REFERENCE_MODEL", Path("nowhere", "weights"))
     assert "--model" in run()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_settings_are_cross_validated_and_shown(model: Path, tmp_path: Path, capfd: Any) -> None:
+    flags = ["--layer", "auto", "--l1", "auto", "--group", "0.01", "--steps", "5", "--n-train", "4", "--json"]
+    assert core.main(["train", "--model", str(model), "--task", TASK, "--output", f"{tmp_path}/", *flags]) == 0
+    facts = json.loads(capfd.readouterr().out)
+    layers = [one["layer"] for one in facts["tried"]]
+    assert sorted(set(layers)) == list(range(max(layers) + 1)) and facts["layer"] in layers
+    assert facts["l1"] in [one["l1"] for one in facts["tried"]] and facts["group"] == 0.01

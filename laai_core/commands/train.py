@@ -6,22 +6,36 @@ import argparse
 import inspect
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from laai_core import select
 from laai_core.commands.report import Report, table
-from laai_core.data import load_task
+from laai_core.data import Example, load_task
 from laai_core.encode import WHITESPACE
 from laai_core.errors import LaaiError
 from laai_core.load import DTYPES, ModelSource
 from laai_core.optimize import OPTIMIZERS
-from laai_core.train import PENALTY_SCALES, TrainResult, check_arguments, train
+from laai_core.train import PATHS, PENALTY_SCALES, TrainResult, check_arguments, train
 
 SUFFIX = ".safetensors"
+AUTO = "auto"
+
+
+def _weight(text: str) -> float | str:
+    return text if text == AUTO else float(text)
+
+
+def _layer(text: str) -> int | str:
+    return text if text == AUTO else int(text)
+
+
 # The arguments of `train` that are flags of the same name; their defaults are told there and nowhere else.
 _NUMBERS = {
-    "l1": (float, "weight of the sum of absolute values, the paper's gamma"),
-    "group": (float, "weight of the sum of the heads' norms, the paper's lambda"),
+    "l1": (_weight, "weight of the sum of absolute values, the paper's gamma; auto cross-validates"),
+    "group": (_weight, "weight of the sum of the heads' norms, the paper's lambda; auto cross-validates"),
     "steps": (int, "model evaluations"),
     "lr": (float, "learning rate of adam; prox finds its own step sizes"),
     "tolerance": (float, "stop early, at this share of the first stationarity residual"),
@@ -31,6 +45,7 @@ _NUMBERS = {
 _WORDS = {
     "penalty_scale": (PENALTY_SCALES, "whether penalties are relative to the size of the activation"),
     "optimizer": (OPTIMIZERS, "prox gives exact zeros"),
+    "path": (PATHS, "full forwards, or only what depends on the vector: the same result, faster"),
     "whitespace": (WHITESPACE, "a prompt that ends in whitespace: tokenise it as the harness does for these requests"),
 }
 
@@ -44,7 +59,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
     parser.add_argument("--n-train", type=int, default=10, help="training examples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
-    add_layer_argument(parser)
+    add_layer_argument(parser, _layer, "; auto cross-validates over all on the training examples")
     _add_training_arguments(parser)
     parser.add_argument(
         "--output",
@@ -71,11 +86,10 @@ def model_source(arguments: argparse.Namespace) -> ModelSource:
     )
 
 
-def add_layer_argument(parser: argparse.ArgumentParser) -> None:
+def add_layer_argument(parser: argparse.ArgumentParser, kind: Any = int, more: str = "") -> None:
     """--layer, for `choose_layer`."""
-    parser.add_argument(
-        "--layer", type=int, help="0-based, negative counts from the end (default: a third of the model's depth)"
-    )
+    text = "0-based, negative counts from the end (default: a third of the model's depth)"
+    parser.add_argument("--layer", type=kind, help=text + more)
 
 
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +106,9 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for `train`, checked."""
     options = {name: getattr(arguments, name) for name in (*_NUMBERS, *_WORDS)}
-    check_arguments(**{name: value for name, value in options.items() if name != "projection"})
+    fixed: dict[str, Any] = {name: 0.0 if value == AUTO else value for name, value in options.items()}
+    fixed["path"] = options["path"]  # whose `auto` is its own
+    check_arguments(**{name: value for name, value in fixed.items() if name != "projection"})
     return options
 
 
@@ -168,9 +184,11 @@ def _command(arguments: argparse.Namespace) -> Report:
     path = output_path(arguments.output, arguments.task)
     source = model_source(arguments)
     source.checked_device()
-    layer = choose_layer(arguments.layer, source.config())
+    config = source.config()
+    layer = AUTO if arguments.layer == AUTO else choose_layer(arguments.layer, config)
     model, tokenizer = source.load()
     start = time.perf_counter()
+    layer, tried = _cross_validated(model, tokenizer, split.train, layer, options)
     result = train(
         model,
         tokenizer,
@@ -183,17 +201,50 @@ def _command(arguments: argparse.Namespace) -> Report:
     )
     seconds = time.perf_counter() - start
     result.intervention.save(path)
-    facts = {"file": str(path), "task": harness_task(arguments.task), **summary(result), "seconds": seconds}
+    facts = {
+        "file": str(path),
+        "task": harness_task(arguments.task),
+        **summary(result),
+        "l1": options["l1"],
+        "group": options["group"],
+        "tried": [asdict(one) for one in tried],
+        "seconds": seconds,
+    }
     return Report(facts, _text(facts))
+
+
+def _cross_validated(
+    model: Any, tokenizer: Any, examples: Sequence[Example], layer: int | str, options: dict[str, Any]
+) -> tuple[int, list[select.Tried]]:
+    """The layer, and what was tried for it and for the penalties; puts the chosen penalties into `options`."""
+    shared = {name: options[name] for name in ("penalty_scale", "whitespace", "projection", "batch_size", "path")}
+    tried: list[select.Tried] = []
+    if isinstance(layer, str):
+        # The layer first, under penalties that are given or usual; then the penalties at that layer.
+        usual = {n: _default(n) if options[n] == AUTO else options[n] for n in ("l1", "group")}
+        choice = select.choose_layer(model, tokenizer, examples, **usual, **shared)
+        layer, tried = choice.layer, choice.tried
+    if AUTO in (options["l1"], options["group"]):
+        given = {n: None if options[n] == AUTO else options[n] for n in ("l1", "group")}
+        choice = select.choose_penalty(model, tokenizer, examples, layer, **given, **shared)
+        options["l1"], options["group"] = choice.l1, choice.group
+        tried = tried + choice.tried
+    return layer, tried
 
 
 def _text(facts: dict[str, Any]) -> str:
     stopped = f", {facts['stopped']}" if facts["stopped"] else ""
-    return table(
+    rows = [
+        (one["layer"], f"{one['l1']:.3g}", f"{one['group']:.3g}", f"{one['validation_loss']:.4f}")
+        for one in facts["tried"]
+    ]
+    tried = table([("layer", "l1", "group", "validation loss"), *rows]) + "\n\n" if rows else ""
+    return tried + table(
         [
             ("file", facts["file"]),
             ("sha256", facts["sha256"]),
             ("layer", facts["layer"]),
+            ("l1, group", f"{facts['l1']:.3g}, {facts['group']:.3g}"),
             ("objective", f"{facts['objective']:.4f}"),
             ("task loss", f"{facts['task_loss']:.4f} (before: {facts['task_loss_before']:.4f})"),
             ("stationarity", f"{facts['stationarity']:.3g}"),
