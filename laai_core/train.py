@@ -39,8 +39,8 @@ class Job:
 
     examples: Sequence[Example]
     layer: int
-    l1: float = 0.001
-    group: float = 0.001
+    l1: float = 0.0001
+    group: float = 0.0001
     lr: float = 0.05
     seed: int = 0
     task: str | None = None

@@ -253,7 +253,9 @@ def _refuse_tensor_parallel(arguments: dict[str, Any]) -> None:
     """Before the model loads; `locate` refuses a model that came sharded in another way."""
     for name in ("tp_plan", "tp_size"):
         if arguments.get(name) is not None:
-            raise LaaiError(f"{name} is refused with an intervention: it splits layers; use parallelize=True or device_map")
+            raise LaaiError(
+                f"{name} is refused with an intervention: it splits layers; use parallelize=True or device_map"
+            )
 
 
 def _in_later_windows(edit: Edit | None) -> Edit | None:

@@ -162,7 +162,7 @@ class Scorer:
         ids = torch.tensor([group.prompt[:1]], device=self._device)
         cache = getattr(self._model(input_ids=ids, use_cache=True), "past_key_values", None)
         try:
-            selected(cache, torch.tensor([0, 0], device=self._device))
+            selected(cache, torch.tensor([0, 0]))
         except (AttributeError, NotImplementedError):
             return False
         return True

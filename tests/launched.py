@@ -1,4 +1,7 @@
-"""What test_data_parallel runs in one process and, started by torchrun, in two: `launched.py MODEL INTERVENTIONS OUT`."""
+"""What test_data_parallel runs in one process and, started by torchrun, in two.
+
+Called as `launched.py MODEL INTERVENTIONS OUT`; writes OUT/<rank>.json.
+"""
 
 from __future__ import annotations
 
@@ -44,19 +47,23 @@ TASKS = [
     ),
 ]
 NAMES = [one["task"] for one in TASKS]
+KINDS = ("loglikelihood", "generate_until", "loglikelihood_rolling")
+
+
+def counted(run: Any, kind: str, ran: dict[str, int]) -> Any:
+    def count(requests: Any, *rest: Any, **more: Any) -> Any:
+        ran[kind] = len(requests)
+        return run(requests, *rest, **more)
+
+    return count
 
 
 def evaluate(model: str, interventions: str | None) -> dict[str, Any]:
     """How many requests of each type this process ran, its place, and on rank 0 every answer and metric."""
     lm = HFLaai(model, interventions, device="cpu", batch_size=3)
-    ran = {}
-    for kind in ("loglikelihood", "generate_until", "loglikelihood_rolling"):
-
-        def counted(requests: Any, *rest: Any, kind: str = kind, run: Any = getattr(lm, kind), **more: Any) -> Any:
-            ran[kind] = len(requests)
-            return run(requests, *rest, **more)
-
-        setattr(lm, kind, counted)
+    ran: dict[str, int] = {}
+    for kind in KINDS:
+        setattr(lm, kind, counted(getattr(lm, kind), kind, ran))
     results = simple_evaluate(model=lm, tasks=[dict(one) for one in TASKS], bootstrap_iters=0)
     facts: dict[str, Any] = {"rank": lm.rank, "world_size": lm.world_size, "ran": ran}
     if results is not None:

@@ -7,6 +7,8 @@ import random
 import pytest
 import slow_reference
 import torch
+import transformers
+from packaging.version import Version
 from tiny import ARCHITECTURES, BLOCK_PATHS, HEADS, HIDDEN, MLP_PATHS, PROJECTION_PATHS, WINDOWED, head_dim, tiny_model
 
 import laai_core as laai
@@ -99,15 +101,12 @@ def test_generate_in_chunks_and_with_a_static_cache(name):
     rows = prompts(3, seed=2)
     iv, wanted = intervention(name), spec(name)
     width = max(map(len, rows))
+    arguments = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, **padded(rows, left=True))
     for extra in ({"prefill_chunk_size": 5}, {"cache_implementation": "static"}):
+        if "prefill_chunk_size" in extra and Version(transformers.__version__) < Version("5.1"):
+            continue  # raises in 5.0 and drops the padding mask in 4.57, without any intervention
         with laai.apply(model, iv):
-            out = model.generate(
-                **padded(rows, left=True),
-                max_new_tokens=NEW_TOKENS,
-                min_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                **extra,
-            )
+            out = model.generate(**arguments, **extra)
         for i, row in enumerate(rows):
             assert out[i, width:].tolist() == slow_reference.beams(model, row, NEW_TOKENS, 1, wanted), extra
 

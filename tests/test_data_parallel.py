@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def requests_of(counts: dict[str, int]) -> list[int]:
-    return [counts[kind] for kind in ("loglikelihood", "generate_until", "loglikelihood_rolling")]
+    return [counts[kind] for kind in launched.KINDS]
 
 
 @pytest.mark.slow

@@ -27,6 +27,12 @@ def example(seed: int = 0, **metadata) -> laai.Intervention:
     return laai.Intervention({1: vector}, metadata={"base_model": "org/base", "task": "laai_toy", **metadata})
 
 
+def set_offline(monkeypatch, offline: bool) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    # huggingface_hub 0.x decides when it opens a session.
+    getattr(huggingface_hub.utils._http, "reset_sessions", lambda: None)()
+
+
 @pytest.fixture()
 def hub(monkeypatch, tmp_path):
     """A Hub that the client of this process talks to, with an empty cache and no login."""
@@ -34,9 +40,11 @@ def hub(monkeypatch, tmp_path):
     with FakeHub() as server:
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.endpoint)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        # huggingface_hub 0.x keeps a copy of its own.
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        set_offline(monkeypatch, False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not HTTP of the Hub's own
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -77,10 +85,10 @@ def test_the_cache_answers_offline_and_when_the_hub_is_down(shared, monkeypatch)
     laai.Intervention.load("org/one")
     laai.Intervention.load("org/one@dev/x")
     asked = len(shared.log)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    set_offline(monkeypatch, True)
     assert laai.Intervention.load("org/one").sha256 == example(2).sha256
     assert laai.Intervention.load("org/one@dev/x").sha256 == example(3).sha256
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    set_offline(monkeypatch, False)
     assert laai.Intervention.load("org/one:a.safetensors", local_files_only=True).sha256 == example(2).sha256
     assert len(shared.log) == asked
     shared.broken = True
@@ -118,7 +126,7 @@ def test_refusals(shared, monkeypatch):
     shared.repositories["org/one"].commit({"a.safetensors": b"not an intervention"})
     assert "is not a safetensors file" in refusal("org/one")
     for arguments, offline in (({"local_files_only": True}, False), ({}, True)):
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        set_offline(monkeypatch, offline)
         for spec in ("org/two", "org/two:a.safetensors"):
             assert refusal(spec, **arguments).endswith(
                 "is not in the cache, and the Hub is switched off (offline mode)"
@@ -225,9 +233,9 @@ def test_push_refusals(hub, monkeypatch):
     assert "is no repository name" in refused("a/b/c")
     assert refused("org/new", revision="nowhere") == "org/new has no revision 'nowhere'"
     assert "expected a name that ends in .safetensors" in refused("org/new", file="x.bin")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    set_offline(monkeypatch, True)
     assert "offline" in refused("org/new")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    set_offline(monkeypatch, False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert refused("org/new").startswith("cannot reach the Hub at http://127.0.0.1:9 (")
 

@@ -110,6 +110,8 @@ MLP_PATHS = {
     "OPT": "model.decoder.layers.{}.fc2",
     "Falcon": "transformer.h.{}.mlp",
 }
+if transformers.__version__.startswith("4."):
+    MLP_PATHS["Mixtral"] = "model.layers.{}.block_sparse_moe"
 
 
 def head_dim(name: str) -> int:

@@ -33,7 +33,7 @@ def _layer(text: str) -> int | str:
 
 
 # The arguments of `train` that are flags of the same name; their defaults are told there and nowhere else.
-_NUMBERS = {
+_NUMBERS: dict[str, tuple[Any, str]] = {
     "l1": (_weight, "weight of the sum of absolute values, the paper's gamma; auto cross-validates"),
     "group": (_weight, "weight of the sum of the heads' norms, the paper's lambda; auto cross-validates"),
     "steps": (int, "model evaluations"),
