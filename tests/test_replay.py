@@ -152,3 +152,39 @@ def test_a_model_that_cannot_be_replayed_says_so_once_and_trains(caplog):
     assert [r.message for r in caplog.records if "cannot be replayed" in r.message].__len__() == 1
     plain = laai.train(model, TOKENIZER, examples, layer=1, steps=5, path="plain")
     assert result.objective == plain.objective
+
+
+@pytest.mark.parametrize("path", ["plain", "replay"])
+def test_running_out_of_memory_splits_the_batch_and_changes_nothing(path, caplog):
+    """More than two rows at once do not fit: as on a GPU, where PyTorch raises this error."""
+    model, examples = tiny_model("Llama"), rules(RAGGED)
+    whole = laai.train(model, TOKENIZER, examples, layer=1, steps=6, path=path, penalty_scale="absolute")
+
+    def limited(module, args, kwargs):
+        if len(kwargs.get("input_ids", ())) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate too much")
+
+    handle = model.register_forward_pre_hook(limited, with_kwargs=True)
+    with caplog.at_level("WARNING"):
+        split = laai.train(model, TOKENIZER, examples, layer=1, steps=6, path=path, penalty_scale="absolute")
+    handle.remove()
+    assert [r.message for r in caplog.records] == ["memory ran out: going on with 2 rows a forward"]
+    assert split.objective == pytest.approx(whole.objective, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_names_the_example():
+    model = tiny_model("Llama")
+    examples = rules(RAGGED)
+    seen = []
+
+    def later(module, args, output):
+        seen.append(1)
+        if len(seen) > 12:  # the checks before training, and a few steps
+            output.logits[1] = float("nan")
+        return output
+
+    handle = model.register_forward_hook(later)
+    result = laai.train(model, TOKENIZER, examples, layer=1, steps=20)
+    handle.remove()
+    assert "not finite at evaluation" in result.stopped and "(example 1)" in result.stopped
+    assert result.objective == min(step.objective for step in result.history)
