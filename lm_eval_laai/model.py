@@ -246,7 +246,8 @@ class HFLaai(HFLM):
 def _join_cpu_launch() -> None:
     """Meet torchrun's other processes on a machine without an accelerator: accelerate does so only for `cpu=True`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
-        PartialState(cpu=True, timeout=timedelta(weeks=52))  # HFLM's own: a process may wait long for a slower one
+        state = PartialState(cpu=True, timeout=timedelta(weeks=52))  # HFLM's own: one may wait long for a slower one
+        state.device = torch.device("cpu")  # accelerate says cpu:0, which safetensors before 0.8 refuses
 
 
 def _refuse_tensor_parallel(arguments: dict[str, Any]) -> None:

@@ -273,7 +273,7 @@ def empty_folder(folder: Path, _: Path) -> None:
         (wordless, [], "has no tokens"),
         (no_tokenizer, [], "cannot load the tokenizer"),
         (truncated_weights, [], "cannot load the model"),
-        (empty_folder, [], "cannot load the config"),
+        (empty_folder, [], "cannot load the"),
         (shutil.copytree, ["--layer", "3"], "layers 0 to 2"),
         (shutil.copytree, ["--layer", "-4"], "layers 0 to 2"),
         (shutil.copytree, ["--projection", "no.{}.module"], "no.1.module"),

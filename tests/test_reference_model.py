@@ -1,4 +1,4 @@
-"""The bundled reference model: it loads, it is small, and it is able without being saturated."""
+"""The bundled reference model: it loads, it is small, and able without being saturated."""
 
 import sys
 from pathlib import Path

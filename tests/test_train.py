@@ -11,6 +11,7 @@ import torch
 import transformers
 from slow_reference import writing
 from tiny import (
+    ARCHITECTURES,
     BLOCK_PATHS,
     HEADS,
     HIDDEN,
@@ -18,6 +19,7 @@ from tiny import (
     MLP_PATHS,
     PROJECTION_PATHS,
     VOCABULARY,
+    WINDOWED,
     head_dim,
     tiny_model,
     tiny_tokenizer,
@@ -162,9 +164,9 @@ def test_loss_and_gradient_against_hand_written_hooks(name, kind, site):
         assert float((gradient - expected).norm()) < 1e-4 * float(expected.norm())
 
 
-@pytest.mark.parametrize("name", ["Gemma2Window", "Qwen3", "GPTNeoX", "OPT", "Mixtral"])
+@pytest.mark.parametrize("name", (*ARCHITECTURES, *WINDOWED))
 @pytest.mark.parametrize("layer", [0, LAYERS - 1])
-def test_gradient_on_other_architectures(name, layer):
+def test_gradient_on_every_architecture(name, layer):
     reference = Reference(name, layer=layer)
     delta = some_delta(name)
     loss, gradient = plain_forward(name, RULES, layer=layer).loss_and_gradient(delta, Objective(RULES))

@@ -88,7 +88,7 @@ def model_source(arguments: argparse.Namespace) -> ModelSource:
 
 def add_layer_argument(parser: argparse.ArgumentParser, kind: Any = int, more: str = "") -> None:
     """--layer, for `choose_layer`."""
-    text = "0-based, negative counts from the end (default: a third of the model's depth)"
+    text = "0-based, negative counts from the end (default: the middle of the model)"
     parser.add_argument("--layer", type=kind, help=text + more)
 
 
@@ -113,19 +113,20 @@ def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def default_layer(count: int) -> int:
-    """The layer when none is given, for a model of `count` layers: a third of the way up.
+    """The layer when none is given, for a model of `count` layers: the middle one.
 
-    Low enough that the layers above can act on the change, high enough that the word has been read. The paper's
-    layer is 3 of 32.
+    There vectors that stand for a task act best in models of many sizes (Hendel, Geva & Globerson 2023, "In-context
+    learning creates task vectors"), and on the reference model too. The paper's layer is 3 of 32; `--layer auto`
+    measures.
     """
-    return round(count / 3)
+    return count // 2
 
 
 def choose_layer(layer: int | None, config: Any) -> int:
     """The layer, 0-based, from a model's configuration: a wrong one is refused before the weights are read."""
     count = config.get_text_config(decoder=True).num_hidden_layers
     if layer is None:
-        return min(default_layer(count), count - 1)
+        return default_layer(count)
     if not -count <= layer < count:
         raise LaaiError(f"layer {layer} is out of range: this model has layers 0 to {count - 1}")
     return layer % count
