@@ -28,7 +28,7 @@ VOCABULARY = 4352
 LENGTH = 88  # tokens a row: eleven pairs are 81 at the median, and fit whole in 97 of 100 documents
 MUON = 2.5  # Muon's learning rate over AdamW's
 WARMUP = 50  # steps
-COOLDOWN = 0.4  # of the steps
+COOLDOWN = 30  # steps
 CURRICULUM = [(375, 64), (475, 200)]  # (until step, words)
 PROBE_LAYER = 3  # the output of the third block
 PROBE_WEIGHT = 0.5
@@ -74,11 +74,8 @@ def optimizers(model: LlamaForCausalLM, probe: torch.nn.Linear, lr: float, kind:
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rate's factor: linear warm-up, constant, then linear to near zero over the last COOLDOWN.
-
-    Before the cool-down nothing depends on `steps`, so a run can be continued to another end while it is going.
-    """
-    return min((step + 1) / WARMUP, (steps - step) / (COOLDOWN * steps), 1.0)
+    """The learning rate's factor: linear warm-up, constant, then linear to near zero over the last COOLDOWN steps."""
+    return min((step + 1) / WARMUP, (steps - step) / COOLDOWN, 1.0)
 
 
 def words_at(step: int) -> int:
@@ -225,7 +222,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights and tokenizer")
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/reference_model/state.pt"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=630)
     parser.add_argument("--rows", type=int, default=32, help="documents a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="muon")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -51,3 +52,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         model_max_length=1024,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
+    # transformers 5 writes a class that 4 does not know; both read this one.
+    path = folder / "tokenizer_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
+    )
