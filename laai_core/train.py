@@ -188,6 +188,7 @@ def train_many(
                     "stop": stop,
                 }
                 results[number] = _result(layout, layer, site, jobs[number], run, unit, facts)
+        bar.refresh()  # short runs end between two of its updates
     return [results[number] for number in range(len(jobs))]
 
 
@@ -205,8 +206,8 @@ def _run(
     """The optimiser of one job. Without heads the whole vector is one group."""
 
     def report(step: Step) -> None:
+        bar.set_postfix(objective=f"{step.objective:.4f}", heads=step.active_heads, refresh=False)
         bar.update()
-        bar.set_postfix(objective=f"{step.objective:.4f}", heads=step.active_heads)
 
     start = torch.zeros(shape)
     if job.start is not None:
