@@ -51,6 +51,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         padding_side="left",
         model_max_length=1024,
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # Llama takes no token types
     ).save_pretrained(folder)
     # transformers 5 writes a class that 4 does not know; both read this one.
     path = folder / "tokenizer_config.json"
