@@ -16,8 +16,10 @@ import torch
 from laai_core.locate import Layout
 
 
-def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and mask [R, longest] of ragged rows, padded with token 0."""
+def padded(
+    rows: Sequence[Sequence[int]], device: torch.device, left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and mask [R, longest] of ragged rows, padded with token 0, on `device`."""
     width = max(map(len, rows))
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros_like(tokens)
@@ -25,7 +27,7 @@ def padded(rows: Sequence[Sequence[int]], left: bool = False) -> tuple[torch.Ten
         start = width - len(row) if left else 0
         tokens[number, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
         mask[number, start : start + len(row)] = 1
-    return tokens, mask
+    return tokens.to(device), mask.to(device)
 
 
 def model_inputs(

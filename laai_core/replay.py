@@ -63,6 +63,8 @@ class ReplayForward(Forward):
     def _logits(self, rows: Sequence[int], edits: list[Edit | None]) -> tuple[torch.Tensor, torch.Tensor]:
         key = tuple(rows)
         if key not in self._prepared:
+            # Where memory ran out, what was prepared for larger batches must not stay in it.
+            self._prepared = {k: v for k, v in self._prepared.items() if len(k) <= self._batch_size}
             if sum(map(len, self._prepared)) > 2 * len(self._batch.prompt_lengths):
                 self._prepared.clear()  # runs that ended have left sets of rows behind that never come again
             with torch.no_grad():
@@ -88,14 +90,12 @@ def _suffixes(layout: Layout, batch: Batch, rows: Sequence[int], layer: int) -> 
     prefix_mask = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
     if width:
         # Padded on the left, so that every suffix starts right behind its prefix; each distinct prefix runs once.
-        tokens, mask = padded(prefixes, left=True)
-        tokens, mask = tokens.to(device), mask.to(device)
+        tokens, mask = padded(prefixes, device, left=True)
         output = layout.model(**model_inputs(layout, tokens, mask), use_cache=True, logits_to_keep=1)
         owner = torch.tensor(owners, device=device)
         cache = read_only(selected(output.past_key_values, owner))
         prefix_mask = mask[owner]
-    tokens, mask = padded([row[length:] for row, length in zip(ids, lengths, strict=True)], left=False)
-    tokens, mask = tokens.to(device), mask.to(device)
+    tokens, mask = padded([row[length:] for row, length in zip(ids, lengths, strict=True)], device)
     before = torch.tensor(lengths, device=device)
     inputs = model_inputs(layout, tokens, mask, prefix_mask, before)
     inputs["past_key_values"] = cache

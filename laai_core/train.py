@@ -95,7 +95,8 @@ def train(
         penalty_scale: `absolute` penalises Δ itself (x = Δ, the paper's). `relative` writes Δ = rms * x, rms the root
             mean square of the site's activation at the last prompt tokens, so that one setting fits any model.
         optimizer: `prox` (exact zeros) or `adam` (with `lr`).
-        steps: model evaluations, exactly, unless `tolerance` (share of the first stationarity residual) is given.
+        steps: model evaluations, exactly, unless `tolerance` (share of the first stationarity residual) is given, or
+            `prox` has nothing left to gain in float32.
         seed: recorded in the file; training itself draws no random numbers.
         stop: appended to every target, so that generation ends where the answer ends.
         whitespace: see `laai_core.encode.encode_pair`.

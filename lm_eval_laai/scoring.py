@@ -82,10 +82,10 @@ class Scorer:
         """
         answers: list[Answer | None] = [None] * len(rows)
         groups = sorted(self._groups(rows), key=lambda g: -(len(g.prompt) + len(g.longest())))
-        # With virtual tokens a cached prompt could not be continued: PEFT would prepend them again.
         linear = [group.is_linear() for group in groups]
         shared = [g for g, is_linear in zip(groups, linear, strict=True) if not is_linear]
         plain = [g for g, is_linear in zip(groups, linear, strict=True) if is_linear]
+        # With virtual tokens a cached prompt could not be continued: PEFT would prepend them again.
         if shared and (self._layout.virtual_tokens or not self._cache_can_be_shared(shared[0])):
             plain += [_Group(g.prompt, g.edit, [member]) for g in shared for member in g.members]
             plain.sort(key=lambda g: -(len(g.prompt) + len(g.longest())))
@@ -118,8 +118,8 @@ class Scorer:
     def _plain(self, groups: Sequence[_Group]) -> Iterator[tuple[int, Answer]]:
         """One right-padded row a group, without a mask, as the harness calls the model."""
         inputs = [g.prompt + g.longest()[:-1] for g in groups]
-        ids, _ = self._padded(inputs)  # [B, T]
-        with self._writing([g.edit for g in groups], [len(g.prompt) for g in groups]):
+        ids, _ = padded(inputs, self._device)  # [B, T]
+        with hooked(self._layout, [g.edit for g in groups], [len(g.prompt) for g in groups]):
             logits = self._model(ids).logits  # [B, virtual + T, V]
         logits = logits[:, logits.shape[1] - ids.shape[1] :]
         for row, group in enumerate(groups):
@@ -132,8 +132,8 @@ class Scorer:
         """A left-padded pass over the prompts, then the continuations' stems against copies of its cache."""
         edits = [g.edit for g in groups]
         lengths = [len(g.prompt) for g in groups]
-        tokens, mask = self._padded([g.prompt for g in groups], left=True)  # [G, P]
-        with self._writing(edits, lengths):
+        tokens, mask = padded([g.prompt for g in groups], self._device, left=True)  # [G, P]
+        with hooked(self._layout, edits, lengths):
             output = self._model(**model_inputs(self._layout, tokens, mask), use_cache=True)
         first = self._log_softmax(output.logits[:, -1])  # [G, V]
         stems = [(g, stem) for g, group in enumerate(groups) for stem in group.stems()]
@@ -144,9 +144,10 @@ class Scorer:
             owners = [g for g, _ in chunk]
             rows = torch.tensor(owners)  # on the CPU: the layers' caches may lie on several devices
             prompt_lengths = torch.tensor(lengths, device=self._device)[rows]
-            inputs = model_inputs(self._layout, *self._padded([s for _, s in chunk]), mask[rows], prompt_lengths)
+            stem_tokens = padded([stem for _, stem in chunk], self._device)
+            inputs = model_inputs(self._layout, *stem_tokens, mask[rows], prompt_lengths)
             cache = selected(output.past_key_values, rows)
-            with self._writing([edits[g] for g in owners], [lengths[g] for g in owners]):
+            with hooked(self._layout, [edits[g] for g in owners], [lengths[g] for g in owners]):
                 logits = self._model(**inputs, past_key_values=cache, use_cache=True).logits  # [S, L, V]
             for row, (g, stem) in enumerate(chunk):
                 tails[g, stem] = self._log_softmax(logits[row, : len(stem)])
@@ -166,13 +167,6 @@ class Scorer:
         except (AttributeError, NotImplementedError):
             return False
         return True
-
-    def _padded(self, rows: Sequence[Sequence[int]], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, mask = padded(rows, left)
-        return tokens.to(self._device), mask.to(self._device)
-
-    def _writing(self, edits: Sequence[Edit | None], prompt_lengths: Sequence[int]) -> Any:
-        return hooked(self._layout, edits, prompt_lengths)
 
     def _log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
         return F.log_softmax(logits, dim=-1, dtype=self._softmax_dtype)
