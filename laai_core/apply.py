@@ -19,7 +19,8 @@ from laai_core.positions import Call, Generation, PositionTracker, repeated
 
 @dataclass(frozen=True, eq=False)  # compared by identity: tensors have no truth value
 class Edit:
-    """What is written into some rows: flat vectors [D] by layer, scale folded in for `add`.
+    """What is written into some rows: flat vectors [D] by layer, or [B, D] with one for each row of the call; scale
+    folded in for `add`.
 
     The vectors may require gradients: training goes through the same hooks as application.
     """
@@ -163,15 +164,16 @@ class _Steering:
             rows, columns = self._where(index, x.device)
             if not len(rows):
                 continue
-            if x.ndim != 3 or x.shape[:2] != self._expected_shape() or x.shape[2] != len(edit.vectors[layer]):
-                expected = [*self._expected_shape(), len(edit.vectors[layer])]
+            if x.ndim != 3 or x.shape[:2] != self._expected_shape() or x.shape[2] != edit.vectors[layer].shape[-1]:
+                expected = [*self._expected_shape(), edit.vectors[layer].shape[-1]]
                 raise LaaiError(
                     f"layer {layer}, site {site}: the activation has shape {list(x.shape)}, expected {expected}; "
                     f"a model sharded inside its layers is refused"
                 )
             if edit.operation == "add":
                 vector = self._vector(index, layer, x)
-                x = x.index_put((rows, columns), vector.expand(len(rows), -1), accumulate=True)
+                values = vector[rows] if vector.ndim == 2 else vector.expand(len(rows), -1)
+                x = x.index_put((rows, columns), values, accumulate=True)
             else:
                 vector = edit.vectors[layer].to(x.device)
                 x = x.index_put((rows, columns), icv_step(x[rows, columns], vector, edit.step))

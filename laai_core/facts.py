@@ -10,6 +10,8 @@ def flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """(`training.versions.torch`, value) and so on, sorted by name."""
     rows: list[tuple[str, Any]] = []
     for key, value in sorted(facts.items()):
+        if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+            value = {str(number): one for number, one in enumerate(value)}
         if isinstance(value, Mapping):
             rows += flat(value, f"{prefix}{key}.")
         else:

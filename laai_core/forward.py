@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -19,7 +20,23 @@ from laai_core.objective import Objective
 
 logger = logging.getLogger(__name__)
 
-Scores = tuple[torch.Tensor, torch.Tensor]  # numbers of scored tokens [m], their log-probabilities [m]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)  # a part is itself alone: what is worked out for it hangs on it
+class Part:
+    """Some rows of a batch, which go through the model together, and what is read off them."""
+
+    rows: list[int]
+    lengths: list[int]  # of the rows' prompts
+    end: torch.Tensor  # [rows]: the column of each one's last prompt token, as the model is given them
+    owner: torch.Tensor  # [rows]: which of the active runs' vectors they are under
+    # Where logits are wanted [u]: numbers within `rows`, and columns as the model is given them.
+    row: torch.Tensor
+    column: torch.Tensor
+    # The scored tokens [m]: their numbers in the batch, and which of those places predicts each.
+    scored: torch.Tensor
+    place: torch.Tensor
 
 
 class Forward(ABC):
@@ -34,10 +51,19 @@ class Forward(ABC):
         self._layout, self._layer, self._site = layout, layer, site
         self._batch = batch.to(model_device(layout))
         self._batch_size = batch_size or len(batch.prompt_lengths)
+        self._cut: tuple[Any, list[Part]] = (None, [])
 
     @abstractmethod
-    def _logits(self, rows: Sequence[int], edits: list[Edit | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [len(rows), T, V] under one edit a row, and the column [len(rows)] of each row's first column."""
+    def _first(self, lengths: torch.Tensor) -> torch.Tensor:
+        """The first column [rows] of a batch's rows that the model is given, for prompts of `lengths` [rows]."""
+
+    @abstractmethod
+    def _logits(self, part: Part, edit: Edit) -> torch.Tensor:
+        """Logits [u, V] at the places of a part, its rows under an edit."""
+
+    def _edit(self, vectors: torch.Tensor) -> Edit:
+        """What vectors [rows, D], one for each row of a part, write."""
+        return Edit({self._layer: vectors}, self._site)
 
     def loss_and_gradient(
         self, vectors: torch.Tensor, objective: Objective, active: Sequence[int]
@@ -46,9 +72,13 @@ class Forward(ABC):
 
         `vectors` [A, D] float32, one for each active run.
         """
+        return self._split_until_it_fits(lambda: self._evaluate(vectors, objective, active))
+
+    def _split_until_it_fits(self, call: Callable[[], T]) -> T:
+        """`call`, again with fewer rows a forward when memory ran out."""
         while True:
             try:
-                return self._evaluate(vectors, objective, active)
+                return call()
             except Exception as error:
                 if self._batch_size < 2 or not should_reduce_batch_size(error):
                     raise
@@ -58,64 +88,127 @@ class Forward(ABC):
     def _evaluate(
         self, vectors: torch.Tensor, objective: Objective, active: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        deltas = vectors.detach().requires_grad_()
-        chunks = list(self._chunks(active))
-        runs = torch.tensor(list(active), device=self._batch.run_of_example.device)
-        if len(chunks) == 1:
+        deltas = vectors.detach().to(self._batch.row.device).requires_grad_()
+        parts = self._parts(active)
+        runs = torch.tensor(list(active))
+        if len(parts) == 1:
             with torch.enable_grad():
-                logprobs = self._continuations([self._token_logprobs(deltas, active, chunks[0])])
+                logprobs = self._continuations(parts, [self._token_logprobs(deltas, parts[0])])
                 per_example = objective.per_example(logprobs)
                 losses = self._run_means(per_example)[runs.to(per_example.device)]
                 (gradients,) = torch.autograd.grad(losses.sum(), deltas)
             return losses.detach(), gradients, per_example.detach()
-        # The loss may couple rows (kl over options), so first all log-probabilities, then chunk by chunk again with
-        # the loss's derivative by them.
+        # The loss may couple rows (kl over options), so first all log-probabilities, then part by part again with the
+        # loss's derivative by them.
         with torch.no_grad():
-            logprobs = self._continuations([self._token_logprobs(deltas, active, chunk) for chunk in chunks])
+            logprobs = self._continuations(parts, [self._token_logprobs(deltas, part) for part in parts])
         with torch.enable_grad():
             logprobs.requires_grad_()
             per_example = objective.per_example(logprobs)
             losses = self._run_means(per_example)[runs.to(per_example.device)]
             (weights,) = torch.autograd.grad(losses.sum(), logprobs)
             gradients = torch.zeros_like(deltas)
-            for chunk in chunks:
-                index, scores = self._token_logprobs(deltas, active, chunk)
-                weighted = (scores * weights[self._batch.continuation[index]]).sum()
+            for part in parts:
+                scores = self._token_logprobs(deltas, part)
+                continuation = self._batch.continuation[part.scored].to(weights.device)
+                weighted = (scores * weights[continuation]).sum()
                 gradients += torch.autograd.grad(weighted, deltas)[0]
         return losses.detach(), gradients, per_example.detach()
 
     @torch.no_grad()
-    def continuation_logprobs(self, vectors: torch.Tensor) -> torch.Tensor:
-        """[C] log p(continuation | prompt) with `vectors` [runs, D] applied, one for every run."""
-        active = range(len(vectors))
-        return self._continuations([self._token_logprobs(vectors, active, chunk) for chunk in self._chunks(active)])
+    def continuation_logprobs(self, vectors: torch.Tensor, active: Sequence[int] | None = None) -> torch.Tensor:
+        """[C] log p(continuation | prompt) with `vectors` [A, D] applied, one for every active run, by default all;
+        0 for continuations of the others."""
+        chosen = range(len(vectors)) if active is None else active
+        deltas = vectors.to(self._batch.row.device)
 
-    def _chunks(self, active: Sequence[int]) -> Iterator[list[int]]:
-        wanted = set(active)
-        rows = [row for row, run in enumerate(self._batch.run_of_row) if run in wanted]
-        for start in range(0, len(rows), self._batch_size):
-            yield rows[start : start + self._batch_size]
+        def evaluate() -> torch.Tensor:
+            parts = self._parts(chosen)
+            return self._continuations(parts, [self._token_logprobs(deltas, part) for part in parts])
 
-    def _token_logprobs(self, deltas: torch.Tensor, active: Sequence[int], rows: Sequence[int]) -> Scores:
-        """Which scored tokens lie in `rows`, and their log-probabilities, float32."""
+        return self._split_until_it_fits(evaluate)
+
+    @torch.no_grad()
+    def token_logprobs(self, vectors: torch.Tensor, rows: list[int], runs: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities of all scored tokens of some rows, of some runs under `vectors` [runs, D]."""
+        deltas = vectors.to(self._batch.row.device)
+        return self._split_until_it_fits(lambda: self._token_logprobs(deltas, self._part(rows, runs)))
+
+    @torch.no_grad()
+    def activation_rms(self) -> list[float]:
+        """For each run, the root mean square of the site's activation over its examples' last prompt tokens."""
+        runs = range(int(self._batch.run_of_example.max()) + 1)
+        width = torch.Size(self._layout.shape(self._layer, self._site)).numel()
+        zeros = torch.zeros(len(runs), width, device=self._batch.row.device)
+        squares = self._split_until_it_fits(
+            lambda: torch.cat([self._mean_squares(part, zeros[part.owner]) for part in self._parts(runs)])
+        )
+        # An example's options may fill several rows; each of them holds its prompt.
+        owners = self._batch.example[self._batch.continuation].tolist()
+        row_of_example = dict(zip(owners, self._batch.row.tolist(), strict=True))
+        values = self._run_means(squares[[row_of_example[n] for n in range(len(row_of_example))]]).sqrt().tolist()
+        if min(values) == 0:
+            raise LaaiError(f"layer {self._layer}, site {self._site} is all zero: use --penalty-scale absolute")
+        return values
+
+    def _parts(self, active: Sequence[int]) -> list[Part]:
+        """The rows of the active runs, `batch_size` at a time. Kept: the same runs are asked for again and again."""
+        key = (tuple(active), self._batch_size)
+        if self._cut[0] != key:
+            wanted = set(active)
+            rows = [row for row, run in enumerate(self._batch.run_of_row) if run in wanted]
+            size = self._batch_size
+            self._cut = key, [self._part(rows[start : start + size], active) for start in range(0, len(rows), size)]
+        return self._cut[1]
+
+    def _part(self, rows: list[int], active: Sequence[int]) -> Part:
         batch = self._batch
-        edits = {run: Edit({self._layer: deltas[i]}, self._site) for i, run in enumerate(active)}
-        logits, first = self._logits(rows, [edits[batch.run_of_row[row]] for row in rows])
-        place = torch.full((len(batch.prompt_lengths),), -1, device=batch.row.device)
-        place[torch.tensor(rows, device=batch.row.device)] = torch.arange(len(rows), device=batch.row.device)
-        index = (place[batch.row] >= 0).nonzero().squeeze(1)
-        row = place[batch.row[index]]
-        column = batch.column[index] - first[row]
-        chosen = logits[row.to(logits.device), column.to(logits.device)].float()
-        token = batch.token[index].to(chosen.device).unsqueeze(1)
-        return index, chosen.log_softmax(-1).gather(1, token).squeeze(1)
+        lengths = torch.tensor(batch.prompt_lengths)[rows]
+        first = self._first(lengths)
+        within = torch.full((len(batch.prompt_lengths),), -1)
+        within[rows] = torch.arange(len(rows))
+        row = within[batch.row.cpu()]
+        scored = (row >= 0).nonzero().squeeze(1)
+        row = row[scored]
+        column = batch.column.cpu()[scored] - first[row]
+        # One-token options of an example are predicted at one place: its logits are made once.
+        places, place = torch.stack([row, column]).unique(dim=1, return_inverse=True)
+        number = {run: i for i, run in enumerate(active)}
+        owner = torch.tensor([number[batch.run_of_row[row]] for row in rows])
+        tensors = [t.to(batch.row.device) for t in (lengths - 1 - first, owner, *places, scored, place)]
+        return Part(rows, lengths.tolist(), *tensors)
 
-    def _continuations(self, parts: list[Scores]) -> torch.Tensor:
+    def _token_logprobs(self, deltas: torch.Tensor, part: Part) -> torch.Tensor:
+        """Log-probabilities of a part's scored tokens [m], float32."""
+        logprobs = self._logits(part, self._edit(deltas[part.owner])).float().log_softmax(-1)
+        token = self._batch.token[part.scored]
+        return logprobs[part.place.to(logprobs.device), token.to(logprobs.device)]
+
+    def _mean_squares(self, part: Part, vectors: torch.Tensor) -> torch.Tensor:
+        """Of the site's activation at a part's last prompt tokens: [rows]."""
+        seen: list[torch.Tensor] = []
+        keep = seen.append
+        module = self._layout.module(self._layer, self._site)
+        if self._site == "heads":
+            handle = module.register_forward_pre_hook(lambda module, args: keep(args[0]))
+        else:
+            handle = module.register_forward_hook(
+                lambda module, args, output: keep(output[0] if isinstance(output, tuple) else output)
+            )
+        try:
+            self._logits(part, self._edit(vectors))
+        finally:
+            handle.remove()
+        value = seen[-1]  # a replay's first run has its prefixes run before, which are other rows
+        activation = value.reshape(len(part.rows), -1, value.shape[-1])  # OPT's feed-forward sees one long row
+        ends = part.end.to(value.device)
+        return activation[torch.arange(len(ends)), ends].float().square().mean(1).cpu()
+
+    def _continuations(self, parts: Sequence[Part], scores: Sequence[torch.Tensor]) -> torch.Tensor:
         """Token log-probabilities summed by continuation: [C]; those of inactive runs stay 0."""
-        index = torch.cat([i for i, _ in parts])
-        scores = torch.cat([s for _, s in parts])
-        total = scores.new_zeros(len(self._batch.example))
-        return total.index_add(0, self._batch.continuation[index].to(scores.device), scores)
+        scored, found = torch.cat([part.scored for part in parts]), torch.cat(list(scores))
+        total = found.new_zeros(len(self._batch.example))
+        return total.index_add(0, self._batch.continuation[scored].to(found.device), found)
 
     def _run_means(self, per_example: torch.Tensor) -> torch.Tensor:
         """Losses [N] to means by run [runs]."""
@@ -127,57 +220,25 @@ class Forward(ABC):
 class PlainForward(Forward):
     """Full hooked forwards: the reference every faster path is tested against."""
 
-    def _logits(self, rows: Sequence[int], edits: list[Edit | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = self._batch
-        part = torch.tensor(rows, device=batch.input_ids.device)
-        with hooked(self._layout, edits, [batch.prompt_lengths[row] for row in rows]):
-            logits = self._layout.model(
-                input_ids=batch.input_ids[part], attention_mask=batch.attention_mask[part], use_cache=False
-            ).logits
-        return logits, torch.zeros_like(part)
+    def _first(self, lengths: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(lengths)
 
-    @torch.no_grad()
-    def activation_rms(self) -> list[float]:
-        """For each run, the root mean square of the site's activation over its examples' last prompt tokens."""
-        batch = self._batch
-        module = self._layout.module(self._layer, self._site)
-        squares: list[torch.Tensor] = []
-
-        def keep(value: torch.Tensor) -> None:
-            ends = torch.tensor([batch.prompt_lengths[row] for row in rows], device=value.device) - 1
-            # OPT's feed-forward sees all rows of the batch in one.
-            activation = value.reshape(len(ends), -1, value.shape[-1])
-            squares.append(activation[torch.arange(len(ends)), ends].float().square().mean(1).cpu())
-
-        if self._site == "heads":
-            handle = module.register_forward_pre_hook(lambda module, args: keep(args[0]))
-        else:
-            handle = module.register_forward_hook(
-                lambda module, args, output: keep(output[0] if isinstance(output, tuple) else output)
-            )
-        runs = range(len(torch.bincount(batch.run_of_example)))
-        try:
-            for rows in self._chunks(runs):
-                part = torch.tensor(rows, device=batch.input_ids.device)
-                self._layout.model(
-                    input_ids=batch.input_ids[part], attention_mask=batch.attention_mask[part], use_cache=False
-                )
-        finally:
-            handle.remove()
-        # An example's options may fill several rows; each of them holds its prompt.
-        owners = batch.example[batch.continuation].tolist()
-        row_of_example = dict(zip(owners, batch.row.tolist(), strict=True))
-        by_example = torch.cat(squares)[[row_of_example[n] for n in range(len(row_of_example))]]
-        values = self._run_means(by_example).sqrt().tolist()
-        if min(values) == 0:
-            raise LaaiError(f"layer {self._layer}, site {self._site} is all zero: use --penalty-scale absolute")
-        return values
+    def _logits(self, part: Part, edit: Edit) -> torch.Tensor:
+        ids, mask = self._batch.input_ids[part.rows], self._batch.attention_mask[part.rows]
+        with hooked(self._layout, edit, part.lengths):
+            logits = self._layout.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return logits[part.row.to(logits.device), part.column.to(logits.device)]
 
 
 def model_device(layout: Layout) -> torch.device:
     """Where the model takes its tokens."""
     device = layout.model.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate moves the inputs
+
+
+def max_positions(layout: Layout) -> int | None:
+    """The most tokens a text of this model may have, if its configuration says so."""
+    return getattr(layout.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 @contextmanager

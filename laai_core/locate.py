@@ -207,7 +207,7 @@ def _find_projection(block: nn.Module, layer: int, heads: int, hidden: int) -> n
 
 def _named_projection(model: nn.Module, path: str, layer: int, heads: int) -> nn.Module | str:
     """The projection at the user's own module path."""
-    if "{}" not in path:
+    if not isinstance(path, str) or "{}" not in path:  # the harness makes a number of projection=7
         raise LaaiError(f"projection={path!r}: expected a module path with {{}} where the layer's number goes")
     name = path.replace("{}", str(layer))
     try:

@@ -1,12 +1,14 @@
 """Minimise smooth loss + penalty over x [H, d]: proximal gradient with spectral steps, or Adam as in the literature.
 
-Work is counted in evaluations of the loss and its gradient: one forward and one backward of the model each.
+Several runs go side by side as rows of x [R, H, d], each with its own penalty, step size, best point and end. Work is
+counted in evaluations of the loss and its gradient: one forward and one backward of the model each.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -30,143 +32,167 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Point:
-    """x with what was measured there; the objective includes the penalty, the gradient does not."""
+class Points:
+    """A point of every run with what was measured there; objectives include the penalty, gradients do not."""
 
-    x: torch.Tensor
-    gradient: torch.Tensor
-    loss: float
+    x: torch.Tensor  # [R, H, d]
+    gradient: torch.Tensor  # [R, H, d]
+    loss: torch.Tensor  # [R], float64
+    objective: torch.Tensor  # [R], float64
+
+    def where(self, chosen: torch.Tensor, others: Points) -> Points:
+        """These for the runs `chosen` [R], `others` for the rest."""
+        wide = chosen.view(-1, 1, 1)
+        return Points(
+            torch.where(wide, self.x, others.x),
+            torch.where(wide, self.gradient, others.gradient),
+            torch.where(chosen, self.loss, others.loss),
+            torch.where(chosen, self.objective, others.objective),
+        )
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The best point a run saw, and how it got there."""
+
+    x: torch.Tensor  # [H, d]
+    gradient: torch.Tensor  # [H, d], of the loss at x
     objective: float
+    loss: float
+    first_gradient: torch.Tensor  # [H, d], of the loss at the start
+    history: list[Step]
+    stopped: str | None  # why it ended before its budget, if it did
 
 
-# An optimiser yields the next x to evaluate, is sent the Point, and returns why it ended.
-Optimizer = Generator[torch.Tensor, Point, str]
+# x [A, H, d] and the numbers of their runs -> losses [A], gradients [A, H, d], and what to say of a run
+# for which they are not finite.
+Evaluate = Callable[[torch.Tensor, list[int]], tuple[torch.Tensor, torch.Tensor, Callable[[int], str]]]
+
+# An optimiser yields the x to evaluate next, and which runs have nowhere left to go; it is sent what was found there.
+Optimizer = Generator[tuple[torch.Tensor, torch.Tensor], Points, None]
 
 
-class Run:
-    """One minimisation, driven from outside: evaluate `wants`, then `tell` what was found, until it wants nothing.
-
-    So several runs can be evaluated in one batch. Counts evaluations, keeps their history and the best point seen.
+def minimise(
+    evaluate: Evaluate,
+    start: torch.Tensor,
+    penalty: Penalty,
+    budget: int,
+    optimizer: str = "prox",
+    lr: float | torch.Tensor = 0.05,
+    tolerance: float | None = None,
+    on_steps: Callable[[list[Step]], None] = lambda steps: None,
+) -> list[Solution]:
+    """Run all rows of `start` [R, H, d] to their ends, each round's points evaluated together.
 
     Args:
-        start: x [H, d] to begin with.
-        budget: evaluations; spent exactly unless a tolerance ends the run before.
-        lr: Adam's learning rate; `prox` finds its own step sizes.
-        tolerance: stop once the stationarity residual is below this share of its value at the start.
+        budget: evaluations of each run; spent exactly, unless a tolerance or a lack of precision ends it before.
+        lr: Adam's learning rate, a number or [R, 1, 1]; `prox` finds its own step sizes.
+        tolerance: a run ends when the stationarity residual at its best point is at most this share of the first.
+        on_steps: called after each round with the steps of the runs that took part.
+
+    A value that is not finite ends its run, Ctrl-C all of them, with the best so far.
+
+    Raises:
+        WorkFailed: when the start of a run could not be evaluated.
     """
-
-    def __init__(
-        self,
-        penalty: Penalty,
-        start: torch.Tensor,
-        budget: int,
-        optimizer: str = "prox",
-        lr: float = 0.05,
-        tolerance: float | None = None,
-        on_step: Callable[[Step], None] = lambda step: None,
-    ) -> None:
-        self.penalty = penalty
-        self.history: list[Step] = []
-        self.first: Point | None = None
-        self.best: Point | None = None
-        self.stopped: str | None = None  # why the run ended before its budget, if it did
-        self._budget, self._on_step = budget, on_step
-        self._steps = _prox(penalty, start, tolerance) if optimizer == "prox" else _adam(penalty, start, tolerance, lr)
-        self.wants: torch.Tensor | None = next(self._steps)
-
-    def tell(self, loss: float, gradient: torch.Tensor, culprit: str = "") -> None:
-        """What was measured at `wants`. A value that is not finite ends the run; `culprit` says where it came from."""
-        x = self.wants
-        assert x is not None
-        if not math.isfinite(loss) or not bool(torch.isfinite(gradient).all()):
-            self.stop(f"loss or gradient not finite at evaluation {len(self.history) + 1}{culprit}")
-            return
-        penalty = float(self.penalty.value(x))
-        point = Point(x, gradient, loss, loss + penalty)
-        active = int(x.ne(0).any(dim=1).sum())
-        step = Step(len(self.history) + 1, point.objective, loss, penalty, int(x.count_nonzero()), active)
-        self.history.append(step)
-        self.first = self.first or point
-        if self.best is None or point.objective < self.best.objective:
-            self.best = point
-        self._on_step(step)
-        try:
-            self.wants = self._steps.send(point)
-        except StopIteration as end:
-            self.stop(end.value)
-        if len(self.history) >= self._budget:
-            self.wants = None
-
-    def stop(self, reason: str) -> None:
-        """End the run here."""
-        self.stopped, self.wants = reason, None
-
-    def result(self) -> Point:
-        """The best point; WorkFailed when not even the start could be evaluated."""
-        if self.best is None:
-            raise WorkFailed(f"training failed at the start: {self.stopped}")
-        return self.best
-
-
-# points, numbers of their runs -> (loss, gradient, culprit) of each
-Evaluate = Callable[[list[torch.Tensor], list[int]], Sequence[tuple[float, torch.Tensor, str]]]
-
-
-def minimise(evaluate: Evaluate, runs: Sequence[Run]) -> None:
-    """Drive all runs to their ends, each round's points evaluated together. Ctrl-C ends them with the best so far."""
+    count = 0
+    history: list[list[Step]] = [[] for _ in start]
+    stopped: dict[int, str] = {}
+    active = list(range(len(start)))
+    nothing = torch.full((len(start),), math.inf, dtype=torch.float64)
+    best = Points(start, torch.zeros_like(start), nothing, nothing)
+    first = best
+    x, steps, residual = start, None, None
     try:
-        while active := [number for number, run in enumerate(runs) if run.wants is not None]:
-            points = [run.wants for run in runs if run.wants is not None]
-            for number, found in zip(active, evaluate(points, active), strict=True):
-                runs[number].tell(*found)
+        for count in range(1, budget + 1):
+            losses, gradients, culprit = evaluate(x[active], active)
+            finite = torch.isfinite(losses) & torch.isfinite(gradients).flatten(1).all(1)
+            for run, fine in zip(active, finite.tolist(), strict=True):
+                if not fine:
+                    stopped[run] = f"loss or gradient not finite at evaluation {count}{culprit(run)}"
+            kept = [run for run in active if run not in stopped]
+            # The rows of runs that have ended stay in the tensors, unread.
+            loss, gradient = nothing.clone(), torch.zeros_like(start)
+            loss[kept], gradient[kept] = losses[finite].double(), gradients[finite]
+            penalties = penalty.value(x).double()
+            point = Points(x, gradient, loss, loss + penalties)
+            best = point.where(point.objective < best.objective, best)
+            done = [Step(count, *values) for values in _facts(point, penalties, kept)]
+            for run, step in zip(kept, done, strict=True):
+                history[run].append(step)
+            on_steps(done)
+            if steps is None:
+                first = point
+                steps = _prox(penalty, point) if optimizer == "prox" else _adam(penalty, point, lr)
+                x, stuck = next(steps)
+            else:
+                x, stuck = steps.send(point)
+            ended = {"no further progress in float32": stuck}
+            if tolerance is not None:
+                found = penalty.stationarity(point.x, point.gradient)
+                residual = found if residual is None else residual
+                ended["stationary"] = (found <= tolerance * residual) & (point.objective == best.objective)
+            for why, which in ended.items():
+                stopped |= {run: f"{why} after {count} evaluations" for run in kept if which[run]}
+            active = [run for run in kept if run not in stopped]
+            if not active:
+                break
     except KeyboardInterrupt:
-        if any(run.best is None for run in runs):
+        if steps is None:
             raise
-        for run in runs:
-            if run.wants is not None:
-                run.stop(f"interrupted after {len(run.history)} evaluations")
+        stopped |= {run: f"interrupted after {len(history[run])} evaluations" for run in active}
+    for run, taken in enumerate(history):
+        if not taken:
+            raise WorkFailed(f"training failed at the start: {stopped[run]}")
+    return [
+        Solution(
+            best.x[run],
+            best.gradient[run],
+            float(best.objective[run]),
+            float(best.loss[run]),
+            first.gradient[run],
+            taken,
+            stopped.get(run),
+        )
+        for run, taken in enumerate(history)
+    ]
 
 
-def _prox(penalty: Penalty, start: torch.Tensor, tolerance: float | None) -> Optimizer:
+def _facts(points: Points, penalties: torch.Tensor, runs: list[int]) -> list[tuple[float, float, float, int, int]]:
+    """What a step says of a point, for some runs."""
+    nonzero = points.x.ne(0)
+    columns = points.objective, points.loss, penalties, nonzero.sum((1, 2)), nonzero.any(2).sum(1)
+    return list(zip(*(column[runs].tolist() for column in columns), strict=True))
+
+
+def _prox(penalty: Penalty, point: Points) -> Optimizer:
     """Proximal gradient with Barzilai-Borwein steps and a non-monotone line search (SpaRSA: Wright, Nowak &
     Figueiredo 2009). Every iterate is the output of the proximal operator, so zeros are exact at all times."""
-    point = yield start
-    count = 1
-    first = residual = penalty.stationarity(point.x, point.gradient)
     # The first step moves by length one; after it the curvature along the last step sets the size.
-    step = 1.0 / max(float(point.gradient.norm()), 1e-12)
-    recent = [point.objective]
-    while residual > 0 and (tolerance is None or residual > tolerance * first):
-        while True:
-            trial = yield penalty.prox(point.x - step * point.gradient, step)
-            count += 1
-            moved = trial.x - point.x
-            length = float(moved.square().sum())
-            if trial.objective <= max(recent) - 1e-4 / (2 * step) * length or length == 0:
-                break
-            step /= 2
-        curvature = float((moved * (trial.gradient - point.gradient)).sum())
-        step = length / curvature if curvature > 1e-12 * length else 4 * step
-        step = min(max(step, 1e-8), 1e8)
-        point = trial
-        recent = [*recent[-4:], point.objective]
-        residual = penalty.stationarity(point.x, point.gradient)
-        if length == 0:
-            return f"no further progress in float32 after {count} evaluations"
-    return f"stationary after {count} evaluations"
+    step = 1 / point.gradient.norm(dim=(1, 2)).double().clamp_min(1e-12)
+    recent = point.objective.unsqueeze(1).repeat(1, 5)
+    while True:
+        wide = step.to(point.x.dtype).view(-1, 1, 1)
+        x = penalty.prox(point.x - wide * point.gradient, wide)
+        trial = yield x, (x == point.x).flatten(1).all(1)
+        moved = trial.x - point.x
+        length = moved.square().sum((1, 2)).double()
+        accepted = trial.objective <= recent.amax(1) - 1e-4 / (2 * step) * length
+        curvature = (moved * (trial.gradient - point.gradient)).sum((1, 2)).double()
+        spectral = torch.where(curvature > 1e-12 * length, length / curvature, 4 * step).clamp(1e-8, 1e8)
+        step = torch.where(accepted, spectral, step / 2)
+        later = torch.cat([recent[:, 1:], trial.objective.unsqueeze(1)], 1)
+        recent = torch.where(accepted.unsqueeze(1), later, recent)
+        point = trial.where(accepted, point)
 
 
-def _adam(penalty: Penalty, start: torch.Tensor, tolerance: float | None, lr: float) -> Optimizer:
+def _adam(penalty: Penalty, point: Points, lr: float | torch.Tensor) -> Optimizer:
     """Adam (Kingma & Ba 2015) on one subgradient of the objective. Never gives exact zeros."""
-    mean, square = torch.zeros_like(start), torch.zeros_like(start)
-    point = yield start
-    first = residual = penalty.stationarity(point.x, point.gradient)
-    count = 0
-    while tolerance is None or residual > tolerance * first:
-        count += 1
+    mean, square = torch.zeros_like(point.x), torch.zeros_like(point.x)
+    nobody = torch.zeros(len(point.x), dtype=torch.bool)
+    for count in itertools.count(1):
         gradient = point.gradient + penalty.subgradient(point.x)
         mean = 0.9 * mean + 0.1 * gradient
         square = 0.999 * square + 0.001 * gradient.square()
-        point = yield point.x - lr * (mean / (1 - 0.9**count)) / ((square / (1 - 0.999**count)).sqrt() + 1e-8)
-        residual = penalty.stationarity(point.x, point.gradient)
-    return f"stationary after {count + 1} evaluations"
+        update = (mean / (1 - 0.9**count)) / ((square / (1 - 0.999**count)).sqrt() + 1e-8)
+        point = yield point.x - lr * update, nobody

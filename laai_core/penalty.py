@@ -9,52 +9,56 @@ import torch
 
 @dataclass(frozen=True)
 class Penalty:
-    """`l1` is the paper's gamma, `group` its lambda. Rows of x are the groups."""
+    """`l1` is the paper's gamma, `group` its lambda. Rows of x are the groups.
 
-    l1: float
-    group: float
+    Both may be tensors [R, 1, 1], one for each of several x [R, H, d]; what is a scalar for one x is then [R].
+    """
+
+    l1: float | torch.Tensor
+    group: float | torch.Tensor
 
     def value(self, x: torch.Tensor) -> torch.Tensor:
         """The penalty, a scalar."""
-        return self.l1 * x.abs().sum() + self.group * x.norm(dim=1).sum()
+        return (self.l1 * x.abs()).sum((-2, -1)) + (self.group * _norms(x)).sum((-2, -1))
 
-    def prox(self, x: torch.Tensor, step: float) -> torch.Tensor:
+    def prox(self, x: torch.Tensor, step: float | torch.Tensor) -> torch.Tensor:
         """argmin_z |z - x|^2 / (2 step) + penalty(z): soft threshold, then shrink each row. Gives exact zeros."""
         z = soft_threshold(x, step * self.l1)
-        norms = z.norm(dim=1, keepdim=True)
-        return z * (1 - step * self.group / norms.clamp_min(torch.finfo(x.dtype).tiny)).clamp_min(0)
+        return z * (1 - step * self.group / _norms(z).clamp_min(torch.finfo(x.dtype).tiny)).clamp_min(0)
 
     def subgradient(self, x: torch.Tensor) -> torch.Tensor:
         """One subgradient: zero where the penalty has a kink."""
-        norms = x.norm(dim=1, keepdim=True)
-        return self.l1 * x.sign() + self.group * torch.where(norms > 0, x / norms.clamp_min(1e-30), 0.0)
+        return self.l1 * x.sign() + self.group * x / _norms(x).clamp_min(1e-30)
 
-    def stationarity(self, x: torch.Tensor, gradient: torch.Tensor) -> float:
-        """Distance from -gradient (of the smooth loss, at x) to the subdifferential at x: 0 at a minimum.
+    def stationarity(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Distance from -gradient (of the smooth loss, at x) to the subdifferential at x: 0 at a minimum, a scalar.
 
         In a row that is zero the subdifferential is the box [-l1, l1]^d plus the ball of radius `group`. In any
         other row it is a point, but for the coordinates that are zero, which are free within [-l1, l1].
         """
-        norms = x.norm(dim=1, keepdim=True)
         at_kink = soft_threshold(gradient, self.l1)
-        dead_rows = (at_kink.norm(dim=1) - self.group).clamp_min(0)
-        smooth = gradient + self.l1 * x.sign() + self.group * x / norms.clamp_min(1e-30)
-        live_rows = torch.where(x == 0, at_kink, smooth).norm(dim=1)
-        return float(torch.where(norms.squeeze(1) == 0, dead_rows, live_rows).norm())
+        dead_rows = (_norms(at_kink) - self.group).clamp_min(0)
+        live_rows = _norms(torch.where(x == 0, at_kink, gradient + self.subgradient(x)))
+        return torch.where(_norms(x) == 0, dead_rows, live_rows).norm(dim=(-2, -1))
 
 
-def soft_threshold(x: torch.Tensor, threshold: float) -> torch.Tensor:
+def _norms(x: torch.Tensor) -> torch.Tensor:
+    """Of the rows of x [..., H, d]: [..., H, 1]."""
+    return x.norm(dim=-1, keepdim=True)
+
+
+def soft_threshold(x: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
     """x moved towards zero by `threshold`, and no further than zero."""
     return x.sign() * (x.abs() - threshold).clamp_min(0)
 
 
-def critical_penalty(gradient: torch.Tensor) -> float:
-    """The smallest p for which x = 0 is stationary under l1 = group = p, given the loss's gradient [H, d] at 0."""
-    low, high = 0.0, float(gradient.abs().max())
+def critical_penalty(gradient: torch.Tensor) -> torch.Tensor:
+    """The smallest p for which x = 0 is stationary under l1 = group = p, given the loss's gradient at 0: a scalar for
+    [H, d], [R] for [R, H, d]."""
+    high = gradient.abs().amax((-2, -1), keepdim=True)
+    low = torch.zeros_like(high)
     for _ in range(60):  # bisection: the condition |soft(g_h, p)| <= p is monotone in p
         middle = (low + high) / 2
-        if float(soft_threshold(gradient, middle).norm(dim=1).max()) > middle:
-            low = middle
-        else:
-            high = middle
-    return high
+        too_low = _norms(soft_threshold(gradient, middle)).amax(-2, keepdim=True) > middle
+        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+    return high[..., 0, 0]

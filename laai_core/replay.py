@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -18,101 +19,178 @@ from torch import nn
 from laai_core.apply import Edit, hooked
 from laai_core.cache import model_inputs, padded, read_only, selected
 from laai_core.encode import Batch
-from laai_core.forward import Forward, model_device
+from laai_core.forward import Forward, Part, model_device
 from laai_core.locate import Layout
 
 # What other people's model code raises when it is called in a way it does not know.
 _REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
+Text = tuple[int, tuple[int, ...]]  # tokens in the prompt, then all tokens of a row
+
 
 @dataclass(frozen=True)
 class _Suffixes:
-    """Some rows of a batch from their last prompt token on. P: longest prefix, T: longest suffix."""
+    """Distinct texts from their last prompt token on, and all that the model needs to go on from there."""
 
-    inputs: dict[str, Any]  # of the model: tokens [R, T], mask [R, P + T], positions [R, T], read-only cache
-    entering: Any  # what the block below l returned: [R, T, hidden], in a tuple where the block returns one
+    number: dict[Text, int]
+    inputs: dict[str, torch.Tensor]  # tokens [U, T], mask [U, P + T] over prefixes too, positions [U, T]
+    cache: Any  # of the distinct prefixes, None where all are empty
+    prefix: torch.Tensor  # [U]: which of them a text has
+    entering: dict[int, Any]  # layer: what the block below it returned, [U, T, hidden], or a tuple that begins with it
+
+    def of(self, texts: Sequence[Text], layer: int) -> tuple[dict[str, Any], Any]:
+        """The model's arguments and what enters a layer, a row for each of some texts, repeats allowed."""
+        rows = torch.tensor([self.number[text] for text in texts], device=self.prefix.device)
+        inputs: dict[str, Any] = {name: tensor[rows] for name, tensor in self.inputs.items()}
+        inputs |= {"past_key_values": None, "use_cache": self.cache is not None}
+        if self.cache is not None:
+            prefix = self.prefix[rows]
+            whole = prefix.tolist() == list(range(int(self.prefix.max()) + 1))  # then nothing needs to be copied
+            inputs["past_key_values"] = read_only(self.cache if whole else selected(self.cache, prefix))
+        return inputs, _taken(self.entering[layer], rows)
+
+
+class Prefixes:
+    """A batch's rows up to their last prompt tokens, run once for all `layers` that will be trained on it."""
+
+    def __init__(self, layout: Layout, batch: Batch, layers: Sequence[int]) -> None:
+        self._layout, self._layers = layout, layers
+        self.texts: list[Text] = [
+            (prompt, tuple(ids[:length]))
+            for prompt, ids, length in zip(
+                batch.prompt_lengths, batch.input_ids.tolist(), batch.attention_mask.sum(1).tolist(), strict=True
+            )
+        ]
+        self._kept: dict[tuple[int, int], _Suffixes] = {}
+
+    def suffixes(self, rows: Sequence[int], layer: int, batch_size: int) -> tuple[dict[str, Any], Any]:
+        """The model's arguments for some rows (ascending), and what enters `layer`.
+
+        Runs as many of the batch's rows at once as may go through the model together, so that the rows of fewer runs,
+        or of another layer, find what they need.
+        """
+        texts = [self.texts[row] for row in rows]
+        start = rows[0] // batch_size * batch_size
+        if rows[-1] >= start + batch_size:
+            return _run(self._layout, texts, [layer]).of(texts, layer)
+        # Where memory ran out, what was made for larger batches must not stay in it.
+        self._kept = {key: suffixes for key, suffixes in self._kept.items() if key[1] == batch_size}
+        if (start, batch_size) not in self._kept:
+            together = self.texts[start : start + batch_size]
+            self._kept[start, batch_size] = _run(self._layout, together, self._layers)
+        return self._kept[start, batch_size].of(texts, layer)
 
 
 class ReplayForward(Forward):
-    """Steps against frozen prefixes."""
+    """Steps against frozen prefixes, which the layers of one batch may share."""
 
-    def __init__(self, layout: Layout, batch: Batch, layer: int, site: str, batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        batch: Batch,
+        layer: int,
+        site: str,
+        batch_size: int | None = None,
+        prefixes: Prefixes | None = None,
+    ) -> None:
         super().__init__(layout, batch, layer, site, batch_size)
-        self._prepared: dict[tuple[int, ...], _Suffixes] = {}
+        self._prefixes = prefixes or Prefixes(layout, batch, [layer])
+        self._ready: WeakKeyDictionary[Part, tuple[dict[str, Any], Any]] = WeakKeyDictionary()
 
     def difference_from(self, plain: Forward) -> float | str:
         """Largest difference from `plain` in a token's log-probability over two rows under a random vector, or, where
         the model's code or cache does not allow a replay, the reason."""
-        batch = self._batch
-        # The shortest row and one that starts elsewhere: padding, a short prefix and a ragged target are all there.
-        order = sorted(range(len(batch.prompt_lengths)), key=lambda row: int(batch.attention_mask[row].sum()))
-        rows = sorted({order[0], order[-1]})
-        runs = sorted({batch.run_of_row[row] for row in rows})
-        width = self._layout.shape(self._layer, self._site)
-        vectors = torch.randn(len(runs), torch.Size(width).numel(), generator=torch.Generator().manual_seed(0))
+        # The shortest row and the longest: padding, a short prefix and a ragged target are all there, if anywhere.
+        shapes = {(len(ids), prompt): row for row, (prompt, ids) in enumerate(self._prefixes.texts)}
+        rows = sorted({shapes[min(shapes)], shapes[max(shapes)]})
+        runs = sorted({self._batch.run_of_row[row] for row in rows})
+        width = torch.Size(self._layout.shape(self._layer, self._site)).numel()
+        vectors = torch.randn(len(runs), width, generator=torch.Generator().manual_seed(0))
         try:
-            with torch.no_grad():
-                mine = self._token_logprobs(vectors, runs, rows)[1]
-                theirs = plain._token_logprobs(vectors, runs, rows)[1]
+            mine, theirs = (forward.token_logprobs(vectors, rows, runs) for forward in (self, plain))
         except _REFUSALS as error:
             return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        finally:
-            self._prepared.clear()
         return float((mine - theirs).abs().max())
 
-    def _logits(self, rows: Sequence[int], edits: list[Edit | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        key = tuple(rows)
-        if key not in self._prepared:
-            # Where memory ran out, what was prepared for larger batches must not stay in it.
-            self._prepared = {k: v for k, v in self._prepared.items() if len(k) <= self._batch_size}
-            if sum(map(len, self._prepared)) > 2 * len(self._batch.prompt_lengths):
-                self._prepared.clear()  # runs that ended have left sets of rows behind that never come again
+    def _first(self, lengths: torch.Tensor) -> torch.Tensor:
+        return lengths - 1
+
+    def _logits(self, part: Part, edit: Edit) -> torch.Tensor:
+        if part not in self._ready:
             with torch.no_grad():
-                self._prepared[key] = _suffixes(self._layout, self._batch, rows, self._layer)
-        suffixes = self._prepared[key]
-        lengths = [self._batch.prompt_lengths[row] for row in rows]
-        with _standing_in(self._layout, self._layer, suffixes.entering), hooked(self._layout, edits, lengths):
-            logits = self._layout.model(
-                **suffixes.inputs, use_cache=suffixes.inputs["past_key_values"] is not None
-            ).logits
-        return logits, torch.tensor(lengths, device=self._batch.row.device) - 1
+                self._ready[part] = self._prefixes.suffixes(part.rows, self._layer, self._batch_size)
+        inputs, entering = self._ready[part]
+        with (
+            _standing_in(self._layout, self._layer, entering),
+            _read_at(self._layout, part),
+            hooked(self._layout, edit, part.lengths),
+        ):
+            logits = self._layout.model(**inputs).logits
+        if logits.shape[:2] != (1, len(part.row)):
+            raise RuntimeError(f"logits of shape {list(logits.shape)} for {len(part.row)} places")
+        return logits[0]
 
 
-def _suffixes(layout: Layout, batch: Batch, rows: Sequence[int], layer: int) -> _Suffixes:
-    """Run the prefixes, then the suffixes once for what enters `layer`."""
+def _run(layout: Layout, texts: Sequence[Text], layers: Sequence[int]) -> _Suffixes:
+    """Run the prefixes, then the suffixes once for what enters `layers`; what is there twice runs once."""
     device = model_device(layout)
-    ids = [batch.input_ids[row][batch.attention_mask[row].bool()].tolist() for row in rows]
-    lengths = [batch.prompt_lengths[row] - 1 for row in rows]
-    prefixes = sorted({tuple(row[:length]) for row, length in zip(ids, lengths, strict=True)})
-    owners = [prefixes.index(tuple(row[:length])) for row, length in zip(ids, lengths, strict=True)]
-    width = max(lengths)
+    distinct = list(dict.fromkeys(texts))
+    prefixes = list(dict.fromkeys(ids[: prompt - 1] for prompt, ids in distinct))
+    number = {prefix: row for row, prefix in enumerate(prefixes)}
+    owner = torch.tensor([number[ids[: prompt - 1]] for prompt, ids in distinct], device=device)
     cache = None
-    prefix_mask = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
-    if width:
-        # Padded on the left, so that every suffix starts right behind its prefix; each distinct prefix runs once.
+    prefix_mask = torch.zeros(len(distinct), 0, dtype=torch.long, device=device)
+    if any(prefixes):
+        # Padded on the left, so that every suffix starts right behind its prefix.
         tokens, mask = padded(prefixes, device, left=True)
-        output = layout.model(**model_inputs(layout, tokens, mask), use_cache=True, logits_to_keep=1)
-        owner = torch.tensor(owners, device=device)
-        cache = read_only(selected(output.past_key_values, owner))
+        cache = layout.model(**model_inputs(layout, tokens, mask), use_cache=True, logits_to_keep=1).past_key_values
         prefix_mask = mask[owner]
-    tokens, mask = padded([row[length:] for row, length in zip(ids, lengths, strict=True)], device)
-    before = torch.tensor(lengths, device=device)
+    tokens, mask = padded([ids[prompt - 1 :] for prompt, ids in distinct], device)
+    before = torch.tensor([prompt - 1 for prompt, _ in distinct], device=device)
     inputs = model_inputs(layout, tokens, mask, prefix_mask, before)
-    inputs["past_key_values"] = cache
-    return _Suffixes(inputs, _entering(layout, inputs, layer))
+    suffixes = _Suffixes({text: row for row, text in enumerate(distinct)}, inputs, cache, owner, {0: None})
+    everything, _ = suffixes.of(distinct, 0)
+    suffixes.entering.update(_entering(layout, everything, layers))
+    return suffixes
 
 
-def _entering(layout: Layout, inputs: dict[str, Any], layer: int) -> Any:
-    """What the block below `layer` returns on the suffixes; None for layer 0, which the embedding feeds."""
-    if layer == 0:
-        return None
-    seen: list[Any] = []
-    handle = layout.blocks[layer - 1].register_forward_hook(lambda module, args, output: seen.append(output))
+def _entering(layout: Layout, inputs: dict[str, Any], layers: Sequence[int]) -> dict[int, Any]:
+    """What the blocks below `layers` return; there is none below layer 0, which the embedding feeds."""
+    found: dict[int, Any] = {}
+
+    def keep(layer: int) -> Any:
+        return lambda module, args, output: found.update({layer: output})
+
+    handles = [layout.blocks[layer - 1].register_forward_hook(keep(layer)) for layer in set(layers) if layer]
     try:
-        layout.model(**inputs, use_cache=inputs["past_key_values"] is not None)
+        if handles:
+            layout.model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _taken(output: Any, rows: torch.Tensor) -> Any:
+    """Rows of what a block returned."""
+    if isinstance(output, tuple):
+        return tuple(_taken(part, rows) for part in output)
+    return output[rows.to(output.device)] if isinstance(output, torch.Tensor) else output
+
+
+@contextmanager
+def _read_at(layout: Layout, part: Part) -> Iterator[None]:
+    """The language-model head sees a part's places alone, as one row [1, u, hidden]."""
+
+    def places(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        return (hidden[part.row.to(hidden.device), part.column.to(hidden.device)].unsqueeze(0), *args[1:])
+
+    handle = layout.model.get_output_embeddings().register_forward_pre_hook(places)
+    try:
+        yield
     finally:
         handle.remove()
-    return seen[0]
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,20 +16,19 @@ import transformers
 from tqdm.auto import tqdm
 
 from laai_core.data import Example
-from laai_core.encode import WHITESPACE, Batch, encode_examples
+from laai_core.encode import WHITESPACE
 from laai_core.errors import LaaiError
-from laai_core.forward import Forward, PlainForward, frozen
+from laai_core.forward import frozen
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate, verify_causal
-from laai_core.objective import SMOOTHING, Objective
-from laai_core.optimize import OPTIMIZERS, Run, Step, minimise
+from laai_core.objective import SMOOTHING
+from laai_core.optimize import OPTIMIZERS, Solution, Step
 from laai_core.penalty import Penalty, critical_penalty
-from laai_core.replay import ReplayForward
-
-logger = logging.getLogger(__name__)
+from laai_core.problem import Problem
 
 PENALTY_SCALES = ("relative", "absolute")
 PATHS = ("auto", "plain", "replay")
+_CHOICES = {"penalty_scale": PENALTY_SCALES, "optimizer": OPTIMIZERS, "whitespace": WHITESPACE, "path": PATHS}
 
 
 @dataclass(frozen=True)
@@ -150,149 +148,93 @@ def train_many(
     """
     if not jobs:
         raise LaaiError("no jobs, expected at least one")
+    settings: dict[str, Any] = {
+        "penalty_scale": penalty_scale,
+        "whitespace": whitespace,
+        "batch_size": batch_size,
+        "path": path,
+    }
     for job in jobs:
         check_arguments(
-            job.l1, job.group, penalty_scale, optimizer, steps, job.lr, tolerance, whitespace, batch_size, path
+            l1=job.l1, group=job.group, lr=job.lr, optimizer=optimizer, steps=steps, tolerance=tolerance, **settings
         )
     layout = locate(model, projection)
-    layers = [layout.layer(job.layer) for job in jobs]
-    max_length = getattr(layout.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    prepared: list[tuple[int, list[int], Objective, Batch]] = []
-    for layer in sorted(set(layers)):
-        layout.shape(layer, site)
-        numbers = [number for number, at in enumerate(layers) if at == layer]
-        examples = [example for number in numbers for example in jobs[number].examples]
-        owners = [run for run, number in enumerate(numbers) for _ in jobs[number].examples]
-        batch = encode_examples(tokenizer, examples, stop, max_length, whitespace, owners)
-        prepared.append((layer, numbers, Objective(examples), batch))
+    at_layer: dict[int, list[int]] = {}
+    for number, job in enumerate(jobs):
+        at_layer.setdefault(layout.layer(job.layer), []).append(number)
+    problems = [
+        (Problem(layout, tokenizer, sets, layers, stop=stop, site=site, **settings), layers)
+        for sets, layers in _shared(jobs, at_layer)
+    ]
     results: dict[int, TrainResult] = {}
     with ExitStack() as stack:
         stack.enter_context(frozen(layout.model))
         verify_causal(layout)
         bar = stack.enter_context(tqdm(total=steps * len(jobs), desc="train", disable=not progress, leave=False))
-        for layer, numbers, objective, batch in prepared:
-            plain = PlainForward(layout, batch, layer, site, batch_size)
-            rms = plain.activation_rms() if penalty_scale == "relative" else [1.0] * len(numbers)
-            forward = _chosen_path(path, plain, layout, batch, layer, site, batch_size)
-            shape = layout.shape(layer, site)
-            runs = [
-                _run(jobs[number], layout, layer, shape, unit, steps, optimizer, tolerance, bar)
-                for number, unit in zip(numbers, rms, strict=True)
-            ]
-            minimise(_evaluation(forward, objective, rms, batch), runs)
-            for number, run, unit in zip(numbers, runs, rms, strict=True):
-                facts = {
-                    "loss": objective.name,
-                    "penalty_scale": penalty_scale,
-                    "rms": unit,
-                    "optimizer": optimizer,
-                    "stop": stop,
-                }
-                results[number] = _result(layout, layer, site, jobs[number], run, unit, facts)
+
+        def report(done: list[Step]) -> None:
+            if done:
+                bar.set_postfix(objective=f"{done[-1].objective:.4f}", heads=done[-1].active_heads, refresh=False)
+            bar.update(len(done))
+
+        for problem, layers in problems:
+            for layer in layers:
+                numbers, unit = at_layer[layer], problem.unit(layer)
+                here = [jobs[number] for number in numbers]
+                start = torch.stack([_start(job, layout, layer, problem.shape(layer)) for job in here]) / unit
+                l1, group, lr = torch.tensor([(job.l1, job.group, job.lr) for job in here]).T.view(3, -1, 1, 1)
+                solutions = problem.minimise(
+                    layer, start, Penalty(l1, group), steps, range(len(here)), optimizer, lr, tolerance, report
+                )
+                facts = {"loss": problem.objective.name, "penalty_scale": penalty_scale}
+                facts |= {"optimizer": optimizer, "stop": stop}
+                for number, solution, rms in zip(numbers, solutions, unit.flatten().tolist(), strict=True):
+                    results[number] = _result(layout, layer, site, jobs[number], solution, {**facts, "rms": rms})
         bar.refresh()  # short runs end between two of its updates
     return [results[number] for number in range(len(jobs))]
 
 
-def _run(
-    job: Job,
-    layout: Layout,
-    layer: int,
-    shape: tuple[int, ...],
-    rms: float,
-    steps: int,
-    optimizer: str,
-    tolerance: float | None,
-    bar: Any,
-) -> Run:
-    """The optimiser of one job. Without heads the whole vector is one group."""
-
-    def report(step: Step) -> None:
-        bar.set_postfix(objective=f"{step.objective:.4f}", heads=step.active_heads, refresh=False)
-        bar.update()
-
-    start = torch.zeros(shape)
-    if job.start is not None:
-        start = job.start.scale * job.start.for_model(layout)[layer].view(shape) / rms
-    groups = start if start.ndim == 2 else start.unsqueeze(0)
-    return Run(Penalty(job.l1, job.group), groups, steps, optimizer, job.lr, tolerance, report)
+def _shared(jobs: Sequence[Job], at_layer: dict[int, list[int]]) -> list[tuple[list[list[Example]], list[int]]]:
+    """The jobs' examples, and the layers whose jobs have the same ones: what is before Δ runs once for all of them."""
+    groups: list[tuple[list[list[Example]], list[int]]] = []
+    for layer, numbers in sorted(at_layer.items()):
+        sets = [list(jobs[number].examples) for number in numbers]
+        known = next((layers for others, layers in groups if others == sets), None)
+        if known is None:
+            groups.append((sets, [layer]))
+        else:
+            known.append(layer)
+    return groups
 
 
-def _evaluation(forward: Forward, objective: Objective, rms: Sequence[float], batch: Batch) -> Any:
-    """What `minimise` calls: x of the active runs to their losses and gradients, with Δ = rms * x."""
-    run_of_example = batch.run_of_example.tolist()
-
-    def evaluate(points: list[torch.Tensor], active: list[int]) -> list[tuple[float, torch.Tensor, str]]:
-        units = torch.tensor([rms[run] for run in active])
-        vectors = units.unsqueeze(1) * torch.stack([x.flatten() for x in points])
-        losses, gradients, per_example = forward.loss_and_gradient(vectors, objective, active)
-        gradients = units.unsqueeze(1) * gradients.cpu()
-        found = []
-        for run, x, loss, gradient in zip(active, points, losses.tolist(), gradients, strict=True):
-            culprit = _culprit(per_example, run, run_of_example)
-            found.append((loss, gradient.view(x.shape), culprit))
-        return found
-
-    return evaluate
+def _start(job: Job, layout: Layout, layer: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Where a job begins: Δ [H, d]."""
+    if job.start is None:
+        return torch.zeros(shape)
+    return (job.start.scale * job.start.for_model(layout)[layer]).view(shape)
 
 
-def _culprit(per_example: torch.Tensor, run: int, run_of_example: list[int]) -> str:
-    """Which of a run's examples has a loss that is not finite."""
-    bad = (~torch.isfinite(per_example)).nonzero().flatten().tolist()
-    first = run_of_example.index(run)
-    return next((f" (example {number - first})" for number in bad if run_of_example[number] == run), "")
-
-
-def _chosen_path(
-    path: str, plain: PlainForward, layout: Layout, batch: Batch, layer: int, site: str, batch_size: int | None
-) -> Forward:
-    """The fast path where it gives the plain one's numbers on this model, else the plain one."""
-    if path == "plain" or layout.virtual_tokens:
-        return plain
-    replay = ReplayForward(layout, batch, layer, site, batch_size)
-    if path == "replay":
-        return replay
-    difference = replay.difference_from(plain)
-    tolerance = 1e-3 if layout.model.dtype == torch.float32 else 0.2
-    if not isinstance(difference, str) and difference <= tolerance:
-        return replay
-    reason = difference if isinstance(difference, str) else f"log-probabilities differ by {difference:.2g}"
-    logger.warning("%s cannot be replayed (%s): training by full forwards", type(layout.model).__name__, reason)
-    return plain
-
-
-def _result(
-    layout: Layout, layer: int, site: str, job: Job, run: Run, rms: float, facts: dict[str, Any]
-) -> TrainResult:
+def _result(layout: Layout, layer: int, site: str, job: Job, solution: Solution, facts: dict[str, Any]) -> TrainResult:
     """The best point of a run as an intervention that says how it was made."""
-    best = run.result()
-    residual = run.penalty.stationarity(best.x, best.gradient)
+    residual = float(Penalty(job.l1, job.group).stationarity(solution.x, solution.gradient))
     training = {
         **facts,
         "epsilon": SMOOTHING,
         "l1": job.l1,
         "group": job.group,
         "lr": job.lr if facts["optimizer"] == "adam" else None,
-        "steps": len(run.history),
-        "seed": job.seed,
-        "n_train": len(job.examples),
-        "examples_sha256": examples_sha256(job.examples),
-        "objective": best.objective,
-        "task_loss": best.loss,
+        "steps": len(solution.history),
+        "objective": solution.objective,
+        "task_loss": solution.loss,
         "stationarity": residual,
-        "sparsity": float((best.x == 0).float().mean()),
-        "dtype": str(layout.model.dtype).removeprefix("torch."),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "sparsity": float((solution.x == 0).float().mean()),
+        **training_facts(layout, job.examples, job.seed),
     }
     metadata = {**model_facts(layout, layer), "task": job.task, "method": "laai", "training": training}
-    vector = (rms * best.x).view(layout.shape(layer, site))
+    vector = (facts["rms"] * solution.x).view(layout.shape(layer, site))
     intervention = Intervention({layer: vector}, site=site, metadata=metadata)
-    assert run.first is not None
-    critical = critical_penalty(run.first.gradient)
-    return TrainResult(intervention, run.history, best.objective, residual, critical, run.stopped)
+    critical = float(critical_penalty(solution.first_gradient))
+    return TrainResult(intervention, solution.history, solution.objective, residual, critical, solution.stopped)
 
 
 def model_facts(layout: Layout, layer: int) -> dict[str, Any]:
@@ -310,39 +252,44 @@ def model_facts(layout: Layout, layer: int) -> dict[str, Any]:
     }
 
 
+def training_facts(layout: Layout, examples: Sequence[Example], seed: int) -> dict[str, Any]:
+    """What every method records of its training."""
+    return {
+        "seed": seed,
+        "n_train": len(examples),
+        "examples_sha256": examples_sha256(examples),
+        "dtype": str(layout.model.dtype).removeprefix("torch."),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What a file records of the software it was made with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
 def examples_sha256(examples: Sequence[Example]) -> str:
     """Identity of the training examples, in order."""
     rows = [[e.prompt, e.target, e.options, e.distribution] for e in examples]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
-def check_arguments(
-    l1: float,
-    group: float,
-    penalty_scale: str,
-    optimizer: str,
-    steps: int,
-    lr: float,
-    tolerance: float | None,
-    whitespace: str,
-    batch_size: int | None,
-    path: str,
-) -> None:
-    """LaaiError for an argument of `train` that no model and no data could make good."""
-    for name, value in (("l1", l1), ("group", group)):
-        if not 0 <= value < float("inf"):
-            raise LaaiError(f"{name} is {value}: expected a finite number, 0 or above")
-    for name, positive in (("lr", lr), ("tolerance", tolerance)):
-        if positive is not None and not 0 < positive < float("inf"):
-            raise LaaiError(f"{name} is {positive}: expected a finite number above 0")
-    for name, count in (("steps", steps), ("batch_size", batch_size)):
-        if count is not None and count < 1:
-            raise LaaiError(f"{name} is {count}: expected at least one")
-    for name, word, allowed in (
-        ("penalty_scale", penalty_scale, PENALTY_SCALES),
-        ("optimizer", optimizer, OPTIMIZERS),
-        ("whitespace", whitespace, WHITESPACE),
-        ("path", path, PATHS),
-    ):
-        if word not in allowed:
-            raise LaaiError(f"unknown {name} {word!r}: expected one of {', '.join(allowed)}")
+def check_arguments(**settings: Any) -> None:
+    """LaaiError for an argument of `train` that no model and no data could make good; any of them may be given."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name in ("l1", "group"):
+        if not 0 <= given.get(name, 0) < float("inf"):
+            raise LaaiError(f"{name} is {given[name]}: expected a finite number, 0 or above")
+    for name in ("lr", "tolerance"):
+        if not 0 < given.get(name, 1) < float("inf"):
+            raise LaaiError(f"{name} is {given[name]}: expected a finite number above 0")
+    for name in ("steps", "batch_size"):
+        if given.get(name, 1) < 1:
+            raise LaaiError(f"{name} is {given[name]}: expected at least one")
+    for name, allowed in _CHOICES.items():
+        if given.get(name, allowed[0]) not in allowed:
+            raise LaaiError(f"unknown {name} {given[name]!r}: expected one of {', '.join(allowed)}")

@@ -21,3 +21,11 @@ def public_data() -> Path:
     if not (folder / "function_vectors" / "antonym.json").is_file():
         pytest.skip(f"the public word sets are not in {folder}; set LAAI_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny.small_model_folder`, made once."""
+    from tiny import small_model_folder  # torch reads OMP_NUM_THREADS, set above, when it is imported
+
+    return small_model_folder(tmp_path_factory.mktemp("models") / "small")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from laai_core import LaaiError
-from laai_core.optimize import OPTIMIZERS, Run, minimise
+from laai_core.optimize import OPTIMIZERS, minimise
 from laai_core.penalty import Penalty
 
 SHAPE = (4, 3)
@@ -58,10 +58,20 @@ def minima() -> dict[tuple[float, float], np.ndarray]:
     return {case: Quadratic().minimum(*case) for case in PENALTIES}
 
 
-def solve(evaluate, case=(0.2, 0.3), budget=200, optimizer="prox", lr=0.05, tolerance=None, start=None):
-    run = Run(Penalty(*case), torch.zeros(SHAPE) if start is None else start, budget, optimizer, lr, tolerance)
-    minimise(lambda points, active: [(*evaluate(points[0]), "")], [run])
-    return run, run.result()
+def one(evaluate):
+    """A function of one x as `minimise` wants it."""
+
+    def evaluation(x, active):
+        loss, gradient = evaluate(x[0])
+        return torch.tensor([loss], dtype=torch.float64), gradient.unsqueeze(0), lambda run: ""
+
+    return evaluation
+
+
+def solve(evaluate, case=(0.2, 0.3), budget=200, *options, start=None, **more):
+    start = torch.zeros(SHAPE) if start is None else start
+    (solution,) = minimise(one(evaluate), start.unsqueeze(0), Penalty(*case), budget, *options, **more)
+    return solution
 
 
 @pytest.mark.parametrize("case", PENALTIES)
@@ -74,7 +84,7 @@ def test_prox_reaches_the_minimum_at_any_scale(case, scale, minima):
         loss, gradient = quadratic(x / scale)
         return loss, gradient / scale
 
-    run, best = solve(evaluate, (case[0] / scale, case[1] / scale), 300)
+    best = solve(evaluate, (case[0] / scale, case[1] / scale), 300)
     x = best.x.double().numpy() / scale
     reference = quadratic.objective(minima[case], *case)
     assert best.objective == pytest.approx(quadratic.objective(x, *case), rel=1e-5)
@@ -84,24 +94,24 @@ def test_prox_reaches_the_minimum_at_any_scale(case, scale, minima):
 
 @pytest.mark.parametrize("case", PENALTIES[1:])
 def test_prox_has_exactly_the_zeros_of_the_minimum(case, minima):
-    run, best = solve(Quadratic(), case, 400)
+    best = solve(Quadratic(), case, 400)
     zeros = minima[case] == 0
     assert zeros.any()  # or the test shows nothing
     assert np.array_equal(best.x.numpy() == 0, zeros)
-    last = run.history[-1]
+    last = best.history[-1]
     assert last.nonzero == (~zeros).sum()
     assert last.active_heads == (~zeros).any(axis=1).sum()
 
 
 def test_prox_certifies_its_minimum():
-    run, best = solve(Quadratic(), (0.2, 0.3), 400)
+    best = solve(Quadratic(), (0.2, 0.3), 400)
     at_zero = Penalty(0.2, 0.3).stationarity(torch.zeros(SHAPE), Quadratic()(torch.zeros(SHAPE))[1])
     assert Penalty(0.2, 0.3).stationarity(best.x, best.gradient) < at_zero / 1000
 
 
 @pytest.mark.parametrize("case", PENALTIES)
 def test_adam_comes_close_to_the_minimum(case, minima):
-    run, best = solve(Quadratic(), case, 1000, "adam", lr=0.03)
+    best = solve(Quadratic(), case, 1000, "adam", lr=0.03)
     reference = Quadratic().objective(minima[case], *case)
     assert reference - 1e-6 <= best.objective <= reference + 0.02 * abs(reference) + 1e-3
 
@@ -127,9 +137,9 @@ def test_adam_against_pytorch():
 @pytest.mark.parametrize("budget", [20, 60])
 def test_prox_is_no_worse_than_adam_at_equal_work(budget):
     for seed in range(3):
-        _, prox = solve(Quadratic(seed), budget=budget)
+        prox = solve(Quadratic(seed), budget=budget)
         for lr in (0.01, 0.05, 0.2):
-            _, adam = solve(Quadratic(seed), budget=budget, optimizer="adam", lr=lr)
+            adam = solve(Quadratic(seed), budget=budget, optimizer="adam", lr=lr)
             assert prox.objective <= adam.objective + 1e-5
 
 
@@ -137,10 +147,10 @@ def test_prox_is_no_worse_than_adam_at_equal_work(budget):
 @pytest.mark.parametrize("budget", [1, 2, 7, 40])
 def test_the_budget_is_spent_exactly(optimizer, budget):
     quadratic = Quadratic()
-    run, _ = solve(quadratic, budget=budget, optimizer=optimizer)
-    assert quadratic.calls == len(run.history) == budget
-    assert [step.evaluation for step in run.history] == list(range(1, budget + 1))
-    assert run.stopped is None
+    best = solve(quadratic, budget=budget, optimizer=optimizer)
+    assert quadratic.calls == len(best.history) == budget
+    assert [step.evaluation for step in best.history] == list(range(1, budget + 1))
+    assert best.stopped is None
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -153,11 +163,10 @@ def test_history_is_what_was_evaluated(optimizer):
         return quadratic(x)
 
     reported = []
-    run = Run(Penalty(0.2, 0.3), torch.zeros(SHAPE), 30, optimizer, on_step=reported.append)
-    minimise(lambda points, active: [(*evaluate(points[0]), "")], [run])
-    assert reported == run.history
+    best = solve(evaluate, (0.2, 0.3), 30, optimizer, on_steps=reported.extend)
+    assert reported == best.history
     assert not points[0].any()  # the start is evaluated too
-    for x, step in zip(points, run.history, strict=True):
+    for x, step in zip(points, best.history, strict=True):
         assert step.loss == pytest.approx(quadratic.loss(x))
         assert step.penalty == pytest.approx(quadratic.objective(x, 0.2, 0.3) - quadratic.loss(x), abs=1e-5)
         assert step.objective == pytest.approx(step.loss + step.penalty)
@@ -174,8 +183,8 @@ def test_the_best_point_is_returned_not_the_last(optimizer):
         loss, gradient = quadratic(x)
         return (loss, gradient) if quadratic.calls <= 5 else (loss + 1000, gradient)
 
-    run, best = solve(evaluate, budget=12, optimizer=optimizer, lr=0.3)
-    objectives = [step.objective for step in run.history]
+    best = solve(evaluate, budget=12, optimizer=optimizer, lr=0.3)
+    objectives = [step.objective for step in best.history]
     assert objectives[-1] > min(objectives)
     assert best.objective == min(objectives)
     assert best.objective == pytest.approx(quadratic.objective(best.x.double().numpy(), 0.2, 0.3), rel=1e-5)
@@ -191,9 +200,9 @@ def test_a_tolerance_stops_early_and_is_kept(optimizer):
         points.append(x)
         return quadratic(x)
 
-    run, _ = solve(evaluate, budget=5000, optimizer=optimizer, tolerance=0.2)
-    assert len(run.history) < 1000
-    assert run.stopped is not None
+    best = solve(evaluate, budget=5000, optimizer=optimizer, tolerance=0.2)
+    assert len(best.history) < 1000
+    assert best.stopped is not None
     residuals = [Penalty(0.2, 0.3).stationarity(x, quadratic(x)[1]) for x in (points[0], points[-1])]
     assert residuals[1] <= 0.2 * residuals[0]
 
@@ -212,11 +221,11 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(optimizer, bad):
             gradient[1, 2] = float(number)
         return loss, gradient
 
-    run, best = solve(evaluate, budget=50, optimizer=optimizer)
+    best = solve(evaluate, budget=50, optimizer=optimizer)
     assert quadratic.calls == 4
-    assert len(run.history) == 3
-    assert "evaluation 4" in run.stopped
-    assert best.objective == min(step.objective for step in run.history)
+    assert len(best.history) == 3
+    assert "evaluation 4" in best.stopped
+    assert best.objective == min(step.objective for step in best.history)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -226,9 +235,9 @@ def test_nothing_finite_at_all_is_an_error(optimizer):
 
 
 def test_prox_stays_at_zero_where_zero_is_the_minimum():
-    run, best = solve(Quadratic(), (50.0, 50.0), 20)
+    best = solve(Quadratic(), (50.0, 50.0), 20)
     assert not best.x.any()
-    assert all(step.nonzero == 0 for step in run.history)
+    assert all(step.nonzero == 0 for step in best.history)
 
 
 def test_prox_survives_a_loss_that_is_not_convex():
@@ -238,28 +247,34 @@ def test_prox_survives_a_loss_that_is_not_convex():
         return float((torch.cos(3 * x) + 0.05 * x.square()).sum()), -3 * torch.sin(3 * x) + 0.1 * x
 
     start = torch.linspace(-2, 2, 12).view(SHAPE)
-    run, best = solve(evaluate, (0.05, 0.05), 200, start=start)
-    assert best.objective < run.history[0].objective
+    best = solve(evaluate, (0.05, 0.05), 200, start=start)
+    assert best.objective < best.history[0].objective
     assert Penalty(0.05, 0.05).stationarity(best.x, best.gradient) < 1e-3
 
 
-def test_runs_of_one_batch_are_those_of_separate_ones():
-    """Other penalties, budgets and optimisers side by side; a run that ends is no longer asked about."""
-    settings = [(0.2, 0.3, 30, "prox"), (0.05, 0.0, 12, "adam"), (50.0, 50.0, 30, "prox")]
-    runs = [Run(Penalty(l1, group), torch.zeros(SHAPE), budget, kind) for l1, group, budget, kind in settings]
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_runs_of_one_batch_are_those_of_separate_ones(optimizer):
+    """Other problems, penalties, rates and starts side by side; a run that ends is no longer asked about."""
+    cases = [(0.2, 0.3), (0.05, 0.0), (50.0, 50.0)]
+    rates = [0.05, 0.2, 0.01]
+    start = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
     rounds = []
 
-    def evaluate(points, active):
+    def evaluate(x, active):
         rounds.append(list(active))
-        return [(*Quadratic()(x), "") for x in points]
+        losses, gradients = zip(*(Quadratic(run)(one) for run, one in zip(active, x, strict=True)), strict=True)
+        return torch.tensor(losses, dtype=torch.float64), torch.stack(gradients), lambda run: ""
 
-    minimise(evaluate, runs)
-    for run, (l1, group, budget, kind) in zip(runs, settings, strict=True):
-        alone, best = solve(Quadratic(), (l1, group), budget, kind)
-        assert run.history == alone.history
-        assert torch.equal(run.result().x, best.x)
-    assert rounds[0] == [0, 1, 2] and rounds[-1] == [0]
-    assert sum(map(len, rounds)) == sum(len(run.history) for run in runs)
+    l1, group = torch.tensor(cases).T.reshape(2, 3, 1, 1)
+    together = minimise(evaluate, start, Penalty(l1, group), 60, optimizer, torch.tensor(rates).view(3, 1, 1), 0.02)
+    for run, found in enumerate(together):
+        alone = solve(Quadratic(run), cases[run], 60, optimizer, rates[run], 0.02, start=start[run])
+        assert len(found.history) == len(alone.history) and found.stopped == alone.stopped
+        assert found.objective == pytest.approx(alone.objective, rel=1e-5)
+        assert torch.allclose(found.x, alone.x, atol=1e-4)
+    assert rounds[0] == [0, 1, 2]
+    assert sum(map(len, rounds)) == sum(len(found.history) for found in together)
+    assert len(rounds) == max(len(found.history) for found in together)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -271,6 +286,6 @@ def test_an_interrupt_keeps_the_best_so_far(optimizer):
             raise KeyboardInterrupt
         return quadratic(x)
 
-    run, best = solve(evaluate, budget=50, optimizer=optimizer)
-    assert run.stopped == "interrupted after 6 evaluations"
-    assert best.objective == min(step.objective for step in run.history)
+    best = solve(evaluate, budget=50, optimizer=optimizer)
+    assert best.stopped == "interrupted after 6 evaluations"
+    assert best.objective == min(step.objective for step in best.history)

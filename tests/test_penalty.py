@@ -193,7 +193,7 @@ def test_stationarity_is_zero_at_the_minimum_of_a_quadratic(l1, group):
 @pytest.mark.parametrize("seed", range(5))
 def test_critical_penalty_by_definition(seed):
     gradient = draw(seed, (4, 6))
-    p = critical_penalty(torch.tensor(gradient))
+    p = float(critical_penalty(torch.tensor(gradient)))
     zero = np.zeros_like(gradient)
     assert distance_to_subdifferential(zero, gradient, p * 1.001, p * 1.001) < 1e-9
     assert distance_to_subdifferential(zero, gradient, p * 0.999, p * 0.999) > 1e-5
@@ -203,6 +203,22 @@ def test_critical_penalty_by_definition(seed):
 
     roots = [brentq(lambda q, row=row: excess(row, q), 0, np.abs(row).max(), xtol=1e-14) for row in gradient]
     assert p == pytest.approx(max(roots), rel=1e-9)
+
+
+def test_several_penalties_at_once():
+    """[R, 1, 1] of them for [R, H, d]: what one at a time gives."""
+    x, gradient = (
+        torch.stack([torch.tensor(draw(seed, sparse=True)) for seed in seeds]) for seeds in (range(3), (3, 4, 5))
+    )
+    l1, group, step = torch.tensor([(0.0, 0.3, 0.7), (0.5, 0.0, 0.2), (0.1, 1.0, 2.0)], dtype=x.dtype).view(3, 3, 1, 1)
+    many = Penalty(l1, group)
+    for row in range(3):
+        one = Penalty(float(l1[row]), float(group[row]))
+        assert torch.allclose(many.value(x)[row], one.value(x[row]))
+        assert torch.allclose(many.prox(x, step)[row], one.prox(x[row], float(step[row])))
+        assert torch.allclose(many.subgradient(x)[row], one.subgradient(x[row]))
+        assert torch.allclose(many.stationarity(x, gradient)[row], one.stationarity(x[row], gradient[row]))
+        assert torch.allclose(critical_penalty(gradient)[row], critical_penalty(gradient[row]))
 
 
 def test_critical_penalty_of_one_coordinate_and_of_nothing():

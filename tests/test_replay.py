@@ -105,6 +105,25 @@ def test_a_step_runs_only_what_depends_on_the_vector():
     assert seen == {0: [], 1: [2 * suffix], 2: [2 * suffix]}
 
 
+def calls_without_cache(model, work):
+    """How often the model read texts from their beginning while `work` ran."""
+    seen = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("past_key_values")), with_kwargs=True
+    )
+    work()
+    handle.remove()
+    return sum(cache is None for cache in seen)
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 1, 2]])
+def test_layers_share_what_is_before_the_vector(layers):
+    """One look whether the model is causal, one pass over the prefixes, one over whole rows to compare with."""
+    model = tiny_model("Llama")
+    jobs = [laai.Job(rules(RAGGED), layer, l1=l1) for layer in layers for l1 in (0.0, 0.01)]
+    assert calls_without_cache(model, lambda: laai.train_many(model, TOKENIZER, jobs, steps=4)) == 3
+
+
 def test_the_model_is_left_as_it_was():
     model = tiny_model("Llama")
     ids = torch.tensor([[5, 6, 7]])
@@ -128,8 +147,10 @@ def test_both_paths_train_the_same_vector(optimizer):
 def test_train_many_equals_separate_trainings():
     model = tiny_model("Llama")
     jobs = [
-        laai.Job(rules(RAGGED), 1, l1=l1, group=l1, lr=lr) for l1, lr in ((0.0, 0.05), (0.01, 0.05), (0.1, 0.02))
-    ] + [laai.Job(rules(RAGGED[:2]), 2)]
+        laai.Job(rules(RAGGED), layer, l1=l1, group=l1, lr=lr)
+        for layer in (1, 2)
+        for l1, lr in ((0.0, 0.05), (0.01, 0.05), (0.1, 0.02))
+    ] + [laai.Job(rules(RAGGED[:2]), 0)]
     for optimizer in ("prox", "adam"):
         many = laai.train_many(model, TOKENIZER, jobs, steps=20, optimizer=optimizer)
         for job, result in zip(jobs, many, strict=True):
@@ -180,10 +201,11 @@ def test_a_loss_that_is_not_finite_names_the_example():
     def later(module, args, output):
         seen.append(1)
         if len(seen) > 12:  # the checks before training, and a few steps
-            output.logits[1] = float("nan")
+            output = output.clone()
+            output[1] = float("nan")
         return output
 
-    handle = model.register_forward_hook(later)
+    handle = model.model.norm.register_forward_hook(later)
     result = laai.train(model, TOKENIZER, examples, layer=1, steps=20)
     handle.remove()
     assert "not finite at evaluation" in result.stopped and "(example 1)" in result.stopped

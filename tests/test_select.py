@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import slow_reference
-from test_replay import RAGGED, TOKENIZER, rules
+from test_replay import RAGGED, TOKENIZER, calls_without_cache, rules
 from tiny import PROJECTION_PATHS, tiny_model
 
 import laai_core as laai
+from laai_core import select
 from laai_core.encode import encode_pair
 from laai_core.evaluate import task_losses
 from laai_core.select import SHARES, STEPS, choose_layer, choose_penalty
@@ -56,6 +57,26 @@ def test_penalties_run_from_strong_to_weak():
     assert choice.l1 in [one.l1 for one in choice.tried]
     fixed = choose_penalty(model, TOKENIZER, EXAMPLES, layer=1, group=0.0)
     assert {one.group for one in fixed.tried} == {0.0}
+
+
+@pytest.mark.parametrize("choose", [lambda *given: choose_penalty(*given, layer=1), choose_layer])
+def test_what_is_before_the_vector_runs_once_for_all_settings(choose):
+    """Besides: one look whether the model is causal, one pass over whole rows to compare with."""
+    model = tiny_model("Llama")
+    assert calls_without_cache(model, lambda: choose(model, TOKENIZER, EXAMPLES)) == 3
+
+
+def test_folds_of_unequal_size(monkeypatch):
+    """Three folds of four examples: the first leaves two out. Every example counts once."""
+    monkeypatch.setattr(select, "MAX_FOLDS", 3)
+    model = tiny_model("Llama")
+    choice = choose_layer(model, TOKENIZER, EXAMPLES, layers=[1])
+    losses = []
+    for fold in ([0, 3], [1], [2]):
+        others = [e for n, e in enumerate(EXAMPLES) if n not in fold]
+        iv = laai.train(model, TOKENIZER, others, layer=1, steps=STEPS).intervention
+        losses += [loss_by_hand(model, EXAMPLES[n], iv) for n in fold]
+    assert choice.tried[0].validation_loss == pytest.approx(sum(losses) / 4, rel=0.02)
 
 
 def test_the_critical_penalty_is_where_zero_begins():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+REFERENCE = Path(__file__).resolve().parent.parent / "reference_model" / "weights"
 VOCABULARY = 300
 MAX_POSITIONS = 128
 HIDDEN, LAYERS, HEADS, KV_HEADS = 32, 3, 4, 2
@@ -191,3 +193,25 @@ def _tokenizer_json(bos: bool, kind: str) -> str:
         )
     assert tokenizer.get_vocab_size() <= VOCABULARY
     return tokenizer.to_str()
+
+
+def small_model_folder(folder: Path, positions: int = 1024) -> Path:
+    """A quick random Llama with the reference model's tokenizer, so that ten solved examples fit; in a folder."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(REFERENCE)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=positions,
+        initializer_range=STD,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

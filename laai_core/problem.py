@@ -1,0 +1,125 @@
+"""What is minimised: the examples of several runs, and how the model turns vectors into losses and gradients."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from laai_core.data import Example
+from laai_core.encode import encode_examples
+from laai_core.forward import Forward, PlainForward, max_positions
+from laai_core.locate import Layout
+from laai_core.objective import Objective
+from laai_core.optimize import Solution, minimise
+from laai_core.penalty import Penalty
+from laai_core.replay import Prefixes, ReplayForward
+
+logger = logging.getLogger(__name__)
+
+
+class Problem:
+    """Runs over examples of their own: one batch for all of them, and for every layer they are minimised at.
+
+    What depends on the model is worked out when it is first needed, within `frozen(layout.model)`: what is before the
+    last prompt tokens and whether it can be replayed once, the size of the activation once a layer.
+
+    Args:
+        sets: the examples of each run.
+        layers: those that will be asked for.
+        others: as for `laai_core.train.train`.
+
+    Raises:
+        LaaiError: on bad data, before anything runs.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        tokenizer: Any,
+        sets: Sequence[Sequence[Example]],
+        layers: Sequence[int],
+        penalty_scale: str = "relative",
+        stop: str = "\n",
+        site: str = "heads",
+        whitespace: str = "refuse",
+        batch_size: int | None = None,
+        path: str = "auto",
+    ) -> None:
+        for layer in layers:
+            layout.shape(layer, site)
+        examples = [example for part in sets for example in part]
+        self._owners = [run for run, part in enumerate(sets) for _ in part]
+        self._batch = encode_examples(tokenizer, examples, stop, max_positions(layout), whitespace, self._owners)
+        self.objective = Objective(examples)
+        self._layout, self._site, self._batch_size = layout, site, batch_size
+        self._relative, self._highest = penalty_scale == "relative", max(layers)
+        self._prefixes = Prefixes(layout, self._batch, layers)
+        self._replay: bool | None = True if path == "replay" else None  # None: not known yet
+        if path == "plain" or layout.virtual_tokens:
+            self._replay = False
+        self._known: dict[int, tuple[Forward, torch.Tensor]] = {}
+
+    def unit(self, layer: int) -> torch.Tensor:
+        """What x is multiplied by to give Δ, for each run: [R, 1, 1]."""
+        return self._at(layer)[1]
+
+    def shape(self, layer: int) -> tuple[int, ...]:
+        """Of one x, [H, d]; without heads the whole vector is one group."""
+        shape = self._layout.shape(layer, self._site)
+        return shape if len(shape) == 2 else (1, *shape)
+
+    def minimise(
+        self, layer: int, start: torch.Tensor, penalty: Penalty, budget: int, runs: Sequence[int], *options: Any
+    ) -> list[Solution]:
+        """`laai_core.optimize.minimise` over x [len(runs), H, d] of some runs, with Δ = unit * x."""
+        forward, unit = self._at(layer)
+
+        def evaluate(x: torch.Tensor, active: list[int]) -> tuple[torch.Tensor, torch.Tensor, Callable[[int], str]]:
+            numbers = [runs[i] for i in active]
+            units = unit[numbers]
+            losses, gradients, per_example = forward.loss_and_gradient((units * x).flatten(1), self.objective, numbers)
+            gradients = units * gradients.cpu().view_as(x)
+            return losses.cpu(), gradients, lambda i: self._culprit(per_example, runs[i])
+
+        return minimise(evaluate, start, penalty, budget, *options)
+
+    def losses(self, layer: int, vectors: torch.Tensor, runs: Sequence[int]) -> torch.Tensor:
+        """Losses of all examples of some runs, in order, under Δ [len(runs), ...]."""
+        forward, _ = self._at(layer)
+        per_example = self.objective.per_example(forward.continuation_logprobs(vectors.flatten(1), runs)).cpu()
+        return per_example[[run in runs for run in self._owners]]
+
+    def _at(self, layer: int) -> tuple[Forward, torch.Tensor]:
+        if layer not in self._known:
+            forward = self._forward(layer)
+            unit = forward.activation_rms() if self._relative else [1.0] * (self._owners[-1] + 1)
+            self._known[layer] = forward, torch.tensor(unit).view(-1, 1, 1)
+        return self._known[layer]
+
+    def _forward(self, layer: int) -> Forward:
+        """The fast path where it gives the plain one's numbers on this model, else the plain one."""
+        place = self._layout, self._batch, layer, self._site, self._batch_size
+        if self._replay is None:
+            self._replay = self._replayable()
+        return ReplayForward(*place, self._prefixes) if self._replay else PlainForward(*place)
+
+    def _replayable(self) -> bool:
+        """Tried at the highest layer: what enters it has gone through the blocks below, replayed."""
+        place = self._layout, self._batch, self._highest, self._site, self._batch_size
+        difference = ReplayForward(*place, self._prefixes).difference_from(PlainForward(*place))
+        if not isinstance(difference, str):
+            if difference <= (1e-3 if self._layout.model.dtype == torch.float32 else 0.2):
+                return True
+            difference = f"log-probabilities differ by {difference:.2g}"
+        name = type(self._layout.model).__name__
+        logger.warning("%s cannot be replayed (%s): training by full forwards", name, difference)
+        return False
+
+    def _culprit(self, per_example: torch.Tensor, run: int) -> str:
+        """Which of a run's examples has a loss that is not finite."""
+        found = per_example[[owner == run for owner in self._owners]]
+        bad = (~torch.isfinite(found)).nonzero().flatten().tolist()
+        return f" (example {bad[0]})" if bad else ""
