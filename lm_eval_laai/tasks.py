@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
+NO_GROUP = "-"
+
 
 class TaskInfo(NamedTuple):
     """One task as its YAML defines it."""
 
     name: str  # as given to the harness's --tasks
-    group: str
+    group: str  # NO_GROUP when it is in none
     data_set: str  # as given to laai_core.load_task
     source: str
     metric: str
@@ -29,21 +31,21 @@ def include_path() -> Path:
 
 
 def list_tasks() -> list[TaskInfo]:
-    """Every task, group after group, in the groups' order."""
+    """Every task: group after group, in the groups' order, then those in no group."""
     configs = [_read(path) for path in sorted(include_path().glob("**/*.yaml"))]
     by_name = {config["task"]: config for config in configs if "group" not in config}
-    return [
-        TaskInfo(
-            name=name,
-            group=group["group"],
-            data_set=by_name[name]["metadata"]["laai_task"],
-            source=by_name[name]["metadata"]["source"],
-            metric=by_name[name]["metric_list"][0]["metric"],
-        )
-        for group in configs
-        if "group" in group
-        for name in group["task"]
-    ]
+    groups = {name: group["group"] for group in configs if "group" in group for name in group["task"]}
+    return [_info(by_name[name], groups.get(name, NO_GROUP)) for name in {**groups, **by_name}]
+
+
+def _info(config: dict[str, Any], group: str) -> TaskInfo:
+    return TaskInfo(
+        name=config["task"],
+        group=group,
+        data_set=config["metadata"]["laai_task"],
+        source=config["metadata"]["source"],
+        metric=config["metric_list"][0]["metric"],
+    )
 
 
 class _Loader(yaml.SafeLoader):

@@ -7,6 +7,9 @@ from typing import Any
 from datasets import Dataset
 
 from laai_core.data import load_task
+from laai_core.data.tasks import OPINIONQA_GROUP, opinionqa_group, split_opinions
+from laai_core.errors import LaaiError
+from lm_eval_laai import metrics
 
 
 def load(laai_task: str, seed: int = 0, n_train: int = 10, data: str | None = None, **_: Any) -> dict[str, Dataset]:
@@ -29,3 +32,40 @@ def exact_match(doc: dict[str, str], results: list[str]) -> dict[str, float]:
     """Whether the first line generated is the target: stripped, case-sensitive."""
     answer = results[0].split("\n", 1)[0].strip()
     return {"exact_match": float(answer == doc["target"].strip())}
+
+
+def load_opinions(
+    laai_task: str,
+    seed: int = 0,
+    n_train: int = 10,
+    data: str | None = None,
+    attribute: str | None = None,
+    group: str | None = None,
+    **_: Any,
+) -> dict[str, Dataset]:
+    """As `load`, for an opinion task; `attribute` and `group` say whose opinions, where the task leaves that open."""
+    if laai_task == OPINIONQA_GROUP:
+        if attribute is None or group is None:
+            raise LaaiError(
+                f"laai_{OPINIONQA_GROUP}: attribute is {attribute!r}, group {group!r}; "
+                f'expected both, for example --metadata \'{{"attribute":"SEX","group":"Female"}}\''
+            )
+        laai_task = opinionqa_group(str(attribute), str(group))
+    train, test, _sources = split_opinions(laai_task, seed, n_train, None if data is None else str(data))
+    return {
+        name: Dataset.from_dict(
+            {
+                "prompt": [opinion.example().prompt for opinion in part],
+                "choices": [opinion.answers for opinion in part],
+                "target": [opinion.most_common for opinion in part],
+                "distribution": [opinion.distribution for opinion in part],
+                "positions": [opinion.question.positions for opinion in part],
+            }
+        )
+        for name, part in (("train", train), ("test", test))
+    }
+
+
+def opinion_metrics(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
+    """How far the model's distribution over the answers is from the group's."""
+    return metrics.opinion_metrics([score for score, _ in results], doc["distribution"], doc["positions"])

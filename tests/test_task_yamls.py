@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 import re
 from typing import Any
@@ -17,7 +19,8 @@ from lm_eval.tasks import TaskManager
 
 from laai_core import LaaiError
 from laai_core.data import load_task, task_names
-from lm_eval_laai.tasks import include_path, list_tasks
+from laai_core.data.lexicon import LEXICON as LEXICON_TABLE
+from lm_eval_laai.tasks import NO_GROUP, include_path, list_tasks
 
 LEXICON = [task.name for task in list_tasks() if task.group == "laai_lexicon"]
 RULE = [task.name for task in list_tasks() if task.group == "laai_rule"]
@@ -59,9 +62,9 @@ class Scripted(LM):
 def test_the_list_is_what_the_harness_finds() -> None:
     found = manager()
     assert {task.name for task in list_tasks()} == set(found.all_subtasks)
-    assert {task.group for task in list_tasks()} == set(found.all_groups)
+    assert {task.group for task in list_tasks()} - {NO_GROUP} == set(found.all_groups)
     assert {task.data_set for task in list_tasks()} <= set(task_names())
-    assert {task.metric for task in list_tasks()} == {"exact_match"}
+    assert {task.metric for task in list_tasks()} == {"exact_match", "kl"}
     for task in list_tasks():
         # Interventions are looked up by the harness's name, which is the data set's with a prefix.
         assert task.name == f"laai_{task.data_set}"
@@ -189,3 +192,58 @@ def test_public_sets(public_data: Any) -> None:
         for prompt, target in pairs(task.test_docs()):
             assert re.fullmatch(r"Q: \S[^\n]*\nA:", prompt)
             assert re.fullmatch(r" \S[^\n]*", target)
+
+
+COMPOSED = {"antonym": "antonym", "synonym": "synonym", "en_fr": "french", "en_de": "german"}  # the lexicon's columns
+
+
+def lexicon_rows() -> dict[str, dict[str, str]]:
+    with open(LEXICON_TABLE, encoding="utf-8", newline="") as file:
+        return {row["english"]: row for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)}
+
+
+def test_lexicon_compositions_are_one_rule_after_another() -> None:
+    rows = lexicon_rows()
+    tasks = manager().load("laai_lexicon_composition")["tasks"]
+    assert list(tasks) == [f"laai_lexicon_{b}_{a}" for a in ("antonym", "synonym") for b in ("en_fr", "en_de")]
+    for name, task in tasks.items():
+        second, first = name.removeprefix("laai_lexicon_")[:5], name.rpartition("_")[2]
+        both = pairs(task.fewshot_docs()) + pairs(task.test_docs())
+        for prompt, target in both:
+            word = prompt.removeprefix("Q: ").removesuffix("\nA:")
+            assert target == " " + rows[rows[word][first]][COMPOSED[second]]
+        # No word drops out, and a composition's test words are those of its rules, whose vectors never saw them.
+        for rule in (first, second):
+            (alone,) = manager().load(f"laai_lexicon_{rule}")["tasks"].values()
+            assert [p for p, _ in pairs(task.test_docs())] == [p for p, _ in pairs(alone.test_docs())]
+        assert task.fewshot_context(task.test_docs()[0], 10).count("\n\n") == 10
+
+
+def test_the_group_of_compositions_is_unweighted() -> None:
+    names = list(manager().load("laai_lexicon_composition")["tasks"])
+    result = simple_evaluate(
+        model=Scripted(lambda request: request.doc["target"] if request.task_name == names[0] else " no"),
+        tasks=["laai_lexicon_composition"],
+        task_manager=manager(),
+        samples={name: list(range(size)) for name, size in zip(names, [2, 4, 8, 16], strict=True)},
+        log_samples=False,
+    )
+    assert result["results"]["laai_lexicon_composition"]["exact_match,none"] == pytest.approx(1 / 4)
+
+
+def test_public_compositions(public_data: Any) -> None:
+    def table(file: str) -> dict[str, str]:
+        records = json.loads((public_data / "function_vectors" / file).read_text(encoding="utf-8"))
+        # Read backwards, so that of two records of one word the first one stays.
+        return {record["input"].strip(): record["output"].strip() for record in reversed(records)}
+
+    tasks = manager(data=str(public_data)).load("laai_composition")["tasks"]
+    assert list(tasks) == [f"laai_{b}_{a}" for a in ("antonym", "synonym") for b in ("en_fr", "en_de")]
+    for name, task in tasks.items():
+        first = table(f"{name.rpartition('_')[2]}.json")
+        second = table({"en_fr": "english-french.json", "en_de": "english-german.json"}[name[5:10]])
+        joined = {w: second[v] for w, v in first.items() if v in second}
+        found = {p.removeprefix("Q: ").removesuffix("\nA:"): t.removeprefix(" ") for p, t in pairs(task.test_docs())}
+        assert len(task.fewshot_docs()) == 10
+        assert 0.6 * len(joined) < len(found) < 0.8 * len(joined)  # all but the training pool
+        assert found == {word: joined[word] for word in found}

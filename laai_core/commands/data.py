@@ -9,12 +9,14 @@ from laai_core.commands.report import Report, table
 from laai_core.data import data_folder, fetch, read_lexicon, read_pairs
 from laai_core.data.fetch import BASE_URL, SHA256
 from laai_core.data.lexicon import LEXICON
+from laai_core.data.opinionqa import find_opinionqa
 from laai_core.data.pairs import find_set
 from laai_core.errors import LaaiError
 
 WAYS = (
     "laai data fetch [--output DIR]    downloads the public sets from their authors' repository, checked",
     "--data DIR, or LAAI_DATA=DIR      points at a folder that has them, in itself or in function_vectors/",
+    "OpinionQA                         see github.com/tatsu-lab/opinions_qa; goes into opinionqa/ of that folder",
 )
 
 
@@ -37,15 +39,22 @@ def _show(arguments: argparse.Namespace) -> Report:
     rows, _ = read_lexicon()
     sets = [_state(name, arguments.data) for name in SHA256]
     folder = str(data_folder(arguments.data))
-    facts = {"lexicon": {"path": str(LEXICON), "rows": len(rows)}, "folder": folder, "sets": sets}
+    opinions = _opinionqa(arguments.data)
+    facts = {
+        "lexicon": {"path": str(LEXICON), "rows": len(rows)},
+        "folder": folder,
+        "sets": sets,
+        "opinionqa": opinions,
+    }
     lines = table(
         [
             ("data set", "state", "rows", "path"),
             ("lexicon", "bundled", len(rows), LEXICON),
             *((s["file"], s["state"], s["rows"] or "-", s["path"] or "-") for s in sets),
+            ("OpinionQA", opinions["state"], "-", opinions["path"] or "-"),
         ]
     )
-    looked = f"looked for the public sets in {folder}, and in function_vectors/ there"
+    looked = f"looked for the public sets in {folder}, and in function_vectors/ and opinionqa/ there"
     ways = "" if all(s["state"] == "ok" for s in sets) else "\n\nto get them:\n  " + "\n  ".join(WAYS)
     problems = "".join(f"\n{s['problem']}" for s in sets if s["problem"])
     return Report(facts, f"{lines}\n\n{looked}{problems}{ways}")
@@ -64,6 +73,17 @@ def _state(file_name: str, data: str | None) -> dict[str, Any]:
         return {**state, "path": str(path), "state": "malformed", "problem": str(error)}
     word = "ok" if digest == SHA256[file_name] else "changed"
     return {**state, "path": str(path), "rows": len(pairs), "sha256": digest, "state": word}
+
+
+def _opinionqa(data: str | None) -> dict[str, Any]:
+    """Where it is, and of which waves or of which attributes; the files are read when a task needs them."""
+    try:
+        found = find_opinionqa(data)
+    except LaaiError:
+        return {"state": "missing", "path": None, "waves": [], "attributes": []}
+    waves, attributes = [wave.name for wave in found.waves], list(found.aggregated)
+    state = f"{len(waves)} waves" if waves else ", ".join(attributes)
+    return {"state": state, "path": str(found.folder), "waves": waves, "attributes": attributes}
 
 
 def _fetch(arguments: argparse.Namespace) -> Report:

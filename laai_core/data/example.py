@@ -71,7 +71,7 @@ class Example:
 class Split:
     """A task's examples. `train` is in the order drawn, `test` in file order; no item is in both, for any seed.
 
-    `sources` maps each file that was read (its name, without a folder) to the SHA-256 of its bytes.
+    `sources` maps each file that was read (its name in its data set's folder) to the SHA-256 of its bytes.
     """
 
     train: list[Example]

@@ -8,6 +8,8 @@ import os
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from laai_core.data.pairs import SETS_FOLDER, data_folder
 from laai_core.errors import LaaiError, WorkFailed
+from laai_core.storage import unwritable
 
 # Todd et al. 2024, MIT licence. Pinned to one commit; the sums make sure of it.
 BASE_URL = (
@@ -47,7 +50,30 @@ def fetch(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LaaiError(f"{folder}: cannot be made ({error.strerror}); expected a writable folder") from error
-    return [_fetch_one(name, folder / name, base_url.rstrip("/"), progress) for name in SHA256]
+    with _alone_in(folder):
+        return [_fetch_one(name, folder / name, base_url.rstrip("/"), progress) for name in SHA256]
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One fetch at a time: two would write into one `.part`, and on into the file it becomes. A killed one lets go."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl  # POSIX has it
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another fetch into {folder}", file=sys.stderr, flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: then nobody is kept out
+        yield
+    finally:
+        os.close(handle)
 
 
 def _fetch_one(name: str, path: Path, base_url: str, progress: bool) -> Path:
@@ -65,7 +91,7 @@ def _fetch_one(name: str, path: Path, base_url: str, progress: bool) -> Path:
         os.replace(part, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise LaaiError(f"{path}: cannot be written ({error.strerror}); expected a writable folder") from error
+        raise unwritable(path, error) from error
     return path
 
 

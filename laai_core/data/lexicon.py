@@ -25,7 +25,9 @@ def read_lexicon(path: Path = LEXICON) -> tuple[list[dict[str, str]], str]:
     except (OSError, UnicodeDecodeError) as error:
         raise LaaiError(f"{path}: cannot be read ({error}); expected a table with columns {COLUMNS}") from error
     if not lines or tuple(lines[0].split("\t")) != COLUMNS:
-        raise LaaiError(f"{path}: line 1 is {lines[:1]}; expected the tab-separated header {' '.join(COLUMNS)}")
+        raise LaaiError(
+            f"{path}: line 1 is {''.join(lines[:1])!r:.80}; expected the tab-separated header {' '.join(COLUMNS)}"
+        )
     rows: list[dict[str, str]] = []
     for number, line in enumerate(lines[1:], start=2):
         cells = line.split("\t")

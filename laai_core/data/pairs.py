@@ -13,6 +13,7 @@ from laai_core.data.split import item_key
 from laai_core.errors import LaaiError
 
 SETS_FOLDER = "function_vectors"
+LONGEST = 1000  # characters of a word: Unicode normalisation takes quadratic time on hostile ones
 
 
 class WordPair(NamedTuple):
@@ -61,8 +62,11 @@ def read_pairs(path: Path) -> tuple[list[WordPair], str]:
         records = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise LaaiError(f"{path}: not UTF-8 at byte {error.start}; expected a JSON list of pairs") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f"line {error.lineno}, {error.msg}" if isinstance(error, json.JSONDecodeError) else "too deeply nested"
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, {error.msg}"
+        raise LaaiError(f"{path}: not valid JSON ({where}); expected a list of input-output pairs") from error
+    except (ValueError, RecursionError) as error:
+        where = "too deeply nested" if isinstance(error, RecursionError) else "a number of thousands of digits"
         raise LaaiError(f"{path}: not valid JSON ({where}); expected a list of input-output pairs") from error
     if not isinstance(records, list):
         raise LaaiError(f"{path}: holds a JSON {type(records).__name__}; expected a list of input-output pairs")
@@ -90,11 +94,13 @@ def check_side(text: Any, where: str) -> str:
         raise LaaiError(f"{where} is empty; expected a word")
     # An answer ends at the first line break, so one with a break inside could never be matched.
     if len(text.splitlines()) > 1:
-        raise LaaiError(f"{where} is {text!r}, which has a line break inside; expected one line")
+        raise LaaiError(f"{where} is {text!r:.60}, which has a line break inside; expected one line")
+    if len(text) > LONGEST:
+        raise LaaiError(f"{where} has {len(text)} characters; expected a word or a phrase, at most {LONGEST}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise LaaiError(f"{where} is {text!r}, which is not valid Unicode; expected a word") from None
+        raise LaaiError(f"{where} is {text!r:.60}, which is not valid Unicode; expected a word") from None
     return text
 
 

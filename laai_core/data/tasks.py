@@ -1,4 +1,6 @@
-"""The tasks by name: four rules and four compositions, over the public sets and over the bundled lexicon."""
+"""The tasks by name: word rules and their compositions, over the public sets and over the bundled lexicon; opinions of
+groups of people, from OpinionQA and from the bundled survey.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,11 @@ import os
 
 from laai_core.data.example import Example, Split
 from laai_core.data.lexicon import LEXICON, lexicon_pairs
+from laai_core.data.opinion import Opinion
+from laai_core.data.opinionqa import load_opinionqa
 from laai_core.data.pairs import WordPair, find_set, join_pairs, read_pairs
 from laai_core.data.split import split_items
+from laai_core.data.survey import TENDENCIES, survey_opinions
 from laai_core.errors import LaaiError
 
 # rule -> (the authors' file, the lexicon's column)
@@ -26,24 +31,47 @@ COMPOSITIONS = {
     "en_de_synonym": ("synonym", "en_de"),
 }
 LEXICON_PREFIX = "lexicon_"
+# the paper's groups of OpinionQA -> (attribute, group)
+OPINIONQA = {
+    "opinionqa_income_100k_or_more": ("INCOME", "$100,000 or more"),
+    "opinionqa_income_less_than_30k": ("INCOME", "Less than $30,000"),
+    "opinionqa_moderate": ("POLIDEOLOGY", "Moderate"),
+    "opinionqa_northeast": ("CREGION", "Northeast"),
+}
+# Any group of OpinionQA: `opinionqa_group:SEX=Female`. What is before the colon is the harness's task.
+OPINIONQA_GROUP = "opinionqa_group"
+SURVEY_PREFIX = "survey_"
 
 
 def task_names() -> list[str]:
-    """Every name `load_task` takes: the public sets' tasks first, then the lexicon's."""
+    """Every name `load_task` takes: word tasks, then opinion tasks. To `opinionqa_group` :ATTRIBUTE=GROUP is added."""
+    return [*word_task_names(), *OPINIONQA, OPINIONQA_GROUP, *(SURVEY_PREFIX + group for group in TENDENCIES)]
+
+
+def word_task_names() -> list[str]:
+    """The public sets' tasks first, then the lexicon's."""
     public = [*RULES, *COMPOSITIONS]
     return public + [LEXICON_PREFIX + name for name in public]
+
+
+def opinionqa_group(attribute: str, group: str) -> str:
+    """The name of the task of any group of OpinionQA."""
+    return f"{OPINIONQA_GROUP}:{attribute}={group}"
+
+
+def is_opinion_task(name: str) -> bool:
+    """Whether a name is an opinion task's."""
+    return str(name).partition(":")[0] in set(task_names()) - set(word_task_names())
 
 
 def load_pairs(name: str, data: str | os.PathLike[str] | None = None) -> tuple[list[WordPair], dict[str, str]]:
     """A task's word pairs in file order, one per input, and {file name: SHA-256} of the files read.
 
     `data` is the folder of the public sets (default $LAAI_DATA); the lexicon's tasks need none.
-    Raises LaaiError for an unknown name, and for a file that is missing or malformed.
+    Raises LaaiError for a name that is no word task's, and for a file that is missing or malformed.
     """
-    if name not in task_names():
-        close = difflib.get_close_matches(str(name), task_names(), n=3)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise LaaiError(f"no task named {name!r}; {hint}expected one of {', '.join(task_names())}")
+    if name not in word_task_names():
+        raise _unknown(name, word_task_names())
     base = name.removeprefix(LEXICON_PREFIX)
     over_lexicon = base != name
     sources: dict[str, str] = {}
@@ -71,16 +99,55 @@ def rule_prompt(word: str) -> str:
     return f"Q: {word}\nA:"
 
 
+def load_opinions(name: str, data: str | os.PathLike[str] | None = None) -> tuple[list[Opinion], dict[str, str]]:
+    """An opinion task's questions with the group's answers, and {file: SHA-256} of the files read.
+
+    Raises LaaiError for a name that is no opinion task's, and for data that is missing or malformed.
+    """
+    base, _, rest = name.partition(":")
+    if name.startswith(SURVEY_PREFIX) and name.removeprefix(SURVEY_PREFIX) in TENDENCIES:
+        return survey_opinions(name.removeprefix(SURVEY_PREFIX)), {}
+    if name in OPINIONQA:
+        return load_opinionqa(*OPINIONQA[name], data)
+    if base != OPINIONQA_GROUP:
+        raise _unknown(name, [known for known in task_names() if is_opinion_task(known)])
+    attribute, equals, group = rest.partition("=")
+    if not (attribute and equals and group):
+        raise LaaiError(f"task {name!r}: expected an attribute and a group, as in {opinionqa_group('SEX', 'Female')}")
+    return load_opinionqa(attribute, group, data)
+
+
+def split_opinions(
+    name: str, seed: int = 0, n_train: int = 10, data: str | os.PathLike[str] | None = None
+) -> tuple[list[Opinion], list[Opinion], dict[str, str]]:
+    """What `load_task` makes an opinion task's examples of: those to train on, those to test on, the files read."""
+    opinions, sources = load_opinions(name, data)
+    return *split_items(opinions, lambda opinion: opinion.question.key, seed, n_train, name), sources
+
+
 def load_task(name: str, seed: int = 0, n_train: int = 10, data: str | os.PathLike[str] | None = None) -> Split:
     """The named task's split: `n_train` examples drawn by `seed` from the training pool, and all test examples.
 
-    Prompts are `Q: {input}\\nA:` and targets ` {output}`. The same examples in `train`'s order are the few-shot ones.
+    Word tasks: prompts `Q: {input}\\nA:` and targets ` {output}`. Opinion tasks: `Question: ...\\nA. ...\\nAnswer:`,
+    options ` A`, ` B`, ... and the group's distribution. The same examples in `train`'s order are the few-shot ones.
     Raises LaaiError for an unknown name, missing or malformed data, or an n_train outside 1..pool.
     """
+    if is_opinion_task(name):
+        opinions = split_opinions(name, seed, n_train, data)
+        train, test = ([opinion.example() for opinion in part] for part in opinions[:2])
+        return Split(train, test, name, seed, opinions[2])
+    if name not in word_task_names():
+        raise _unknown(name, task_names())
     pairs, sources = load_pairs(name, data)
-    train, test = split_items(pairs, lambda pair: pair.input, seed, n_train, name)
+    drawn, others = split_items(pairs, lambda pair: pair.input, seed, n_train, name)
 
     def example(pair: WordPair) -> Example:
         return Example(prompt=rule_prompt(pair.input), target=f" {pair.output}")
 
-    return Split([example(p) for p in train], [example(p) for p in test], name, seed, sources)
+    return Split([example(p) for p in drawn], [example(p) for p in others], name, seed, sources)
+
+
+def _unknown(name: str, known: list[str]) -> LaaiError:
+    close = difflib.get_close_matches(str(name), known, n=3)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return LaaiError(f"no task named {name!r}; {hint}expected one of {', '.join(known)}")
