@@ -1,4 +1,4 @@
-"""`laai train`: one Δ from a task's training examples, into one file."""
+"""`laai train`: a Δ, or what a baseline learns, from a task's training examples, into one file or folder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from typing import Any
 
 from laai_core import select
 from laai_core.commands.report import Report, table
-from laai_core.data import Example, load_task
+from laai_core.data import Example, Split, load_task
 from laai_core.encode import WHITESPACE
 from laai_core.errors import LaaiError
+from laai_core.facts import flat
+from laai_core.intervention import Intervention
 from laai_core.load import DTYPES, ModelSource
+from laai_core.methods import METHODS, OPTIONS, check, default_layer, fit
+from laai_core.methods.adapters import ADAPTERS, is_adapter, training_record
 from laai_core.optimize import OPTIMIZERS
 from laai_core.train import PATHS, PENALTY_SCALES, TrainResult, check_arguments, train
 
@@ -52,8 +56,11 @@ _WORDS = {
 
 def add(commands: Any) -> None:
     """Put `train` on a parser."""
-    parser = commands.add_parser("train", help="train an intervention on a task's training examples")
+    parser = commands.add_parser("train", help="train an intervention, or a baseline, on a task's training examples")
     parser.set_defaults(command=_command)
+    parser.add_argument(
+        "--method", choices=METHODS, default="laai", help="docs/methods.md says what each is (default: %(default)s)"
+    )
     add_model_arguments(parser, required=True)
     parser.add_argument("--task", required=True, help="a task without laai_, for example lexicon_antonym")
     parser.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
@@ -61,18 +68,21 @@ def add(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
     add_layer_argument(parser, _layer, "; auto cross-validates over all on the training examples")
     _add_training_arguments(parser)
+    parser.add_argument("--heads", type=int, help="of fv: how many heads it sums (default: the share its paper takes)")
     parser.add_argument(
         "--output",
         default="./",
         metavar="FILE or DIR/",
-        help=f"a folder gets laai_<task>{SUFFIX}, where intervention=DIR finds it (default: %(default)s)",
+        help=f"a folder gets laai_<task>{SUFFIX}, where intervention=DIR finds it, or an adapter's folder laai_<task> "
+        "(default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
-    """The flags `model_source` reads."""
-    parser.add_argument("--model", required=required, help="a folder, or a name on the Hugging Face Hub")
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool, several: bool = False) -> None:
+    """The flags `model_source` reads; with `several`, --model gives a list."""
+    text = "a folder, or a name on the Hugging Face Hub" + ("; may be repeated" if several else "")
+    parser.add_argument("--model", required=required, action="append" if several else "store", help=text)
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model's own Python code run")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or else the CPU)")
@@ -93,33 +103,22 @@ def add_layer_argument(parser: argparse.ArgumentParser, kind: Any = int, more: s
 
 
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Without defaults, so that it can be told what was given; `_training_options` fills them in."""
     for name, (kind, text) in _NUMBERS.items():
         default = _default(name)
-        shown = "" if default is None else f" (default: {default})"
-        parser.add_argument(_flag(name), type=kind, default=default, help=text + shown)
+        parser.add_argument(_flag(name), type=kind, help=text + ("" if default is None else f" (default: {default})"))
     for name, (choices, text) in _WORDS.items():
-        parser.add_argument(
-            _flag(name), choices=choices, default=_default(name), help=f"{text} (default: %(default)s)"
-        )
+        parser.add_argument(_flag(name), choices=choices, help=f"{text} (default: {_default(name)})")
 
 
 def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for `train`, checked."""
-    options = {name: getattr(arguments, name) for name in (*_NUMBERS, *_WORDS)}
+    given = {name: getattr(arguments, name) for name in (*_NUMBERS, *_WORDS)}
+    options = {name: _default(name) if value is None else value for name, value in given.items()}
     fixed: dict[str, Any] = {name: 0.0 if value == AUTO else value for name, value in options.items()}
     fixed["path"] = options["path"]  # whose `auto` is its own
     check_arguments(**{name: value for name, value in fixed.items() if name != "projection"})
     return options
-
-
-def default_layer(count: int) -> int:
-    """The layer when none is given, for a model of `count` layers: the middle one.
-
-    There vectors that stand for a task act best in models of many sizes (Hendel, Geva & Globerson 2023, "In-context
-    learning creates task vectors"), and on the reference model too. The paper's layer is 3 of 32; `--layer auto`
-    measures.
-    """
-    return count // 2
 
 
 def choose_layer(layer: int | None, config: Any) -> int:
@@ -133,8 +132,11 @@ def choose_layer(layer: int | None, config: Any) -> int:
 
 
 def harness_task(task: str) -> str:
-    """What the harness calls a task, and what an intervention folder's files are called."""
-    return f"laai_{task}"
+    """What the harness calls a task, and what an intervention folder's files are called.
+
+    What is behind a colon says which group's opinions: to the harness that is metadata.
+    """
+    return f"laai_{task.partition(':')[0]}"
 
 
 def output_path(output: str, task: str) -> Path:
@@ -144,6 +146,15 @@ def output_path(output: str, task: str) -> Path:
         path = path / f"{harness_task(task)}{SUFFIX}"
     elif path.suffix != SUFFIX:
         raise LaaiError(f"--output {output}: expected a name that ends in {SUFFIX}, or a folder with a / at its end")
+    check_writable(path.parent)
+    return path
+
+
+def adapter_folder(output: str, task: str) -> Path:
+    """The folder to write an adapter to, in one that can be written to. Nothing is made yet."""
+    path = Path(output).expanduser()
+    if output.endswith(("/", "\\")) or (path.is_dir() and not is_adapter(path)):
+        path = path / harness_task(task)
     check_writable(path.parent)
     return path
 
@@ -181,7 +192,13 @@ def summary(result: TrainResult) -> dict[str, Any]:
 def _command(arguments: argparse.Namespace) -> Report:
     # In the order of what it costs to find out that something is wrong.
     split = load_task(arguments.task, seed=arguments.seed, n_train=arguments.n_train, data=arguments.data)
+    train_it = _train if arguments.method == "laai" else _train_baseline
+    return train_it(arguments, split)
+
+
+def _train(arguments: argparse.Namespace, split: Split) -> Report:
     options = _training_options(arguments)
+    _refuse(arguments, ["heads"])
     path = output_path(arguments.output, arguments.task)
     source = model_source(arguments)
     source.checked_device()
@@ -196,7 +213,7 @@ def _command(arguments: argparse.Namespace) -> Report:
         split.train,
         layer=layer,
         seed=arguments.seed,
-        task=harness_task(arguments.task),
+        task=f"laai_{arguments.task}",
         progress=True,
         **options,
     )
@@ -205,6 +222,7 @@ def _command(arguments: argparse.Namespace) -> Report:
     facts = {
         "file": str(path),
         "task": harness_task(arguments.task),
+        "method": "laai",
         **summary(result),
         "l1": options["l1"],
         "group": options["group"],
@@ -212,6 +230,41 @@ def _command(arguments: argparse.Namespace) -> Report:
         "seconds": seconds,
     }
     return Report(facts, _text(facts))
+
+
+def _train_baseline(arguments: argparse.Namespace, split: Split) -> Report:
+    """`fit`, after everything that can be told to be wrong before the model is loaded."""
+    method = arguments.method
+    _refuse(arguments, [name for name in (*_NUMBERS, *_WORDS, "heads") if name not in OPTIONS[method]])
+    if arguments.layer == AUTO:
+        raise LaaiError(f"--layer auto is of the method laai; {method} takes a number, or its own default")
+    if method in ADAPTERS:
+        path = adapter_folder(arguments.output, arguments.task)
+    else:
+        path = output_path(arguments.output, arguments.task)
+    options = {name: getattr(arguments, name) for name in ("steps", "heads")}
+    check(method, path, arguments.layer, options)
+    source = model_source(arguments)
+    source.checked_device()
+    config = source.config()
+    layer = None if arguments.layer is None else choose_layer(arguments.layer, config)
+    model, tokenizer = source.load()
+    start = time.perf_counter()
+    fit(method, model, tokenizer, split, layer=layer, seed=arguments.seed, output=path, **options)
+    facts = {
+        "file": str(path),
+        "task": harness_task(arguments.task),
+        "method": method,
+        "seconds": time.perf_counter() - start,
+        "training": training_record(path) if method in ADAPTERS else Intervention.load(path).metadata["training"],
+    }
+    return Report(facts, table(flat(facts)))
+
+
+def _refuse(arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    for name in names:
+        if getattr(arguments, name) is not None:
+            raise LaaiError(f"the method {arguments.method} has no {_flag(name)}: leave it out")
 
 
 def _cross_validated(

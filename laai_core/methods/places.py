@@ -1,0 +1,98 @@
+"""Which linear modules an adapter goes on, found by the model's structure as the sites are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from laai_core.errors import LaaiError
+from laai_core.locate import Layout
+
+_NAMES = {
+    "query": ("q_proj", "query", "q_lin", "wq"),
+    "key": ("k_proj", "key", "k_lin", "wk"),
+    "value": ("v_proj", "value", "v_lin", "wv"),
+}
+
+
+def attention_inputs(layout: Layout, layer: int, kinds: Sequence[str]) -> list[str]:
+    """Paths of a layer's projections of `kinds` (query, key, value); of the fused one where they are one module.
+
+    PEFT's own defaults take the fused projection too.
+
+    Raises:
+        LaaiError: names the linear modules there are.
+    """
+    output = layout.module(layer, "heads")
+    paths = _paths(layout)
+    block = paths[layout.blocks[layer]]
+    attention = paths[output].removeprefix(f"{block}.").split(".")[0]
+    linears = {p: m for p, m in _linears(layout, f"{block}.{attention}").items() if m is not output}
+    if len(linears) == 1:
+        return list(linears)
+    chosen = []
+    for kind in kinds:
+        fitting = [path for path in linears if path.rpartition(".")[2] in _NAMES[kind]]
+        if len(fitting) != 1:
+            raise LaaiError(
+                f"layer {layer}: expected one {kind} projection ({', '.join(_NAMES[kind])}) or a fused one; "
+                f"its attention has {', '.join(linears) or 'no linear modules'}"
+            )
+        chosen += fitting
+    return chosen
+
+
+def first_attention(layout: Layout) -> int:
+    """The first layer with attention: hybrid models have blocks without, and all have heads of one width.
+
+    Raises:
+        LaaiError: why the last has none, when none has.
+    """
+    for layer, projection in enumerate(layout.projections):
+        if not isinstance(projection, str):
+            return layer
+    raise LaaiError(str(layout.projections[-1]))
+
+
+def down_projection(layout: Layout, layer: int) -> str:
+    """Path of the feed-forward's last linear module: the one from the inner width to the hidden size.
+
+    Raises:
+        LaaiError: when there is not exactly one, as in mixtures of experts.
+    """
+    top = _paths(layout)[layout.module(layer, "mlp")]
+    widths = {path: _widths(module) for path, module in _linears(layout, top).items()}
+    fitting = [path for path, (inner, outer) in widths.items() if outer == layout.hidden_size != inner]
+    if len(fitting) != 1:
+        raise LaaiError(
+            f"layer {layer}: expected one linear module from the feed-forward's inner width to {layout.hidden_size}, "
+            f"found {', '.join(fitting) or 'none'} among {', '.join(widths) or 'no linear modules'}"
+        )
+    return fitting[0]
+
+
+def is_transposed(layout: Layout, path: str) -> bool:
+    """Whether a module keeps its weight as [in, out] (GPT-2's Conv1D): PEFT wants to know."""
+    return isinstance(layout.model.get_submodule(path), Conv1D)
+
+
+def _paths(layout: Layout) -> dict[Any, str]:
+    return {module: path for path, module in layout.model.named_modules()}
+
+
+def _linears(layout: Layout, top: str) -> dict[str, nn.Module]:
+    """{path: module} of the linear modules at and under a path."""
+    module = layout.model.get_submodule(top)
+    return {
+        f"{top}.{name}" if name else top: inner
+        for name, inner in module.named_modules()
+        if isinstance(inner, nn.Linear | Conv1D)
+    }
+
+
+def _widths(module: Any) -> tuple[int, int]:
+    """Input and output width."""
+    return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)

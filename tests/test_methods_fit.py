@@ -1,0 +1,151 @@
+"""One entry for every method: where the result goes, defaults, refusals; and the same through `laai train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from test_cli import FILE, TASK, model, refused  # noqa: F401 - fixtures
+from tiny import LAYERS, tiny_model, tiny_tokenizer
+
+import laai_core as laai
+from laai_core import cli as core
+from laai_core.methods import METHODS, default_layer, fit
+from laai_core.methods.adapters import ADAPTERS, training_record
+
+SPLIT = laai.load_task(TASK, n_train=4)
+TOKENIZER = tiny_tokenizer(bos=False)
+
+
+def fitted(method: str, output: Path, llama=None, **options) -> Path:
+    llama = tiny_model("Llama") if llama is None else llama
+    return fit(method, llama, TOKENIZER, SPLIT, output=output, progress=False, **options)
+
+
+def test_methods():
+    assert METHODS == ("laai", "fv", "icv", "lora", "ia3", "soft_prompt")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_what_it_should_where_it_should(method, tmp_path):
+    llama = tiny_model("Llama")
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+    steps = {"steps": 3} if method not in ("fv", "icv") else {}
+    output = tmp_path / "new" / ("x" if method in ADAPTERS else "x.safetensors")
+    assert fitted(method, output, llama, seed=5, **steps) == output
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+    assert list(llama.state_dict()) == list(before)
+    assert all(torch.equal(before[name], value) for name, value in llama.state_dict().items())
+    if method in ADAPTERS:
+        facts = json.loads((output / "laai.json").read_text())
+        assert peft.PeftConfig.from_pretrained(str(output)).peft_type in ("LORA", "IA3", "PROMPT_TUNING")
+    else:
+        facts = laai.Intervention.load(output).metadata
+    assert (facts["method"], facts["task"]) == (method, f"laai_{TASK}")
+    assert (facts["training"]["seed"], facts["training"]["n_train"]) == (5, 4)
+
+
+def test_default_layers(tmp_path):
+    layers = {
+        method: laai.Intervention.load(fitted(method, tmp_path / f"{method}.safetensors")).layers
+        for method in ("laai", "fv", "icv")
+    }
+    assert layers == {"laai": [default_layer(LAYERS)], "fv": [1], "icv": list(range(LAYERS))}
+    lora = peft.PeftConfig.from_pretrained(str(fitted("lora", tmp_path / "lora", steps=1)))
+    assert lora.target_modules == {f"model.layers.{default_layer(LAYERS)}.self_attn.{n}_proj" for n in "qv"}
+    ia3 = peft.PeftConfig.from_pretrained(str(fitted("ia3", tmp_path / "ia3", steps=1, layer=-1)))
+    assert {name.split(".")[2] for name in ia3.target_modules} == {str(LAYERS - 1)}
+
+
+def test_laai_is_train(tmp_path):
+    path = fitted("laai", tmp_path / "x.safetensors", layer=0, l1=0.02, group=0.0, penalty_scale="absolute", steps=5)
+    direct = laai.train(
+        tiny_model("Llama"), TOKENIZER, SPLIT.train, 0, 0.02, 0.0, "absolute", steps=5, task=f"laai_{TASK}"
+    )
+    assert path.read_bytes() == direct.intervention.to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("fvs", {}, "unknown method 'fvs': expected one of laai, fv, icv"),
+        ("fv", {"l1": 0.1}, "the method fv has none"),
+        ("icv", {"steps": 3}, "the method icv has none"),
+        ("lora", {"heads": 3}, "the method lora has none"),
+        ("lora", {"steps": 0}, "steps is 0"),
+        ("lora", {"layer": 9}, "layer 9 is out of range"),
+        ("soft_prompt", {"layer": 1}, "in no layer"),
+    ],
+)
+def test_refusals(method, options, said, tmp_path):
+    output = tmp_path / ("x" if method in ADAPTERS else "x.safetensors")
+    with pytest.raises(laai.LaaiError, match=said):
+        fitted(method, output, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_outputs_are_refused_and_nothing_is_lost(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(laai.LaaiError, match="exists and is no adapter"):
+        fitted("lora", tmp_path / "mine", steps=1)
+    with pytest.raises(laai.LaaiError, match="expected a folder"):
+        fitted("lora", tmp_path / "x.safetensors", steps=1)
+    with pytest.raises(laai.LaaiError, match="ends in .safetensors"):
+        fitted("fv", tmp_path / "x")
+    under = peft.get_peft_model(tiny_model("Llama"), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(laai.LaaiError, match="under a PEFT adapter"):
+        fitted("lora", tmp_path / "x", under, steps=1)
+    assert [path.name for path in tmp_path.glob("**/*")] == ["mine", "thesis.tex"]
+
+
+# The command line.
+
+
+def printed(capfd, *argv: object) -> dict:
+    capfd.readouterr()
+    assert core.main([*map(str, argv), "--json"]) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "laai"])
+def test_train_a_baseline(method, model, tmp_path, capfd):  # noqa: F811
+    line = ["train", "--method", method, "--model", model, "--task", TASK, "--n-train", 4, "--seed", 2]
+    line += ["--steps", 2] if method in ADAPTERS else ["--heads", 3] if method == "fv" else []
+    facts = printed(capfd, *line, "--output", f"{tmp_path}/")
+    path = tmp_path / (f"laai_{TASK}" if method in ADAPTERS else FILE)
+    assert (facts["file"], facts["task"], facts["method"]) == (str(path), f"laai_{TASK}", method)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    record = training_record(path) if method in ADAPTERS else laai.Intervention.load(path).metadata["training"]
+    assert facts["training"] == record and record["seed"] == 2
+    assert len(record.get("heads", [0] * 3)) == 3
+    # Again, onto what is there; then as text.
+    assert core.main([*map(str, line), "--output", str(path)]) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("file ") and "training.examples_sha256" in out
+    assert "it/s" in err or "s/it" in err or method == "icv"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--method", "prompt"], "soft_prompt"),
+        (["--method", "fv", "--steps", "3"], "the method fv has no --steps"),
+        (["--method", "lora", "--l1", "0.1"], "the method lora has no --l1"),
+        (["--method", "ia3", "--optimizer", "adam"], "the method ia3 has no --optimizer"),
+        (["--method", "laai", "--heads", "3"], "the method laai has no --heads"),
+        (["--method", "lora", "--layer", "auto"], "--layer auto is of the method laai"),
+        (["--method", "soft_prompt", "--layer", "1"], "in no layer"),
+        (["--method", "lora", "--steps", "0"], "steps is 0"),
+        (["--method", "lora", "--output", "x.safetensors"], "expected a folder"),
+        (["--method", "fv", "--output", "x"], "ends in .safetensors"),
+    ],
+)
+def test_refused_before_any_model_is_looked_for(flags, said, tmp_path, refused):  # noqa: F811
+    line = ["train", "--model", tmp_path / "no" / "model", "--task", TASK, "--output", f"{tmp_path}/out/", *flags]
+    assert said in refused(*line)
+    assert list(tmp_path.iterdir()) == []
