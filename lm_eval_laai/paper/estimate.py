@@ -1,0 +1,51 @@
+"""How long work may take, from one timed forward pass.
+
+Costs are in passes over 64 prompts of 16 tokens, as measured with the reference model on one CPU core. Another model
+or machine has another ratio of reading weights to computing: an order of size, no promise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from laai_core.methods.adapters import STEPS
+from lm_eval_laai.paper.cells import Cell, Fit
+from lm_eval_laai.paper.setting import Setting
+
+ROWS, TOKENS, REPEATS = 64, 16, 3
+FITS = {"laai": 6.0, "fv": 12.0, "icv": 0.2, "lora": 160.0, "ia3": 180.0, "soft_prompt": 280.0}
+SCORED = 0.5  # of 64 test items, besides reading their prompts
+
+
+def seconds(setting: Setting, fits: Iterable[Fit], cells: Iterable[Cell]) -> float:
+    """For one process. Loads the model to time it, unless nothing is left to do."""
+    fits, cells = list(fits), list(cells)
+    if not fits and not cells:
+        return 0.0
+    model, tokenizer = setting.source.load()
+    passes = sum(FITS[fit.method] * (fit.steps or STEPS) / STEPS for fit in fits)
+    passes += sum(_scoring(setting, cell, tokenizer) for cell in cells)
+    return passes * _one_pass(model)
+
+
+def _scoring(setting: Setting, cell: Cell, tokenizer: Any) -> float:
+    """Passes to score a cell: its test items, all taken to be as long as the first."""
+    test = setting.split(cell.task).test
+    tokens = len(tokenizer.encode(test[0].prompt)) * (1 + cell.shots)
+    return min(len(test), setting.limit or len(test)) / ROWS * (SCORED + tokens / TOKENS)
+
+
+def _one_pass(model: Any) -> float:
+    """Seconds, the fastest of a few."""
+    ids = torch.zeros(ROWS, TOKENS, dtype=torch.long, device=model.device)
+    times = []
+    for _ in range(1 + REPEATS):
+        start = time.perf_counter()
+        with torch.no_grad():
+            model(input_ids=ids).logits[0, 0, 0].item()  # an accelerator is asked for a value, so that it is done
+        times.append(time.perf_counter() - start)
+    return min(times)

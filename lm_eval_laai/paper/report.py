@@ -1,0 +1,121 @@
+"""One report of everything that was asked for: report.md for people, report.json for machines, PNGs.
+
+It holds scores and what they depend on, never a time or a date: the same cells give the same report, however often the
+run that computed them was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from laai_core import storage
+from laai_core.errors import LaaiError
+from laai_core.intervention import Intervention
+from laai_core.plot import heat_map
+from lm_eval_laai.paper import markdown
+from lm_eval_laai.paper.cells import Fit, Store, named
+from lm_eval_laai.paper.content import FIGURE_1, JUDGED, NOT_RUN, Content, map_name
+from lm_eval_laai.paper.curves import draw
+from lm_eval_laai.paper.setting import Setting, software
+from lm_eval_laai.paper.tables import Entry, Recipe, Table, entry, result_of
+
+
+def write(content: Content, store: Store, folder: Path) -> dict[str, Any]:
+    """Write the report into `folder`; returns what report.json says."""
+    facts: dict[str, Any] = {
+        "command": content.command,
+        "seeds": content.seeds,
+        "versions": software(),
+        "models": [_model_facts(recipe) for recipe in content.recipes],
+        "judge": content.judge,
+        "tables": {table.name: _table_facts(table, content, store) for table in content.tables},
+        "data": _data_facts(content),
+        "missing": _missing(content, store),
+    }
+    if content.sweep is not None:
+        facts["figure_1"] = content.sweep.facts(store)
+        draw(facts["figure_1"], folder / FIGURE_1)
+    if content.maps:
+        setting = content.recipes[0].setting
+        facts["figure_2"] = {
+            title: _draw_map(setting, fit, store, folder / map_name(title)) for title, fit in content.maps.items()
+        }
+    storage.write(folder / "report.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+    storage.write(folder / "report.md", markdown.render(content, facts).encode())
+    return facts
+
+
+def _missing(content: Content, store: Store) -> list[str]:
+    """The cells that could not be computed."""
+    wanted = {pair for table in content.tables for pair in table.cells(content.seeds)}
+    if content.sweep is not None:
+        wanted |= {(content.sweep.setting, cell) for cell in content.sweep.cells()}
+    return sorted(named(cell) for setting, cell in wanted if result_of(setting, cell, store) is None)
+
+
+def _model_facts(recipe: Recipe) -> dict[str, Any]:
+    source = recipe.setting.source
+    return {
+        "model": source.name,
+        "revision": source.revision,
+        "identity": recipe.setting.model,
+        "dtype": source.dtype,
+        "device": source.checked_device().type,
+        "layer": recipe.layer,
+        "l1": recipe.l1,
+        "group": recipe.group,
+        "penalty_scale": recipe.penalty_scale,
+        "limit": recipe.setting.limit,
+    }
+
+
+def _data_facts(content: Content) -> dict[str, Any]:
+    """Files and test items of every task in the report."""
+    tasks = {task: content.recipes[0].setting for table in content.tables for task in table.columns}
+    if content.sweep is not None:
+        tasks |= dict.fromkeys(content.sweep.tasks, content.sweep.setting)
+    return {
+        task: {"files": setting.split(task).sources, "test_items_sha256": setting.test_sha256(task)}
+        for task, setting in tasks.items()
+    }
+
+
+def _table_facts(table: Table, content: Content, store: Store) -> list[dict[str, Any]]:
+    rows = []
+    for row in table.rows:
+        published = content.published(table, row)
+        columns: dict[str, Any] = {}
+        for number, task in enumerate(table.columns):
+            found = entry(table, row, task, content.seeds, store)
+            judged = content.gpt_eval.get((table.name, row.title, task))
+            columns[task] = {
+                table.metric: _entry_facts(found),
+                "paper": None if published is None else published[number]._asdict(),
+            }
+            if table.name in JUDGED:
+                columns[task]["gpt_eval"] = NOT_RUN if content.judge is None else _entry_facts(judged)
+        rows.append({"method": row.title, "columns": columns})
+    return rows
+
+
+def _entry_facts(found: Entry | None) -> dict[str, Any] | None:
+    return None if found is None else {"mean": found.mean, "spread": found.spread, "values": found.values}
+
+
+def _draw_map(setting: Setting, fit: Fit, store: Store, path: Path) -> dict[str, Any] | None:
+    try:
+        intervention = Intervention.load(store.fit_path(fit, setting.fit_identity(fit)))
+    except LaaiError:
+        return None
+    heat_map(intervention, path)
+    vector = intervention.vector(intervention.layers[0])
+    return {
+        "task": fit.task,
+        "seed": fit.seed,
+        "sha256": intervention.sha256,
+        "zero_share": float((vector == 0).float().mean()),
+        "active_heads": int(vector.any(1).sum()),
+        "heads": len(vector),
+    }

@@ -1,0 +1,208 @@
+"""The paper's tables as cells: which method, on which task, with which examples."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from laai_core.commands.train import harness_task
+from laai_core.data.survey import TENDENCIES
+from laai_core.data.tasks import COMPOSITIONS, LEXICON_PREFIX, OPINIONQA, SURVEY_PREFIX
+from laai_core.methods.adapters import ADAPTERS
+from lm_eval_laai.paper.cells import Cell, Fit, Store
+from lm_eval_laai.paper.published import PUBLISHED, Published
+from lm_eval_laai.paper.setting import Setting, task_info
+
+EXAMPLES = 10  # of every method, and the shots: the paper's N
+RULES = {"en_fr": "Eng-Fr", "en_de": "Eng-Ger", "antonym": "Antonym", "synonym": "Synonym"}
+THREE_RULES = ("en_fr", "en_de", "antonym")  # of tables 5 and 6
+COMPOSED = {
+    "en_fr_antonym": "Eng-Fr Antonym",
+    "en_de_antonym": "Eng-Ger Antonym",
+    "en_fr_synonym": "Eng-Fr Synonym",
+    "en_de_synonym": "Eng-Ger Synonym",
+}
+TITLES = {
+    1: "Single rules",
+    2: "Compositions",
+    3: "Opinions of groups",
+    4: "Regularisation",
+    5: "Models",
+    6: "Baselines",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How LAAI is trained in one setting, and what its cells are."""
+
+    setting: Setting
+    lexicon: bool  # the bundled lexicon and survey, not the public sets
+    layer: int
+    l1: float
+    group: float
+    penalty_scale: str
+    adapter_steps: int | None = None  # None is their own number
+
+    def task(self, name: str) -> str:
+        """The harness task of a word task."""
+        return harness_task((LEXICON_PREFIX if self.lexicon else "") + name)
+
+    def laai(self, task: str, seed: int, regularised: bool = True, n_train: int = EXAMPLES) -> Fit:
+        """Our vector."""
+        l1, group = (self.l1, self.group) if regularised else (0.0, 0.0)
+        return Fit(task, "laai", seed, n_train, self.layer, l1=l1, group=group, penalty_scale=self.penalty_scale)
+
+    def baseline(self, method: str, task: str, seed: int) -> Fit:
+        """What another method learns. LoRA is in LAAI's layer, the others are where their authors put them."""
+        steps = self.adapter_steps if method in ADAPTERS else None
+        return Fit(task, method, seed, EXAMPLES, self.layer if method == "lora" else None, steps)
+
+
+MakeCell = Callable[[str, int], Cell]  # of a harness task and a seed
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a title, and its cell for each task and seed."""
+
+    title: str
+    setting: Setting
+    cell: MakeCell
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows by columns. `columns` maps harness tasks to titles."""
+
+    name: str  # a number as the paper's, or a name of ours
+    title: str
+    columns: dict[str, str]
+    rows: list[Row]
+
+    @property
+    def metric(self) -> str:
+        """The tasks' first metric."""
+        return task_info(next(iter(self.columns))).metric
+
+    def cells(self, seeds: Sequence[int]) -> list[tuple[Setting, Cell]]:
+        """All of them; one that serves several seeds comes once a seed."""
+        return [(row.setting, row.cell(task, seed)) for row in self.rows for task in self.columns for seed in seeds]
+
+    def published(self, row: Row) -> list[Published] | None:
+        """The paper's figures in a row, if it has such a row."""
+        return PUBLISHED.get(int(self.name), {}).get(row.title) if self.name.isdigit() else None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A table's figure: the scores of the seeds that were drawn, all equal where nothing is drawn."""
+
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float | None:
+        """The sample's standard deviation over seeds; None for one seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+def entry(table: Table, row: Row, task: str, seeds: Sequence[int], store: Store) -> Entry | None:
+    """None where a cell is missing."""
+    values = []
+    for seed in seeds:
+        result = result_of(row.setting, row.cell(task, seed), store)
+        if result is None:
+            return None
+        values.append(result["metrics"][table.metric])
+    return Entry(values)
+
+
+def result_of(setting: Setting, cell: Cell, store: Store) -> dict[str, Any] | None:
+    """A cell's result, if there is one."""
+    return store.get(cell, setting.cell_identity(cell))
+
+
+def paper_table(number: int, recipes: Sequence[Recipe]) -> Table:
+    """A table of the paper. All but Table 5 are about the first model."""
+    recipe = recipes[0]
+    columns = {recipe.task(name): title for name, title in RULES.items()}
+    if number == 1:
+        rows = _prompted(recipe, function_vectors=True)
+    elif number == 2:
+        columns = {recipe.task(name): title for name, title in COMPOSED.items()}
+        rows = [Row("Add", recipe.setting, _added(recipe)), Row("Re-optimized", recipe.setting, _steered(recipe))]
+    elif number == 3:
+        columns = _opinion_columns(recipe)
+        rows = _prompted(recipe, function_vectors=False)
+    elif number == 4:
+        rows = [
+            Row("unregularised", recipe.setting, _steered(recipe, regularised=False)),
+            Row("regularised", recipe.setting, _steered(recipe)),
+        ]
+    else:
+        columns = {recipe.task(name): RULES[name] for name in THREE_RULES}
+        rows = _models(recipes) if number == 5 else _baselines(recipe)
+    return Table(str(number), TITLES[number], columns, rows)
+
+
+def examples_table(counts: Sequence[int], recipe: Recipe) -> Table:
+    """How many examples it takes: not in the paper."""
+    rows = []
+    for count in counts:
+        rows.append(Row(f"{count}-shot", recipe.setting, _shots(count)))
+        rows.append(Row(f"LAAI, N = {count}", recipe.setting, _steered(recipe, n_train=count)))
+    columns = {recipe.task(name): title for name, title in RULES.items()}
+    return Table("examples", "Sample efficiency (not in the paper)", columns, rows)
+
+
+def _prompted(recipe: Recipe, function_vectors: bool) -> list[Row]:
+    setting = recipe.setting
+    rows = [Row("0-shot", setting, _shots(0)), Row("10-shot", setting, _shots(EXAMPLES))]
+    if function_vectors:
+        rows += [
+            Row("0-shot + function vector", setting, _learnt(recipe, "fv")),
+            Row("10-shot + function vector", setting, _learnt(recipe, "fv", EXAMPLES)),
+        ]
+    return [*rows, Row("LAAI", setting, _steered(recipe))]
+
+
+def _models(recipes: Sequence[Recipe]) -> list[Row]:
+    return [Row(recipe.setting.source.name, recipe.setting, _steered(recipe)) for recipe in recipes]
+
+
+def _baselines(recipe: Recipe) -> list[Row]:
+    methods = {"ICV": "icv", "IA3": "ia3", "Soft prompt": "soft_prompt", "LoRA": "lora"}
+    rows = [Row(title, recipe.setting, _learnt(recipe, method)) for title, method in methods.items()]
+    return [*rows, Row("LAAI", recipe.setting, _steered(recipe))]
+
+
+def _opinion_columns(recipe: Recipe) -> dict[str, str]:
+    if recipe.lexicon:
+        return {harness_task(SURVEY_PREFIX + group): group for group in TENDENCIES}
+    return {harness_task(name): group for name, (_, group) in OPINIONQA.items()}
+
+
+def _shots(count: int) -> MakeCell:
+    return lambda task, seed: Cell(task, count, seed) if count else Cell(task)
+
+
+def _learnt(recipe: Recipe, method: str, shots: int = 0) -> MakeCell:
+    def make(task: str, seed: int) -> Cell:
+        return Cell(task, shots, seed if shots else None, (recipe.baseline(method, task, seed),))
+
+    return make
+
+
+def _steered(recipe: Recipe, **options: Any) -> MakeCell:
+    return lambda task, seed: Cell(task, fits=(recipe.laai(task, seed, **options),))
+
+
+def _added(recipe: Recipe) -> MakeCell:
+    parts = {recipe.task(name): [recipe.task(part) for part in COMPOSITIONS[name]] for name in COMPOSED}
+    return lambda task, seed: Cell(task, fits=tuple(recipe.laai(part, seed) for part in parts[task]))

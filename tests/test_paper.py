@@ -1,0 +1,464 @@
+"""`laai paper`: cells, their identity, the report; that scoring in process is scoring by the harness's own command."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import shlex
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from judge_server import JudgeServer, Request
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from test_sweep import facts_of
+from tiny import REFERENCE, small_model_folder
+
+import laai_core as laai
+from laai_core.data import in_training_pool
+from laai_core.errors import LaaiError
+from laai_core.load import ModelSource
+from lm_eval_laai import cli
+from lm_eval_laai.judge import Cache, Judge
+from lm_eval_laai.paper import command, gpt_eval, harness, report, setting
+from lm_eval_laai.paper.cells import Cell, Fit, Store
+from lm_eval_laai.paper.commands import by_hand
+from lm_eval_laai.paper.content import Content
+from lm_eval_laai.paper.run import Plan, Process, run
+from lm_eval_laai.paper.setting import Setting
+from lm_eval_laai.paper.tables import Recipe, Row, Table, examples_table, paper_table
+from lm_eval_laai.tasks import include_path
+
+TASK = "laai_lexicon_antonym"
+RULES = ["laai_lexicon_en_fr", "laai_lexicon_en_de", "laai_lexicon_antonym", "laai_lexicon_synonym"]
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Setting:
+    return Setting(ModelSource(str(REFERENCE)), limit=12)
+
+
+@pytest.fixture(scope="module")
+def recipe(bundled: Setting) -> Recipe:
+    return Recipe(bundled, lexicon=True, layer=3, l1=0.1, group=0.2, penalty_scale="relative")
+
+
+# cells
+
+
+def test_what_is_stored_is_found_under_its_whole_identity(bundled: Setting, tmp_path: Path) -> None:
+    store, cell = Store(tmp_path), Cell(TASK, fits=(Fit(TASK, "laai", 0, 10, 3, l1=0.0, group=0.0),))
+    identity = bundled.cell_identity(cell)
+    assert store.get(cell, identity) is None
+    store.put(cell, identity, {"metrics": {"exact_match": 0.5}})
+    assert store.get(cell, identity) == {"metrics": {"exact_match": 0.5}}
+    (fit,) = cell.fits
+    others = [
+        bundled.cell_identity(replace(cell, shots=10, seed=0)),
+        *(
+            bundled.cell_identity(replace(cell, fits=(changed,)))
+            for changed in (replace(fit, seed=1), replace(fit, l1=1.0))
+        ),
+        replace(bundled, limit=13).cell_identity(cell),
+        replace(bundled, source=replace(bundled.source, dtype="bfloat16")).cell_identity(cell),
+        {**identity, "software": {**identity["software"], "torch": "0.1"}},
+    ]
+    assert [store.get(cell, other) for other in others] == [None] * len(others)
+    assert len({json.dumps(i, sort_keys=True) for i in [identity, *others]}) == 1 + len(others)
+
+
+def test_identity_follows_the_data(public_data: Path, tmp_path: Path) -> None:
+    """One word of the test items more, and every cell of the task is another."""
+    source = public_data / "function_vectors" / "antonym.json"
+    folder = tmp_path / "function_vectors"
+    folder.mkdir()
+    (folder / "antonym.json").write_bytes(source.read_bytes())
+    first = Setting(ModelSource(str(REFERENCE)), str(tmp_path)).cell_identity(Cell("laai_antonym"))
+    setting._split.cache_clear()
+    setting._test_sha256.cache_clear()
+    rows = json.loads(source.read_text())
+    word = next(w for w in (f"zz{n}" for n in range(99)) if not in_training_pool(w))
+    (folder / "antonym.json").write_text(json.dumps([*rows, {"input": word, "output": "x"}]))
+    second = Setting(ModelSource(str(REFERENCE)), str(tmp_path)).cell_identity(Cell("laai_antonym"))
+    assert {name for name in first if first[name] != second[name]} == {"test_sha256"}
+    setting._split.cache_clear()
+    setting._test_sha256.cache_clear()
+
+
+def test_zero_shot_is_one_cell_for_all_seeds(recipe: Recipe) -> None:
+    table = paper_table(1, [recipe])
+    (row,) = (row for row in table.rows if row.title == "0-shot")
+    assert {row.cell(TASK, seed) for seed in range(5)} == {Cell(TASK)}
+    shots = next(row for row in table.rows if row.title == "10-shot")
+    assert [shots.cell(TASK, seed).seed for seed in range(3)] == [0, 1, 2]
+
+
+def test_what_the_tables_compare(recipe: Recipe) -> None:
+    def fits(number: int, title: str, task: str, seed: int = 1) -> list[tuple[Any, ...]]:
+        table = paper_table(number, [recipe])
+        assert task in table.columns
+        (row,) = (row for row in table.rows if row.title == title)
+        return [(f.method, f.task, f.seed, f.n_train, f.layer, f.l1, f.group) for f in row.cell(task, seed).fits]
+
+    composed = "laai_lexicon_en_fr_synonym"
+    ours = ("laai", TASK, 1, 10, 3, 0.1, 0.2)
+    assert fits(1, "LAAI", TASK) == fits(4, "regularised", TASK) == fits(6, "LAAI", TASK) == [ours]
+    assert fits(4, "unregularised", TASK) == [("laai", TASK, 1, 10, 3, 0.0, 0.0)]
+    assert fits(2, "Add", composed) == [
+        ("laai", "laai_lexicon_synonym", 1, 10, 3, 0.1, 0.2),
+        ("laai", "laai_lexicon_en_fr", 1, 10, 3, 0.1, 0.2),
+    ]
+    assert fits(2, "Re-optimized", composed) == [("laai", composed, 1, 10, 3, 0.1, 0.2)]
+    assert fits(1, "10-shot + function vector", TASK) == [("fv", TASK, 1, 10, None, None, None)]
+    assert fits(6, "LoRA", TASK) == [("lora", TASK, 1, 10, 3, None, None)]
+    assert fits(6, "IA3", TASK) == [("ia3", TASK, 1, 10, None, None, None)]
+    assert list(paper_table(3, [recipe]).columns) == [
+        f"laai_survey_{g}" for g in ("keen", "wary", "moderate", "divided")
+    ]
+    few = examples_table([1, 4], recipe).rows
+    assert [row.cell(TASK, 0) for row in few[:2]] == [
+        Cell(TASK, 1, 0),
+        Cell(TASK, fits=(Fit(TASK, "laai", 0, 1, 3, None, 0.1, 0.2, "relative"),)),
+    ]
+
+
+def test_a_batch_does_not_depend_on_what_is_finished(recipe: Recipe, tmp_path: Path) -> None:
+    cells = tuple(
+        Cell(task, fits=(recipe.laai(task, seed, regularised=r),))
+        for task in RULES[:2]
+        for seed in (0, 1)
+        for r in (True, False)
+    )
+    plan, store = Plan(recipe.setting, cells), Store(tmp_path)
+    assert [len(batch) for batch in plan.batches()] == [4, 4]
+    store.put(cells[0], recipe.setting.cell_identity(cells[0]), {"metrics": {}})
+    path = plan.path(cells[1].fits[0], store)
+    path.parent.mkdir(parents=True)
+    path.touch()
+    fits, left = plan.left(store)
+    assert left == set(cells[1:])
+    assert fits == {cell.fits[0] for cell in cells[2:]}
+    assert [len(batch) for batch in plan.batches()] == [4, 4]
+
+
+# scoring
+
+
+def harness_score(model: str, shots: int = 0, seed: int = 0, **arguments: str) -> float:
+    """By lm_eval alone, which loads everything from files."""
+    metadata = {"seed": seed, "n_train": 10}
+    results = simple_evaluate(
+        model=model,
+        model_args={"pretrained": str(REFERENCE), **arguments},
+        tasks=[TASK],
+        num_fewshot=shots,
+        limit=8,
+        batch_size=1 if "soft" in arguments.get("peft", "") else 5,
+        device="cpu",
+        task_manager=TaskManager(include_path=str(include_path()), include_defaults=False, metadata=metadata),
+    )
+    return results["results"][TASK]["exact_match,none"]
+
+
+def test_scores_in_process_are_those_of_the_command(bundled: Setting, tmp_path: Path) -> None:
+    """Untouched, ten-shot, a vector, a sum, LoRA, a soft prompt; and the model is left as it was."""
+    model, tokenizer = bundled.source.load()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = [type(module) for module in model.modules()]
+    generator = torch.Generator().manual_seed(0)
+    paths = []
+    for number in range(2):
+        vector = laai.Intervention({3: 2 * torch.randn(8, 32, generator=generator)})
+        vector.save(tmp_path / f"{number}.safetensors")
+        paths.append(tmp_path / f"{number}.safetensors")
+    (laai.Intervention.load(paths[0]) + laai.Intervention.load(paths[1])).save(tmp_path / "sum.safetensors")
+    adapters = {
+        "lora": peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+        "soft": peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    }
+    for name, config in adapters.items():
+        fresh, _ = bundled.source.load()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            peft.get_peft_model(fresh, config).save_pretrained(tmp_path / name)
+
+    def ours(*given: Path, shots: int = 0) -> float:
+        cell = Cell(TASK, shots, 3 if shots else None)
+        return harness.score(model, tokenizer, replace(bundled, limit=8), cell, given)["metrics"]["exact_match"]
+
+    found = {
+        "plain": (ours(), harness_score("hf")),
+        "shots": (ours(shots=10), harness_score("hf", 10, 3)),
+        "vector": (ours(paths[0]), harness_score("hf-laai", intervention=str(paths[0]))),
+        "sum": (ours(*paths), harness_score("hf-laai", intervention=str(tmp_path / "sum.safetensors"))),
+        "lora": (ours(tmp_path / "lora"), harness_score("hf", peft=str(tmp_path / "lora"))),
+        "soft": (ours(tmp_path / "soft"), harness_score("hf", peft=str(tmp_path / "soft"))),
+    }
+    assert ours() == found["plain"][0]
+    assert {name: mine for name, (mine, _) in found.items()} == {name: theirs for name, (_, theirs) in found.items()}
+    assert len({mine for mine, _ in found.values()}) > 2  # they are not all zero
+    assert [type(module) for module in model.modules()] == modules
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_answers_are_what_the_score_counts(bundled: Setting) -> None:
+    model, tokenizer = bundled.source.load()
+    result = harness.score(model, tokenizer, bundled, Cell(TASK, 10, 0), [])
+    targets = {example.prompt: example.target for example in bundled.split(TASK).test}
+    right = [answer.split("\n")[0].strip() == targets[prompt].strip() for prompt, answer in result["answers"]]
+    assert len(right) == result["n"] == 12
+    assert result["metrics"]["exact_match"] == pytest.approx(sum(right) / 12)
+    assert sum(right) > 6
+
+
+# the command
+
+
+@pytest.fixture(scope="module")
+def line(small: Path) -> list[str]:
+    """A command that is quick: Table 3 and Figure 2 on a random model."""
+    words = ["--tables", "3", "--figures", "2", "--seeds", "2", "--limit", "2", "--quick"]
+    return ["paper", "--model", str(small), "--data", "lexicon", *words]
+
+
+@pytest.fixture(scope="module")
+def made(line: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its folder."""
+    folder = tmp_path_factory.mktemp("paper")
+    assert cli.main([*line, "--output", str(folder)]) == 0
+    return folder
+
+
+def test_every_entry_is_the_mean_of_its_cells(made: Path) -> None:
+    facts = json.loads((made / "report.json").read_text())
+    cells = [json.loads(path.read_text()) for path in (made / "cells").iterdir()]
+    assert facts["missing"] == []
+    assert facts["seeds"] == [0, 1]
+    zero, _, ours = facts["tables"]["3"]
+    assert (zero["method"], ours["method"]) == ("0-shot", "LAAI")
+    for task, column in ours["columns"].items():
+        scores = {
+            cell["identity"]["fits"][0]["seed"]: cell["result"]["metrics"]["kl"]
+            for cell in cells
+            if cell["identity"]["task"] == task and cell["identity"]["fits"]
+        }
+        assert scores[0] != scores[1]
+        assert column["kl"]["values"] == [scores[0], scores[1]]
+        assert column["kl"]["mean"] == pytest.approx(statistics.fmean(scores.values()))
+        assert column["kl"]["spread"] == pytest.approx(statistics.stdev(scores.values()))
+        untouched = zero["columns"][task]["kl"]
+        assert untouched["spread"] == 0 and untouched["values"][0] not in scores.values()
+    vectors = {iv.sha256: iv for iv in map(laai.Intervention.load, made.glob("fits/laai_lexicon_en_fr-*"))}
+    for title, weight in (("unregularised", 0.0), ("regularised", 0.0001)):
+        shown = facts["figure_2"][title]
+        drawn = vectors.pop(shown["sha256"])
+        assert drawn.metadata["training"]["l1"] == drawn.metadata["training"]["group"] == weight
+        assert shown["zero_share"] == pytest.approx(float((drawn.vector(1) == 0).float().mean()))
+        assert (made / f"paper_figure2_{title}.png").read_bytes()[:4] == b"\x89PNG"
+    assert not vectors
+
+
+def test_the_text_shows_every_figure_and_the_papers(made: Path, small: Path) -> None:
+    facts = json.loads((made / "report.json").read_text())
+    text = (made / "report.md").read_text()
+    for row in facts["tables"]["3"]:
+        entries = [column["kl"] for column in row["columns"].values()]
+        average = statistics.fmean(entry["mean"] for entry in entries)
+        cells = [*(f"{e['mean']:.3f} ± {e['spread']:.3f}" for e in entries), f"{average:.3f}"]
+        assert f"| {row['method']} | ours | {' | '.join(cells)} |" in text
+    assert "| LAAI | 0.283 | 0.260 | 0.260 | 0.288 | 0.273 |" in text  # the paper's groups are not the survey's
+    assert "missing" not in text and "by construction" in text and "compares nothing" in text
+    assert hashlib.sha256(b"".join(small_files(small))).hexdigest()[:16] in text
+    assert facts["data"]["laai_survey_keen"]["test_items_sha256"] in text
+
+
+def small_files(folder: Path) -> Iterator[bytes]:
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors"):
+            yield path.name.encode() + path.read_bytes()
+
+
+def test_again_nothing_is_computed(made: Path, line: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (*made.glob("cells/*"), *made.glob("fits/*"))}
+    text = (made / "report.md").read_bytes()
+    listed = facts_of(capfd, *line, "--output", made, "--dry-run")
+    (model,) = listed["models"]
+    assert len(model["cells"]) == len(list(made.glob("cells/*"))) and all(cell["done"] for cell in model["cells"])
+    assert model["trainings"] == 0 and model["seconds"] == 0
+    facts = facts_of(capfd, *line, "--output", made)
+    assert facts == json.loads((made / "report.json").read_text())
+    assert (made / "report.md").read_bytes() == text
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 5, 6])
+def test_the_papers_figures_are_beside_ours(number: int, recipe: Recipe, tmp_path: Path) -> None:
+    """The cells here are written by hand, not computed: the n-th seed scores n / 10."""
+    table, store = paper_table(number, [recipe]), Store(tmp_path)
+    for row in table.rows:
+        for task in table.columns:
+            for seed in (0, 1):
+                cell = row.cell(task, seed)
+                identity = row.setting.cell_identity(cell)
+                store.put(cell, identity, {"metrics": {"exact_match": seed / 10}})
+    facts = report.write(Content("laai paper", [recipe], [0, 1], [table]), store, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    not_run = ", not run" if number < 3 else ""
+    spread = f"0.050 ± {math.sqrt(0.005):.3f}{not_run}"
+    for row in table.rows:
+        entry = f"0.100 ± 0.000{not_run}" if row.title == "0-shot" else spread  # one cell, written last
+        assert f"| {row.title} | ours | {' | '.join([entry] * len(table.columns))} |" in text
+    last = {
+        1: "|  | paper | 0.795 ± 0.024, 0.768 | 0.620 ± 0.041, 0.872 | 0.514 ± 0.063, 0.902 | 0.349 ± 0.085, 0.74 |",
+        2: "|  | paper | 0.551 ± 0.076, 0.896 | 0.546 ± 0.053, 0.724 | 0.768 ± 0.036, 0.937 | 0.780 ± 0.046, 0.984 |",
+        4: "|  | paper | 0.795 | 0.620 | 0.514 | 0.349 |",
+        5: "| Llama3-8B | paper | 0.795 | 0.620 | 0.514 |",
+        6: "|  | paper | 0.795 | 0.620 | 0.514 |",
+    }
+    assert last[number] in text
+    assert ("figure for figure" in text) == (number == 6)
+    assert facts["missing"] == []
+
+
+def test_commands_by_hand_are_commands(recipe: Recipe) -> None:
+    """Every laai line of every table is understood, and says the fit's own settings."""
+    parser, commands = cli.make_parser("laai")
+    lines = [
+        line
+        for number in range(1, 7)
+        for row in paper_table(number, [recipe]).rows
+        for line in by_hand(row.setting, row.cell(next(iter(paper_table(number, [recipe]).columns)), 1))
+    ]
+    trainings = {line for line in lines if line.startswith("laai train")}
+    parsed = [parser.parse_args(shlex.split(line)[1:]) for line in lines if line.startswith("laai ")]
+    assert all(isinstance(arguments, argparse.Namespace) for arguments in parsed)
+    assert {re.search("--method ([a-z0-9_]+)", line)[1] for line in trainings if "--method" in line} == {
+        "fv",
+        "icv",
+        "ia3",
+        "soft_prompt",
+        "lora",
+    }
+    evaluations = [shlex.split(line) for line in lines if line.startswith("lm_eval")]
+    assert len(evaluations) == sum(len(paper_table(number, [recipe]).rows) for number in range(1, 7))
+    assert sum("peft=" in word for words in evaluations for word in words) == 3
+    assert (
+        sum("seed=1,n_train=10" in words for words in evaluations) == 3
+    )  # 10-shot twice, and under a function vector
+
+
+def test_dry_run_lists_without_computing(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = [
+        "paper",
+        "--model",
+        small,
+        "--data",
+        "lexicon",
+        "--tables",
+        "6",
+        "--figures",
+        "",
+        "--seeds",
+        3,
+        "--dry-run",
+    ]
+    facts = facts_of(capfd, *line, "--output", tmp_path / "out")
+    (model,) = facts["models"]
+    assert len(model["cells"]) == 5 * 3 * 3 and not any(cell["done"] for cell in model["cells"])
+    assert model["trainings"] == 5 * 3 * 3 and model["seconds"] > 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_fails_leaves_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Function vectors need prompts of several examples, and this model has no room for them."""
+    narrow = Setting(ModelSource(str(small_model_folder(tmp_path / "model", positions=48))), limit=2)
+    cells = (Cell(TASK, fits=(Fit(TASK, "fv", 0, 10),)), Cell(TASK))
+    rows = [Row(title, narrow, lambda task, seed, cell=cell: cell) for title, cell in zip("ab", cells, strict=True)]
+    table = Table("6", "Baselines", {TASK: "Antonym"}, rows)
+    store = Store(tmp_path)
+    run([Plan(narrow, cells)], store, Process())
+    assert [record.levelname for record in caplog.records if record.name == run.__module__] == ["ERROR"] * 2
+    assert "a prompt of several examples has" in caplog.text
+    recipe = Recipe(narrow, True, 1, 0.1, 0.1, "relative")
+    facts = report.write(Content("laai paper", [recipe], [0], [table]), store, tmp_path)
+    assert facts["missing"] == [f"{TASK} + fv of {TASK} seed 0 N 10"]
+    assert [row["columns"][TASK]["exact_match"] is None for row in facts["tables"]["6"]] == [True, False]
+    assert "| a | ours | missing |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.skipif(find_spec("openai") is None, reason='openai is not installed: pip install "laai[judge]"')
+def test_gpt_eval(bundled: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge that accepts one word, on the answers of two seeds' cells: half of the first, none of the second."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    cells = [Cell(TASK, 10, seed) for seed in range(2)]
+    table = Table("1", "", {TASK: "Antonym"}, [Row("10-shot", bundled, lambda task, seed: cells[seed])])
+    store = Store(tmp_path)
+    for cell, words in zip(cells, ([" cold\nQ: x", " warm"], [" warm", ""]), strict=True):
+        answers = [["Q: hot\nA:", word] for word in words]
+        store.put(cell, bundled.cell_identity(cell), {"metrics": {"exact_match": 0.0}, "answers": answers})
+    questions: set[str] = set()
+
+    def decide(request: Request, number: int) -> str:
+        questions.add(request.question)
+        return "1" if '"cold"' in request.question else "0"
+
+    with JudgeServer(decide) as server, Cache(tmp_path / "judge.sqlite") as cache:
+        found = gpt_eval.judged([table], [0, 1], store, Judge("m", server.url), cache, concurrency=1)
+    assert {name: entry.values for name, entry in found.items()} == {("1", "10-shot", TASK): [0.5, 0.0]}
+    assert {question.partition(". ")[2] for question in questions} == {
+        '"hot" is an antonym of "cold".',
+        '"hot" is an antonym of "warm".',
+    }
+
+
+@pytest.mark.slow
+def test_the_whole_of_it(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every table and figure, every method."""
+    line = ["paper", "--model", small, "--data", "lexicon", "--seeds", 2, "--limit", 2, "--quick", "--examples", "1,3"]
+    facts = facts_of(capfd, *line, "--output", tmp_path)
+    assert facts["missing"] == []
+    assert list(facts["tables"]) == ["1", "2", "3", "4", "5", "6", "examples"]
+    assert len(facts["figure_1"]) == 4 * 2 * 3 and all(len(record["values"]) == 2 for record in facts["figure_1"])
+    assert (tmp_path / "paper_figure1.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "which model?"),
+        (["--tables", "7"], "--tables 7"),
+        (["--figures", "3"], "--figures 3"),
+        (["--tables", "", "--figures", ""], "nothing to do"),
+        (["--data", "lexicon", "--seeds", "0"], "--seeds is 0"),
+        (["--data", "lexicon", "--layer", "6"], "layer 6 is out of range"),
+        (["--data", "lexicon", "--examples", "100000"], "n_train is 100000"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--data", "lexicon", "--judge", "m", "--base-url", "nowhere"], "base_url"),
+    ],
+)
+def test_bad_input(words: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["paper", *words, "--output", str(tmp_path / "out")]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_papers_layer_on_public_sets(public_data: Path, bundled: Setting) -> None:
+    parser, commands = cli.make_parser("laai")
+    command.add(commands)
+    arguments = parser.parse_args(["paper", "--model", str(REFERENCE), "--data", str(public_data)])
+    made = command._recipe(arguments, str(REFERENCE), command.Process())
+    assert (made.layer, made.l1, made.group, made.penalty_scale) == (3, 0.01, 0.01, "absolute")
+    assert made.task("en_fr") == "laai_en_fr"
+    with pytest.raises(LaaiError):
+        made.setting.split("laai_no_such_task")

@@ -1,0 +1,217 @@
+"""`laai sweep`: its scores are those of training and evaluating one by one, and finished work is never done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from tiny import REFERENCE, small_model_folder
+
+from laai_core.data import load_task
+from laai_core.load import ModelSource
+from laai_core.train import train
+from lm_eval_laai import cli
+from lm_eval_laai.tasks import include_path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name to inode and time of writing: a file that is written again changes one of them."""
+    return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*.*")}
+
+
+def facts_of(capfd: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
+    capfd.readouterr()
+    assert cli.main([*map(str, argv), "--json"]) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+def test_scores_are_those_of_one_by_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Against train(), a file, and lm_eval's own loading of model and file."""
+    line = ["sweep", "--model", REFERENCE, "--task", "lexicon_antonym", "--layers", "-5", "--seeds", 2]
+    line += ["--l1", "0,0.02", "--group", "0.001", "--limit", 20, "--output", tmp_path / "sweep"]
+    facts = facts_of(capfd, *line, "--plot")
+    found = {(r["layer"], r["l1"], r["group"]): r for r in facts["scores"]}
+    assert list(found) == [(1, 0.0, 0.001), (1, 0.02, 0.001)]
+    for record in found.values():
+        assert record["mean"] == pytest.approx(statistics.fmean(record["values"]))
+        assert record["spread"] == pytest.approx(statistics.stdev(record["values"]))
+
+    model, tokenizer = ModelSource(str(REFERENCE)).load()
+    examples = load_task("lexicon_antonym", 1).train
+    result = train(model, tokenizer, examples, 1, l1=0.02, group=0.001, task="laai_lexicon_antonym")
+    result.intervention.save(tmp_path / "one.safetensors")
+    harness = simple_evaluate(
+        model="hf-laai",
+        model_args={"pretrained": str(REFERENCE), "intervention": str(tmp_path / "one.safetensors")},
+        tasks=["laai_lexicon_antonym"],
+        limit=20,
+        batch_size=7,
+        device="cpu",
+        task_manager=TaskManager(include_path=str(include_path()), include_defaults=False),
+    )
+    assert found[1, 0.02, 0.001]["values"][1] == harness["results"]["laai_lexicon_antonym"]["exact_match,none"] > 0
+
+    assert (tmp_path / "sweep" / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == facts
+
+
+def test_a_larger_sweep_computes_only_what_is_new(
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = ["sweep", "--model", small, "--task", "lexicon_antonym", "--limit", 2, "--output", tmp_path]
+    facts_of(capfd, *line, "--layers", "0", "--seeds", 1)
+    before = files_of(tmp_path)
+    assert len([name for name in before if name.startswith("cells")]) == 2  # without and with penalties
+    facts = facts_of(capfd, *line, "--layers", "0", "--seeds", 2)
+    after = files_of(tmp_path)
+    assert sum(len(record["values"]) for record in facts["scores"]) == 4
+    assert len([name for name in after if name.startswith("cells")]) == 4
+    assert {name: after[name] for name in before if name != "sweep.json"} == {
+        name: stamp for name, stamp in before.items() if name != "sweep.json"
+    }
+
+
+def test_another_model_under_the_same_name_is_another_cell(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = small_model_folder(tmp_path / "model")
+    line = [
+        "sweep",
+        "--model",
+        folder,
+        "--task",
+        "survey_keen",
+        "--layers",
+        "1",
+        "--seeds",
+        1,
+        "--l1",
+        0,
+        "--group",
+        0,
+    ]
+    line += ["--limit", 2, "--output", tmp_path]
+    first = facts_of(capfd, *line)
+    assert first["scores"][0]["metric"] == "kl"
+    content = (folder / "model.safetensors").read_bytes()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight *= 2
+    model.save_pretrained(folder)
+    second = facts_of(capfd, *line)
+    assert first["scores"][0]["values"] != second["scores"][0]["values"]
+    (folder / "model.safetensors").write_bytes(content)
+    assert facts_of(capfd, *line) == first
+    assert len(list((tmp_path / "cells").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--task", "lexicon_antonim"], "lexicon_antonim"),
+        (["--task", "lexicon_antonym", "--layers", "7"], "layer 7 is out of range"),
+        (["--task", "lexicon_antonym", "--layers", "first"], "--layers"),
+        (["--task", "lexicon_antonym", "--seeds", "0"], "--seeds is 0"),
+        (["--task", "lexicon_antonym", "--l1", "0,1,2", "--group", "0,1"], "3 values of --l1 and 2 of --group"),
+        (["--task", "lexicon_antonym", "--l1", "-1"], "l1 is -1"),
+        (["--task", "lexicon_antonym", "--n-train", "100000"], "n_train is 100000"),
+    ],
+)
+def test_bad_input(words: list[str], said: str, small: Path, tmp_path: Path, capfd: Any) -> None:
+    assert cli.main(["sweep", "--model", str(small), *words, "--output", str(tmp_path / "out")]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_cell_is_named(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = ["sweep", "--model", str(small), "--task", "lexicon_antonym", "--layers", "0", "--seeds", "1"]
+    line += ["--l1", "0", "--group", "0", "--limit", "2", "--output", str(tmp_path)]
+    facts_of(capfd, *line)
+    (cell,) = (tmp_path / "cells").iterdir()
+    cell.write_text(cell.read_text()[:-20])
+    assert cli.main(line) == 2
+    assert f"{cell} is no finished cell" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_cells_of_one(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = [
+        "sweep",
+        "--model",
+        str(small),
+        "--task",
+        "survey_keen,survey_wary",
+        "--seeds",
+        "2",
+        "--limit",
+        "3",
+        "--json",
+    ]
+    script = tmp_path / "laai.py"
+    script.write_text("import sys\nfrom lm_eval_laai.cli import main\nsys.exit(main())\n")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *line]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    shared = subprocess.run(
+        [sys.executable, *command, "--output", str(tmp_path / "two")],
+        env=environment,
+        check=True,
+        timeout=600,
+        stdout=subprocess.PIPE,
+    )
+    alone = facts_of(capfd, *line[:-1], "--output", tmp_path / "one")
+    assert json.loads(shared.stdout) == alone  # one of the two reports, and nothing else is printed
+    names = [{p.name for p in (tmp_path / one / "cells").iterdir()} for one in ("one", "two")]
+    assert names[0] == names[1] and len(names[0]) == 2 * 3 * 2 * 2
+    assert all(record["spread"] > 0 for record in alone["scores"])
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    for _ in range(12000):
+        if condition():
+            return
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    raise AssertionError("waited two minutes")
+
+
+def test_killed_and_started_again(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """kill -9 in the middle of the cells: what was finished stays as it was, the end is that of an unbroken run."""
+    line = ["sweep", "--model", str(small), "--task", "survey_keen", "--seeds", "2", "--limit", "3"]
+    line += ["--layers", "0,1"]
+    code = "import sys; from lm_eval_laai.cli import main; sys.exit(main())"
+    cut = tmp_path / "cut"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *line, "--output", str(cut)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until(lambda: len(list(cut.glob("cells/*.json"))) >= 2, process)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    finished = {name: stamp for name, stamp in files_of(cut).items() if Path(name).suffix in (".json", ".safetensors")}
+    assert 2 <= len([name for name in finished if name.startswith("cells")]) < 8
+    assert not (cut / "sweep.json").exists()
+    resumed = facts_of(capfd, *line, "--output", cut)
+    unbroken = facts_of(capfd, *line, "--output", tmp_path / "whole")
+    assert resumed == unbroken
+    assert (cut / "sweep.json").read_bytes() == (tmp_path / "whole" / "sweep.json").read_bytes()
+    after = files_of(cut)
+    assert {name: after[name] for name in finished} == finished
