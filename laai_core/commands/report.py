@@ -9,10 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Report:
-    """`facts` is what --json prints, `text` is what people read."""
+    """`facts` is what --json prints, `text` is what people read.
+
+    `failed` is the exit code 1 of a command that worked and reports a failure, such as a test.
+    """
 
     facts: dict[str, Any]
     text: str
+    failed: bool = False
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:

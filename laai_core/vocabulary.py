@@ -1,0 +1,170 @@
+"""What an intervention writes, in the model's own words: its direct effect on the logits, head by head.
+
+Direct logit attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; the logit lens,
+nostalgebraist 2020): what a vector would do to the logits if no attention or feed-forward after it took notice. From
+the site it goes through the output projection (`heads`), whatever the block does to it on its way into the residual
+stream (a norm in Gemma-2 and OLMo-2, a factor in Granite), the final norm, the unembedding, and what the model then
+does to its logits (soft-capping, scaling). All of that is the model's own code, linearised where the model really is:
+at the last tokens of given prompts, over which the result is averaged. So numbers are logits, to first order: they add
+up over heads and layers, centring and the final norm's scale are in them, and no weight is read, so that quantised
+and transposed ones are nothing special. An effect through later layers is not in them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from laai_core.apply import Edit
+from laai_core.errors import LaaiError
+from laai_core.forward import frozen, model_device
+from laai_core.locate import Layout
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What is written at one layer. G: the heads at site `heads`, else 1."""
+
+    effects: torch.Tensor  # [G, V] change of the logits, float32 on the CPU
+    activation_rms: float  # of the site, over the prompts' last tokens
+
+
+def written(
+    layout: Layout, edit: Edit, prompts: Sequence[Sequence[int]], progress: bool = False
+) -> dict[int, Writing]:
+    """The direct effect of every group of an edit's vectors, by layer.
+
+    Args:
+        edit: at any position; what it would write at the last token of each prompt is what counts.
+        prompts: token ids, one forward each.
+        progress: show a tqdm bar on stderr.
+
+    Raises:
+        LaaiError: no prompt, or a block whose feed-forward module is not found.
+    """
+    if not prompts:
+        raise LaaiError("no prompts, expected at least one to run the model on")
+    with frozen(layout.model), torch.enable_grad():
+        bar = tqdm(prompts, desc="inspect", disable=not progress, leave=False)
+        found = [_on_one_prompt(layout, edit, prompt) for prompt in bar]
+    return {
+        layer: Writing(
+            torch.stack([one[layer][0] for one in found]).mean(0),
+            math.sqrt(sum(one[layer][1] for one in found) / len(found)),
+        )
+        for layer in edit.vectors
+    }
+
+
+def _on_one_prompt(layout: Layout, edit: Edit, prompt: Sequence[int]) -> dict[int, tuple[torch.Tensor, float]]:
+    """{layer: (effects [G, V], mean square of the site's activation)} at the prompt's last token."""
+    probes = {layer: _Probe(layout, edit, layer) for layer in edit.vectors}
+    entry = torch.zeros(layout.hidden_size, requires_grad=True)  # where the residual stream leaves the last block
+    tokens = torch.tensor([list(prompt)], device=model_device(layout))
+    with ExitStack() as stack:
+        for probe in probes.values():
+            for handle in probe.hooks():
+                stack.callback(handle.remove)
+        last = layout.blocks[-1].register_forward_hook(lambda module, args, output: _plus_at_end(output, entry))
+        stack.callback(last.remove)
+        logits = layout.model(input_ids=tokens, use_cache=False).logits[0, -1]
+    return {
+        layer: (_pushed(logits, entry, probe.directions).float().cpu(), probe.mean_square)
+        for layer, probe in probes.items()
+    }
+
+
+class _Probe:
+    """Watches one layer of a forward over one prompt.
+
+    Afterwards `directions` [G, hidden] are what each group adds to the residual stream that leaves the block.
+    """
+
+    def __init__(self, layout: Layout, edit: Edit, layer: int) -> None:
+        self._layout, self._site, self._layer = layout, edit.site, layer
+        self._groups = _groups(edit.vectors[layer], layout.num_heads if edit.site == "heads" else 1)  # [G, D]
+        self._entry = torch.zeros(layout.hidden_size, requires_grad=True)
+        self.directions = torch.empty(0)
+        self.mean_square = 0.0
+
+    def hooks(self) -> list[Any]:
+        """Register all; in this order, for block and site are one module at `residual`."""
+        layer = self._layer
+        handles = [self._layout.module(layer, self._site).register_forward_hook(self._at_site)]
+        if self._site == "heads":
+            # The feed-forward that reads what attention wrote is no part of the direct path.
+            feed_forward = self._layout.module(layer, "mlp")
+            handles.append(feed_forward.register_forward_pre_hook(_cut_off, with_kwargs=True))
+        handles.append(self._layout.blocks[layer].register_forward_hook(self._after_block))
+        return handles
+
+    def _at_site(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        activation = args[0] if self._site == "heads" else _value(output)
+        self.mean_square = float(_end(activation).float().square().mean())
+        if self._site == "heads":
+            # By the module's own forward, less its bias: packed, quantised and transposed weights are all the same.
+            inputs = torch.cat([self._groups, torch.zeros_like(self._groups[:1])]).to(activation)
+            outputs = module.forward(inputs.unsqueeze(0))[0].float()
+            self._groups = outputs[:-1] - outputs[-1]  # [G, hidden]
+        return _plus_at_end(output, self._entry)
+
+    def _after_block(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self.directions = _pushed(_end(_value(output)), self._entry, self._groups).float()
+        return _replaced(output, _value(output).detach())
+
+
+def _pushed(output: torch.Tensor, source: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """J·w [G, m] for every row w of `directions` [G, n], J being the derivative of `output` [m] by `source` [n].
+
+    Forward mode by two backward passes: Jᵀu is linear in u, so its derivative by u, pulled back along w, is J·w. It
+    works where backward does, which forward-mode differentiation of other people's modules does not.
+    """
+    u = torch.zeros_like(output, requires_grad=True)
+    (pulled,) = torch.autograd.grad(output, source, u, create_graph=True)
+    return torch.stack(
+        [torch.autograd.grad(pulled, u, w.to(pulled), retain_graph=True)[0] for w in directions.detach()]
+    ).detach()
+
+
+def _groups(vector: torch.Tensor, count: int) -> torch.Tensor:
+    """A vector [D] as `count` rows [count, D] that sum to it, each with one head's part."""
+    width = len(vector) // count
+    rows = vector.new_zeros(count, len(vector))
+    for number in range(count):
+        part = slice(number * width, (number + 1) * width)
+        rows[number, part] = vector[part]
+    return rows
+
+
+def _plus_at_end(output: Any, entry: torch.Tensor) -> Any:
+    """A module's output with `entry` added at the last token."""
+    value = _value(output)
+    tokens = value.reshape(-1, value.shape[-1])  # one prompt: some feed-forwards (OPT's) have no batch dimension
+    changed = torch.cat([tokens[:-1], (tokens[-1] + entry.to(tokens)).unsqueeze(0)])
+    return _replaced(output, changed.view(value.shape))
+
+
+def _end(value: torch.Tensor) -> torch.Tensor:
+    return value.reshape(-1, value.shape[-1])[-1]
+
+
+def _value(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _replaced(output: Any, value: torch.Tensor) -> Any:
+    return (value, *output[1:]) if isinstance(output, tuple) else value
+
+
+def _cut_off(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    def cut(value: Any) -> Any:
+        return value.detach() if isinstance(value, torch.Tensor) else value
+
+    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
