@@ -1,4 +1,6 @@
-"""Render benchmarks/results/*.json as docs/benchmarks.md: `python benchmarks/report.py`."""
+"""Render benchmarks/results/*.json as docs/benchmarks.md, and results about accuracy as documents of their own:
+`python benchmarks/report.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import Any
 
 from measure import DOCS, RESULTS, markdown
 
-ORDER = ["training", "many", "optimisers", "evaluation", "size", "gpu"]
+ORDER = ["training", "many", "optimisers", "evaluation", "size", "gpu", "regressions", "norms"]
 TITLES = {
     "training": "Training: replay against plain and PEFT",
     "many": "Many vectors in one batch",
@@ -15,6 +17,8 @@ TITLES = {
     "evaluation": "Evaluation: hf-laai against hf",
     "size": "Cost against size",
     "gpu": "On a GPU",
+    "regressions": "Planted regressions",
+    "norms": "Sizes of vectors",
 }
 HEAD = """# Benchmarks
 
@@ -25,9 +29,44 @@ Each script takes `--quick`, which shows that it runs.
 """
 
 
+# Results that fill a document of their own, and its first lines.
+ALONE = {
+    "composition": (
+        "compositions.md",
+        """# Compositions
+
+`laai compose A B -o C [--weights 1,0.5] [--method METHOD]` makes one vector of several that act at the same site and
+position. With vectors v and weights w (1 if not given), layer by layer, METHOD is
+
+- `sum` (default): Σ w v, the paper's "Add";
+- `mean`: Σ w v / Σ w;
+- `normalised`: Σ w v n / ‖v‖, n the mean of the ‖v‖ (the code of Rimsky et al. 2023, arXiv 2312.06681, scales so);
+- `ties`: trim each w v to its largest 20 % of coordinates, elect a sign for each, average those that have it (Yadav et
+  al. 2023, arXiv 2306.01708);
+- `fit`: the sum with the w that minimise the task loss of the composed task's training examples (`--model`, `--task`).
+
+What follows is made by `python benchmarks/report.py` from `benchmarks/results/composition.json`.
+""",
+    ),
+    "opinion": (
+        "opinion.md",
+        """# Opinions
+
+The opinion tasks, their data and their metrics are in [tasks.md](tasks.md). What follows is made by
+`python benchmarks/report.py` from `benchmarks/results/opinion.json`.
+""",
+    ),
+}
+
+
 def section(facts: dict[str, Any]) -> str:
     """One benchmark: what it does, the command, where it ran, its tables and pictures."""
-    parts = [f"## {TITLES.get(facts['name'], facts['name'])}", facts["about"], f"```bash\n{facts['command']}\n```"]
+    return f"## {TITLES.get(facts['name'], facts['name'])}\n\n{body(facts)}"
+
+
+def body(facts: dict[str, Any]) -> str:
+    """A section but for its title."""
+    parts = [facts["about"], f"```bash\n{facts['command']}\n```"]
     parts.append(f"{machine(facts['machine'])} {settings(facts['settings'])}")
     for table in facts["tables"]:
         parts.append(f"**{table['title']}**")
@@ -49,18 +88,24 @@ def settings(facts: dict[str, Any]) -> str:
     return "Settings: " + "; ".join(f"{name} {value}" for name, value in facts.items()) + "."
 
 
-def render() -> str:
-    """The document of all results there are."""
+def render() -> dict[str, str]:
+    """{name of a document: its text} of all results there are."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
+    alone = {
+        document: f"{head.strip()}\n\n{body(found.pop(name))}\n"
+        for name, (document, head) in ALONE.items()
+        if name in found
+    }
     names = [name for name in ORDER if name in found]
     names += sorted(set(found) - set(names))
-    return "\n\n".join([HEAD.strip(), *(section(found[name]) for name in names)]) + "\n"
+    return {"benchmarks.md": "\n\n".join([HEAD.strip(), *(section(found[name]) for name in names)]) + "\n", **alone}
 
 
 def main() -> None:
     DOCS.mkdir(exist_ok=True)
-    (DOCS / "benchmarks.md").write_text(render(), encoding="utf-8")
-    print("wrote docs/benchmarks.md")
+    for name, text in render().items():
+        (DOCS / name).write_text(text, encoding="utf-8")
+        print(f"wrote docs/{name}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Layerwise additive activation intervention: train, hold, apply and store one sparse vector (arXiv 2502.06115)."""
 
 from laai_core.apply import apply
+from laai_core.compose import compose
 from laai_core.data import Example, Split, load_task
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
@@ -14,6 +15,7 @@ __all__ = [
     "Split",
     "TrainResult",
     "apply",
+    "compose",
     "load_task",
     "train",
     "train_many",

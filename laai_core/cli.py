@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from laai_core.commands import data, inspect, train
+from laai_core.commands import compose, data, inspect, train
 from laai_core.errors import LaaiError, WorkFailed
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -29,7 +29,7 @@ def make_parser(prog: str) -> tuple[Parser, Any]:
     """A parser with the core's commands, and what further commands are added to."""
     parser = Parser(prog=prog, description="Train, inspect and apply layerwise additive activation interventions.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (train, inspect, data):
+    for command in (train, compose, inspect, data):
         command.add(commands)
     return parser, commands
 
@@ -49,8 +49,10 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
         return _stop(f"out of memory: {error}", FAILED)
     except KeyboardInterrupt:
         return _stop("interrupted", INTERRUPTED)
+    if report is None:  # where several processes were launched, one of them reports
+        return DONE
     print(json.dumps(report.facts, indent=2) if arguments.json else report.text)
-    return DONE
+    return FAILED if report.failed else DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -83,7 +83,9 @@ class Intervention:
         path = local_file(source, local_files_only)
         arguments = storage.read(path)
         try:
-            return cls(**arguments)
+            loaded = cls(**arguments)
+            loaded._resolved(loaded.metadata.get("num_hidden_layers"))
+            return loaded
         except LaaiError as error:
             raise LaaiError(f"{path}: {error}") from None
 
@@ -166,6 +168,8 @@ class Intervention:
                     f"the intervention's vector at layer {layer}, site {self.site}, has shape "
                     f"{tuple(vector.shape)}, this model expects {expected}"
                 )
+            if not bool(torch.isfinite(vector * self.scale).all()):
+                raise LaaiError(f"scale {self.scale:g} makes the intervention's vector at layer {layer} infinite")
         return {layer: vector.flatten() for layer, vector in vectors.items()}
 
     def _resolved(self, num_layers: Any) -> dict[int, torch.Tensor]:

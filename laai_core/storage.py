@@ -6,10 +6,11 @@ metadata keys in random order and the same training must give the same bytes.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,16 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from laai_core.errors import LaaiError
+from laai_core.errors import LaaiError, WorkFailed
 
 FORMAT_VERSION = 1
 _TENSOR_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.([a-z]+)")
 # Far above any real file (a vector is kilobytes), low enough that a hostile header costs nothing.
 _MAX_HEADER_BYTES = 4 << 20
-_MAX_FILE_BYTES = 1 << 30
+_MAX_FILE_BYTES = 1 << 28
+_MAX_LAYERS = 1024
+_MAX_NESTING = 32
+_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def encode(
@@ -45,10 +49,8 @@ def encode(
         "scale": scale,
         "operation": operation,
     }
-    try:
-        text = json.dumps(header, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise LaaiError(f"the metadata cannot be written as JSON: {error}") from None
+    _check_writable_as_json(header)
+    text = json.dumps(header, sort_keys=True, allow_nan=False)
     tensors = {f"layers.{layer}.{site}": vector.contiguous() for layer, vector in vectors.items()}
     return safetensors.torch.save(tensors, metadata={"laai": text})
 
@@ -56,24 +58,24 @@ def encode(
 def write(path: Path, content: bytes) -> None:
     """Put `content` at `path` whole or not at all: temporary file beside it, fsync, rename."""
     try:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not mkstemp's: its files are private
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise LaaiError(f"cannot write {path}: {error.strerror or error}") from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes private files; a saved Δ is an ordinary one
-        os.replace(temporary, path)
-    except OSError as error:
-        raise LaaiError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        try:
+            with temporary.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: no name, or one with a zero byte
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError | ValueError) -> LaaiError:
+    """What to raise when writing failed: a full or broken disk is nobody's bad input."""
+    kind = WorkFailed if isinstance(error, OSError) and error.errno in _FAULTS else LaaiError
+    return kind(f"cannot write {path}: {getattr(error, 'strerror', None) or error}")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -86,6 +88,8 @@ def read(path: Path) -> dict[str, Any]:
     header = _header(content, path)
     facts = _facts(header.get("__metadata__"), path)
     names = [name for name in header if name != "__metadata__"]
+    if len(names) > _MAX_LAYERS:
+        raise LaaiError(f"{path} has {len(names)} tensors, expected at most {_MAX_LAYERS} layers")
     site = facts["site"]
     layers: dict[str, int] = {}
     for name in names:
@@ -172,7 +176,31 @@ def _facts(metadata: Any, path: Path) -> dict[str, Any]:
     for key, kinds in (("site", str), ("position", str), ("operation", str), ("scale", (int, float))):
         if not isinstance(facts.get(key), kinds) or isinstance(facts.get(key), bool):
             raise LaaiError(f"{path}: metadata {key!r} is {facts.get(key)!r:.60}")
+    try:
+        _check_writable_as_json(facts)
+    except LaaiError as error:
+        raise LaaiError(f"{path}: {error}") from None
     return facts
+
+
+def _check_writable_as_json(facts: Mapping[str, Any]) -> None:
+    """LaaiError for metadata that a file cannot hold, or that those who show it would choke on.
+
+    JSON can say 1e999 and half a surrogate pair; nobody can write either of them down again.
+    """
+    if _nests_deeper(facts, _MAX_NESTING):
+        raise LaaiError(f"the metadata nests more than {_MAX_NESTING} levels deep")
+    try:
+        json.dumps(facts, sort_keys=True, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise LaaiError(f"the metadata cannot be written as JSON: {error}") from None
+
+
+def _nests_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list | tuple):
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_nests_deeper(part, levels - 1) for part in parts)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

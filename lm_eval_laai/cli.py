@@ -8,7 +8,9 @@ from typing import Any
 
 from laai_core.cli import make_parser, run
 from laai_core.commands.report import Report, table
-from lm_eval_laai import demo
+from lm_eval_laai import check, demo, sweep
+from lm_eval_laai.judge import command as judge
+from lm_eval_laai.paper import command as paper
 from lm_eval_laai.tasks import include_path, list_tasks
 
 
@@ -17,6 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, commands = make_parser("laai")
     _add_tasks(commands)
     demo.add(commands)
+    check.add(commands)
+    judge.add(commands)
+    sweep.add(commands)
+    paper.add(commands)
     return run(parser, argv)
 
 

@@ -63,7 +63,7 @@ def _command(arguments: argparse.Namespace) -> Report:
     splits = {t.name: load_task(t.data_set, arguments.seed, SHOTS, arguments.data) for t in tasks}
     output = Path(arguments.output).expanduser()
     check_writable(output)
-    arguments.model = arguments.model or _reference_model()
+    arguments.model = arguments.model or reference_model()
     source = model_source(arguments)
     source.checked_device()
     layer = choose_layer(arguments.layer, source.config())
@@ -94,7 +94,7 @@ def _chosen(names: Sequence[str]) -> list[TaskInfo]:
     return [task for task in known if task.name in names or task.group in names]
 
 
-def _reference_model() -> str:
+def reference_model() -> str:
     """The repository's model: from the current folder, or from the clone this package is run from."""
     clone = Path(__file__).resolve().parent.parent
     for path in (REFERENCE_MODEL, clone / REFERENCE_MODEL):

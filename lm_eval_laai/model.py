@@ -91,11 +91,11 @@ class HFLaai(HFLM):
         made_for = intervention.metadata.get("base_model")
         used_on = self.pretrained if isinstance(self.pretrained, str) else self.config._name_or_path
         if isinstance(made_for, str) and _name(made_for) != _name(used_on):
-            logger.warning("the intervention was made for %s and is applied to %s", made_for, used_on)
+            logger.warning("the intervention was made for %.200r and is applied to %s", made_for, used_on)
         training = intervention.metadata.get("training")
         dtype = training.get("dtype") if isinstance(training, dict) else None
         if dtype is not None and dtype != str(self.model.dtype).removeprefix("torch."):
-            logger.warning("the intervention was trained in %s, the model runs in %s", dtype, self.model.dtype)
+            logger.warning("the intervention was trained in %.200s, the model runs in %s", dtype, self.model.dtype)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """The response cache knows a request by its text only and would answer for another intervention."""

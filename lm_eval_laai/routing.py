@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,17 +29,18 @@ class Routing:
 
     def __init__(self, source: str | Path | Intervention, scale: float = 1.0, unrouted: str = "error") -> None:
         if unrouted not in UNROUTED:
-            raise LaaiError(f"unrouted is {unrouted!r}: expected one of {', '.join(UNROUTED)}")
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise LaaiError(f"scale is {scale!r}: expected a number")
+            raise LaaiError(f"unrouted is {unrouted!r:.60}: expected one of {', '.join(UNROUTED)}")
+        if not isinstance(source, str | Path | Intervention) or not str(source).strip():
+            # The harness makes a number of `intervention=7`, and a truth value of `intervention=true`.
+            raise LaaiError(f"intervention is {source!r:.60}: expected a path (of a file called 7: ./7) or a name")
         self._unrouted = unrouted
         self._for_all: Intervention | None = None
         self._by_task: dict[str, Intervention] = {}
         self._sources: dict[str, Intervention] = {}  # as loaded, for the results file
-        self._scale = float(scale)
+        self._scale = _finite(scale)
         if isinstance(source, Intervention):
             self._for_all = self._kept("given from Python", source)
-        elif Path(source).is_dir():
+        elif os.path.isdir(source):
             self._by_task = {p.stem: self._kept(str(p), Intervention.load(p)) for p in _files(Path(source))}
         else:
             self._for_all = self._kept(str(source), Intervention.load(source))
@@ -65,7 +68,7 @@ class Routing:
         """What was applied, for the results file: identity, place and strength of every intervention."""
         return [
             {
-                "source": source,
+                "source": source.encode(errors="backslashreplace").decode(),  # a path need not be Unicode, JSON must
                 "sha256": intervention.sha256,
                 "layers": intervention.layers,
                 "site": intervention.site,
@@ -81,8 +84,21 @@ class Routing:
         return intervention.rescaled(self._scale)
 
 
+def _finite(scale: Any) -> float:
+    try:
+        number = math.nan if isinstance(scale, bool) or not isinstance(scale, int | float) else float(scale)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise LaaiError(f"scale is {scale!r:.60}: expected a finite number")
+    return number
+
+
 def _files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
+    try:
+        files = sorted(folder / name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    except OSError as error:
+        raise LaaiError(f"cannot read the folder {folder}: {error.strerror}") from None
     if not files:
         raise LaaiError(f"folder {folder} has no .safetensors file: expected <harness task name>.safetensors")
     return files

@@ -15,9 +15,9 @@ def report(monkeypatch):
     return importlib.import_module("report")
 
 
-def test_the_document_is_rendered_from_the_results(report):
-    written = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert written == report.render(), "run python benchmarks/report.py"
+def test_the_documents_are_rendered_from_the_results(report):
+    for name, text in report.render().items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, "run python benchmarks/report.py"
 
 
 def test_a_ratio_is_taken_within_rounds(report):
