@@ -75,7 +75,7 @@ def render() -> str:
 
 
 def do(name: str, quick: bool) -> bool:
-    """Run a part, print what it found, keep it unless the counts were only those of a trial. Whether it is without fault."""
+    """Run a part and print what it found; keep that, unless it is a trial. Whether there was no fault."""
     from measure import machine, markdown
 
     function = getattr(importlib.import_module(PARTS[name][1]), name)

@@ -112,7 +112,7 @@ def _judge(folder: Path, stack: ExitStack) -> list[str]:
 
 
 def disks(quick: bool, folder: Path) -> Part:
-    """A disk on which nothing more fits (a file system of 64 KiB in memory, where one may be mounted, and a limit on the
+    """A disk on which nothing more fits (a 64 KiB file system in memory, where one may be mounted, and a limit on the
     size of files), and several processes that write the same output at once.
 
     A full disk must be one line on stderr and exit code 1, leave the old file as it was and nothing else, and the same

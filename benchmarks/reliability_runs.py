@@ -24,8 +24,8 @@ def same(quick: bool, folder: Path) -> Part:
     """Trainings on the reference model (float32, CPU, ten examples of the lexicon's antonyms, the default layer).
 
     The same training must give the same bytes in other processes, each with its own hash seed. In other batches, in
-    company, or in other threads, matrix products are added up in another order: how far apart the vectors (the
-    largest difference of a coordinate, as a share of the largest coordinate) and the objectives (relative) are then, is
+    company, or in other threads, matrix products are added up in another order: how far apart the vectors (the largest
+    difference of a coordinate, as a share of the largest coordinate) and the objectives (relative) are then, is
     measured. Of an evaluation: the largest difference of a log-likelihood, and the answers that changed.
     """
     part = Part()
@@ -56,9 +56,9 @@ def same(quick: bool, folder: Path) -> Part:
     return part
 
 
-SAME_NOTE = """A step starts where the last one ended, so rounding grows with the steps, the faster the less the penalty
-and the model's training hold it. Across batch sizes, company and threads no more is promised than these orders of
-magnitude; across machines, releases of PyTorch, GPUs and half precision nothing is, and nothing was measured."""
+SAME_NOTE = """A step starts where the last one ended, so rounding grows with them. Across batch sizes, company and
+threads no more is promised than these orders of magnitude; across machines, releases of PyTorch, GPUs and half
+precision nothing is, and nothing was measured."""
 
 
 def _bytes_table(part: Part, times: int, folder: Path) -> Table:
