@@ -41,11 +41,11 @@ def same(quick: bool, folder: Path) -> Part:
                     repeating.by_batch_size(model, tokenizer, [1, 3], **options),
                     repeating.by_company(model, tokenizer, **options),
                 ]
-            measured.append(repeating.by_threads(model, tokenizer, [2], **options))
+            measured.append(repeating.by_threads(model, tokenizer, [2, 4], **options))
             rows.append([optimizer, steps, *(f"{value:.0e}" for apart in measured for value in apart)])
             print(rows[-1], file=sys.stderr, flush=True)
     columns = ["optimiser", "steps", "batch size 1, 3: vector", "objective"]
-    columns += ["three in one batch: vector", "objective", "2 threads: vector", "objective"]
+    columns += ["three in one batch: vector", "objective", "2, 4 threads: vector", "objective"]
     part.tables.append(table("The same training in other batches, company and threads", columns, rows, SAME_NOTE))
     iv = laai.train(model, tokenizer, laai.load_task("lexicon_antonym").train, layer).intervention
     items = 16 if quick else 200

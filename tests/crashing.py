@@ -6,6 +6,7 @@ not into the imports. test_crash kills a few, benchmarks/reliability.py many.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import http.server
 import importlib
@@ -111,6 +112,11 @@ class _Server:
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
+
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        self._process.communicate()  # closes its input, which ends it
 
     def ask(self, **question: Any) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -152,7 +152,7 @@ class Trainings:
 def disturbances(rounds: int, each: Callable[[], Any] = lambda: None) -> int:
     """How many results two threads, each with its own model and vectors, get otherwise than alone: to the bit."""
     names = ("Llama", "GPT2")
-    alone = {name: [_work(name, number) for number in range(4)] for name in names}
+    alone = {name: [_work(name, number) for number in range(min(rounds, 4))] for name in names}
     together: dict[str, list[list[torch.Tensor]]] = {name: [] for name in names}
     start = threading.Barrier(len(names))
 

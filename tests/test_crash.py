@@ -54,16 +54,16 @@ def fetching() -> Iterator[Command]:
 
 @pytest.mark.parametrize("how", [kill_at_lines, kill_at_random_times])
 def test_killed_training(how, training, tmp_path):
-    kills = how(training, 4, tmp_path, random.Random(0))
+    kills = how(training, 3, tmp_path, random.Random(0))
     assert kills.faults == []
-    assert kills.kills == kills.absent + kills.whole == 4
+    assert kills.kills == kills.absent + kills.whole == 3
 
 
 @pytest.mark.parametrize("how", [kill_at_lines, kill_at_random_times])
 def test_killed_fetch(how, fetching, tmp_path):
-    kills = how(fetching, 6, tmp_path, random.Random(0))
+    kills = how(fetching, 4, tmp_path, random.Random(0))
     assert kills.faults == []
-    assert kills.absent + kills.whole == 6 * len(fetching.whole)
+    assert kills.absent + kills.whole == 4 * len(fetching.whole)
 
 
 def test_what_is_half_or_gone_or_left_would_be_noticed(training, trained, tmp_path):

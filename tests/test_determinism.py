@@ -6,8 +6,6 @@ on these models and steps; docs/reliability.md has what real trainings come to.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import crashing
 import pytest
 import repeating
@@ -52,7 +50,7 @@ def test_same_bytes_in_every_process(optimizer, tmp_path, monkeypatch):
         monkeypatch.chdir(folder)
         assert cli.main(argv) == 0
         contents.append((folder / "x.safetensors").read_bytes())
-    for number in range(2):  # of which each has another process's hash seed, and another past
+    for number in range(2):  # in two processes, with another hash seed than this one's
         folder = tmp_path / f"there {number}"
         assert run(argv, folder).code == 0
         contents.append((folder / "x.safetensors").read_bytes())
@@ -83,21 +81,7 @@ def test_other_batch_sizes_of_an_evaluation():
 
 
 def test_what_differs_would_be_noticed(wide):
-    """Half the steps are not rounding."""
+    """A step more is not rounding."""
     examples = laai.load_task("lexicon_antonym").train
-    one, other = (laai.train(*wide, examples, layer=1, steps=steps) for steps in (STEPS, STEPS // 2))
+    one, other = (laai.train(*wide, examples, layer=1, steps=n, optimizer="adam") for n in (STEPS, STEPS + 1))
     assert repeating.apart([(one, other)]).vector > 10 * ROUNDING
-
-
-def test_one_file_is_one_intervention(tmp_path: Path):
-    """Its identity does not depend on where or how often it is written."""
-    iv = laai.train(
-        tiny_model("Llama"), tiny_tokenizer(bos=True), laai.load_task("lexicon_antonym").train, 1, steps=2
-    ).intervention
-    for name in ("a", "b"):
-        iv.save(tmp_path / name)
-    assert (
-        (tmp_path / "a").read_bytes()
-        == (tmp_path / "b").read_bytes()
-        == laai.Intervention.load(tmp_path / "a").to_bytes()
-    )

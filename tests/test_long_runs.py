@@ -23,14 +23,14 @@ def assert_nothing_left(found: Grown, python: int, resident: int) -> None:
 
 def test_applying_and_removing_leaves_nothing():
     cycles = Cycles()
-    found = grown(cycles.model, cycles.once, 36)
+    found = grown(cycles.model, cycles.once, 18)
     assert cycles.disturbed == 0
     assert_nothing_left(found, 64 * KIB, 4096 * KIB)
 
 
 def test_trainings_leave_nothing():
     trainings = Trainings()
-    found = grown(trainings.model, trainings.once, 20)
+    found = grown(trainings.model, trainings.once, 10)
     assert trainings.changed == 0
     assert_nothing_left(found, 64 * KIB, 8192 * KIB)
 
@@ -44,10 +44,10 @@ def test_what_stays_behind_would_be_noticed():
         kept.append(torch.zeros(10_000 + number))
         kept.append(bytes(10_000))
 
-    found = grown(model, leak, 20)
-    assert found.hooks == 30
-    assert found.tensors == 20
-    assert found.python > 20 * 10_000
+    found = grown(model, leak, 5)
+    assert found.hooks == 15
+    assert found.tensors == 5
+    assert found.python > 5 * 10_000
 
 
 def test_a_method_put_over_generate_counts_as_a_hook():
@@ -59,4 +59,4 @@ def test_a_method_put_over_generate_counts_as_a_hook():
 
 
 def test_two_models_in_two_threads_do_not_disturb_each_other():
-    assert disturbances(rounds=4) == 0
+    assert disturbances(rounds=3) == 0
