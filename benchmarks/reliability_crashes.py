@@ -132,7 +132,7 @@ def disks(quick: bool, folder: Path) -> Part:
             room.mkdir()
             faults = {
                 "train, file size limited": _refused(
-                    room / "limited", model, contents, {"file_size": 900 + 30 * number}
+                    room / "limited", model, contents, {"file_size": len(contents[0]) * (10 + number) // 20}
                 ),
                 "train, disk full": _full(room / "full", model, contents),
                 "data fetch, file size limited": _fetch_limited(room / "fetch", fetching, 2000 + 9000 * number),

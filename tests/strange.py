@@ -120,7 +120,7 @@ def bad_paths(folder: Path, content: bytes) -> dict[str, Any]:
 
 SCALES: list[Any] = [float("nan"), float("inf"), -float("inf"), 1e39, 1e308, 10**400, -(10**400), "abc", "1", "nan"]
 SCALES += [True, None, [], {}, 1j, b"1", "", "1,0"]
-WORDS: list[Any] = ["Error", "NONE", "", None, True, 0, "error ", [], {}, "\n", "x" * 10_000]
+WORDS: list[Any] = ["Error", "NONE", "", True, 0, "error ", [], {}, "\n", "x" * 10_000]
 PROJECTIONS: list[Any] = [
     "",
     "{}",

@@ -19,6 +19,7 @@ import mutants
 import pytest
 import strange
 from fuzzing import Misbehaved, bad_message, fuzz, fuzz_arguments, watched
+from lm_eval.utils import simple_parse_args_string
 
 from laai_core import Intervention, LaaiError
 from laai_core.data import read_pairs
@@ -140,6 +141,32 @@ def test_scales(scale, good):
     with pytest.raises(LaaiError) as error:
         fuzzing.use_arguments(good["folder plain"], scale=scale)
     assert str(error.value).startswith("scale ")
+
+
+def test_names_that_come_through_the_harness(good):
+    """It cuts its arguments at commas, strips them, and takes quotes for its own."""
+    came = 0
+    for path in map(str, good.values()):
+        if "," not in path and path == path.strip():
+            given = simple_parse_args_string(f"pretrained=x,intervention={path},scale=0.5,unrouted=none")
+            assert Routing(given["intervention"], given["scale"], given["unrouted"]).get(strange.TASK) is not None
+            came += 1
+    assert came > len(strange.NAMES)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["scale=nan", "scale=inf", "scale=-inf", "scale=abc", "scale=1e400", "scale=", "scale=true", "scale=None"]
+    + ["scale=1" + "0" * 400, "unrouted=", "unrouted=0", "intervention=", "intervention=7", "intervention=true"]
+    + ["intervention=1e5", "intervention=''", "intervention=a,b", "intervention=x\0y"],
+)
+def test_arguments_of_the_harness_that_are_refused(text, good):
+    given = {"intervention": good["folder plain"], **simple_parse_args_string(text)}
+    with pytest.raises(LaaiError) as error:
+        Routing(
+            **{("source" if name == "intervention" else name): value for name, value in given.items() if name != "b"}
+        )
+    assert bad_message(str(error.value), [""]) is None
 
 
 @pytest.mark.parametrize("word", strange.WORDS, ids=lambda word: ascii(word)[:12])
