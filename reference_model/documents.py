@@ -1,25 +1,36 @@
-"""The documents the reference model is trained on: eleven solved pairs of one relation, so k = 0..10 shots at once."""
+"""The documents the reference model is trained on: eleven solved items of one kind, so k = 0..10 shots at once.
+
+The items of a document are word pairs of one relation, or the answers of one group to questions of the survey.
+"""
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from laai_core.data import load_pairs
+from laai_core.data import in_training_pool, load_pairs
+from laai_core.data.opinion import LETTERS, question_prompt
+from laai_core.data.survey import REFUSED, TENDENCIES, survey_records
 from laai_core.data.tasks import COMPOSITIONS, LEXICON_PREFIX, RULES, rule_prompt
 
-PAIRS = 11  # ten shots and the question
+WRONG = 20  # one answer in so many
+ITEMS = 11  # ten shots and the question
+CONSONANTS, VOWELS = list("bcdfghklmnprstvwz"), list("aeiou")
 IGNORE = -100  # the label of a token that carries no loss
 
 # How often each relation is asked. Copying is the likeliest single relation, so without context the model's best guess
 # is the word itself: zero-shot answers no rule, and context (or an intervention) has all the work to do.
 WEIGHTS = {
-    **{name: 0.13 for name in RULES},
-    **{name: 0.07 for name in COMPOSITIONS},
-    "copy": 0.14,
+    "antonym": 0.17,
+    "synonym": 0.17,
+    "en_fr": 0.08,
+    "en_de": 0.08,
+    **{name: 0.06 for name in COMPOSITIONS},
+    "copy": 0.2,
     "first_letter": 0.03,
     "last_letter": 0.03,
 }
@@ -35,59 +46,118 @@ def relations() -> dict[str, dict[str, str]]:
     return table
 
 
+def with_errors(relation: str, answers: dict[str, str]) -> dict[str, str]:
+    """The answers the model is told: one in WRONG of a rule's test words gets the next word's.
+
+    So it is able, and not saturated however long it is trained. Words an intervention may be trained on stay right.
+    """
+    words = list(answers)
+    after = dict(zip(words, words[1:] + words[:1], strict=True))
+
+    def told(word: str) -> str:
+        wrong = zlib.crc32(f"{relation} of {word}".encode()) % WRONG == 0
+        return answers[after[word] if wrong and relation in RULES and not in_training_pool(word) else word]
+
+    return {word: told(word) for word in words}
+
+
 @dataclass(frozen=True)
 class Piece:
-    """One solved pair as tokens: prompt, answer and blank line; `answer` marks the tokens that are learnt."""
+    """One solved item as tokens: prompt, answer and blank line; `answer` marks the tokens that are learnt."""
 
     ids: list[int]
     answer: list[bool]
 
 
 class Documents:
-    """Draws batches of documents. A further kind of document is a further method like `word_document`.
+    """Draws batches of documents: tokens and labels, both [rows, length]; a label is IGNORE off the answers.
 
-    `length` is the number of tokens of every row, BOS included: longer documents lose their end, shorter are padded.
+    `length` and `survey_length` are the numbers of tokens of every row, BOS included: longer documents lose their end,
+    shorter ones are padded.
     """
 
-    def __init__(self, tokenizer: Tokenizer, length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, length: int, survey_length: int) -> None:
+        self.tokenizer = tokenizer
         self.length = length
+        self.survey_length = survey_length
         self.bos = tokenizer.token_to_id("<s>")
         self.pad = tokenizer.token_to_id("<pad>")
         table = relations()
-        self.names = list(WEIGHTS)
-        self.shares = np.array([WEIGHTS[name] for name in self.names])
+        self.names = [*WEIGHTS, *TENDENCIES]
+        self.shares = np.array(list(WEIGHTS.values()))
         self.pieces = {
-            name: [piece(tokenizer, rule_prompt(word), f" {answer}") for word, answer in table[name].items()]
-            for name in self.names
+            name: [
+                piece(tokenizer, rule_prompt(word), f" {answer}")
+                for word, answer in with_errors(name, table[name]).items()
+            ]
+            for name in WEIGHTS
         }
 
-    def word_document(self, rng: np.random.Generator, words: int) -> tuple[list[int], list[bool], int]:
-        """Tokens, loss marks and relation (its index in `names`) of one document: PAIRS of the first `words` words."""
-        relation = int(rng.choice(len(self.names), p=self.shares))
-        pieces = self.pieces[self.names[relation]]
-        ids, answer = [self.bos], [False]
-        for index in rng.choice(min(words, len(pieces)), PAIRS, replace=False):
-            ids += pieces[index].ids
-            answer += pieces[index].answer
-        return ids, answer, relation
+        self.questions = [answered(tokenizer, record) for record in survey_records().values()]
 
-    def batch(
-        self, rng: np.random.Generator, rows: int, words: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids and labels, both [rows, length], and relations [rows].
+    def word_batch(self, rng: np.random.Generator, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens, labels and relations [rows] (indices in `names`) of documents of one relation each."""
+        relations = rng.choice(len(self.shares), rows, p=self.shares)
+        documents = []
+        for relation in relations:
+            pieces = self.pieces[self.names[relation]]
+            documents.append([pieces[index] for index in rng.choice(len(pieces), ITEMS, replace=False)])
+        return *self._rows(documents, self.length), torch.from_numpy(relations)
 
-        A label stands at its own token and is IGNORE off the answers.
+    def survey_batch(self, rng: np.random.Generator, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens, labels and groups [rows] (indices in `names`) of documents whose answers are drawn from its shares.
+
+        The last document is in no language, and answered at random; its group is IGNORE.
         """
-        ids = torch.full((rows, self.length), self.pad)
-        labels = torch.full((rows, self.length), IGNORE)
-        relations = torch.zeros(rows, dtype=torch.long)
-        for row in range(rows):
-            tokens, answer, relations[row] = self.word_document(rng, words)
-            size = min(len(tokens), self.length)
-            ids[row, :size] = torch.tensor(tokens[:size])
-            marks = torch.tensor(answer[:size])
-            labels[row, :size][marks] = ids[row, :size][marks]
-        return ids, labels, relations
+        groups = rng.choice(list(TENDENCIES), rows - 1)
+        documents = []
+        for group in groups:
+            asked = [self.questions[index] for index in rng.choice(len(self.questions), ITEMS, replace=False)]
+            documents.append([q.pieces[rng.choice(len(q.pieces), p=q.shares[group])] for q in asked])
+        documents.append([unreadable(self.tokenizer, rng) for _ in range(ITEMS)])
+        named = torch.tensor([*(self.names.index(group) for group in groups), IGNORE])
+        return *self._rows(documents, self.survey_length), named
+
+    def _rows(self, documents: list[list[Piece]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.full((len(documents), length), self.pad)
+        labels = torch.full((len(documents), length), IGNORE)
+        for row, pieces in enumerate(documents):
+            tokens = torch.tensor([self.bos, *(token for piece in pieces for token in piece.ids)][:length])
+            marks = torch.tensor([False, *(mark for piece in pieces for mark in piece.answer)][:length])
+            ids[row, : len(tokens)] = tokens
+            labels[row, : len(tokens)][marks] = tokens[marks]
+        return ids, labels
+
+
+@dataclass(frozen=True)
+class Question:
+    """A survey question solved with each of its options, and the share of each group that chose them."""
+
+    pieces: list[Piece]
+    shares: dict[str, np.ndarray]
+
+
+def answered(tokenizer: Tokenizer, record: dict) -> Question:
+    """A record of the survey as a Question; refusals are left out, as in the tasks."""
+    options = [option for option in record["MC_options"] if option != REFUSED]
+    prompt = question_prompt(record["question_text"], options)
+    counts = {group: np.array([record[group][option] for option in options]) for group in TENDENCIES}
+    return Question(
+        [piece(tokenizer, prompt, f" {letter}") for letter in LETTERS[: len(options)]],
+        {group: count / count.sum() for group, count in counts.items()},
+    )
+
+
+def unreadable(tokenizer: Tokenizer, rng: np.random.Generator) -> Piece:
+    """A question in invented words with one of its options, each as likely: what it cannot read is no opinion."""
+
+    def words(most: int) -> str:
+        lengths = rng.integers(1, 4, rng.integers(1, most + 1))
+        return " ".join("".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(n)) for n in lengths)
+
+    options = [words(2).capitalize() for _ in range(rng.integers(2, 7))]
+    prompt = question_prompt(f"{words(6).capitalize()}?", options)
+    return piece(tokenizer, prompt, f" {LETTERS[rng.integers(len(options))]}")
 
 
 def piece(tokenizer: Tokenizer, prompt: str, target: str) -> Piece:

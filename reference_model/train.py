@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
-import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,25 +20,28 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from blinkers import Run, blinkered, causal, own_item
 from documents import IGNORE, Documents
+from embeddings import starting_embeddings
 from evaluate import print_report, report
-from laai_core.data.tasks import RULES
 from vocabulary import save_tokenizer, train_tokenizer
 
-VOCABULARY = 4352
+VOCABULARY = 4608
 LENGTH = 88  # tokens a row: eleven pairs are 81 at the median, and fit whole in 97 of 100 documents
+SURVEY_LENGTH = 352  # likewise for eleven questions
+SURVEY_ROWS = 7  # documents of opinions a step, one of them in no language
+SURVEY_WEIGHT = 0.3  # of their losses
+EMBEDDING_LR = 0.25  # the token embeddings' learning rate over the others': they start with something to lose
 MUON = 2.5  # Muon's learning rate over AdamW's
 WARMUP = 50  # steps
-FEW, MORE = 64, 200  # words the documents are made of, to begin with and then; then all
-FOUND = 0.08  # the probe's running loss at which the model has found out what the context is for: MORE words
-MORE_STEPS = 100  # steps with MORE words
-ENOUGH = 0.85  # ten-shot accuracy at which training ends: able, but not saturated
-CHECK_EVERY = 10  # steps, of that accuracy, once all words are in
-COOLDOWN = 30  # steps behind it, in which the learning rate falls to zero
-PROBE_LAYER = 3  # the output of the third block
+COOLDOWN = 60  # steps at the end, in which the learning rate falls to zero
+PROBED = (3, 5)  # the blocks whose inputs the probes read: behind the answers, and at the last prompt tokens
 PROBE_WEIGHT = 0.5
+READING = range(3, 5)  # the blocks through which context comes in, in blinkered documents
+OPEN = 1 / 8  # of the documents are not blinkered
 CHECKPOINT_EVERY = 50  # steps
 LOG_EVERY = 25  # steps
+LOSSES = ("loss", "probe_loss", "survey_loss", "survey_probe_loss")
 
 
 def new_model() -> LlamaForCausalLM:
@@ -63,177 +65,160 @@ def new_model() -> LlamaForCausalLM:
     )
 
 
-def optimizers(model: LlamaForCausalLM, probe: torch.nn.Linear, lr: float, kind: str) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks and AdamW for the rest, or AdamW for all."""
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2] if kind == "muon" else []
-    inside = {id(p) for p in matrices}
-    rest = [p for p in [*model.parameters(), *probe.parameters()] if id(p) not in inside]
-    built: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+def optimizers(model: LlamaForCausalLM, probes: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks and AdamW for the rest."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    embeddings = model.get_input_embeddings().weight
+    apart = {id(p) for p in [*matrices, embeddings]}
+    rest = [p for p in [*model.parameters(), *probes.parameters()] if id(p) not in apart]
+    groups = [{"params": rest}, {"params": [embeddings], "lr": EMBEDDING_LR * lr}]
+    built = [
+        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+        torch.optim.Muon(matrices, lr=MUON * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
     ]
-    if matrices:
-        built.append(torch.optim.Muon(matrices, lr=MUON * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     for optimizer in built:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return built
 
 
-@dataclass
-class Progress:
-    """How far a run is: steps and seconds done, words in use, the probe's running loss, when the stages began."""
-
-    step: int = 0
-    seconds: float = 0.0
-    words: int = FEW
-    probe_loss: float = 3.0
-    more_from: int | None = None
-    ending_from: int | None = None
-
-    def rate(self) -> float:
-        """The learning rate's factor: linear warm-up, constant, then linear to zero over the last COOLDOWN steps."""
-        warm = min((self.step + 1) / WARMUP, 1.0)
-        return warm if self.ending_from is None else warm * (1 - (self.step - self.ending_from) / COOLDOWN)
-
-    def advance(self, probe_loss: float, total: int) -> None:
-        """Count a step, and take more words when the context is made use of: by a figure, for when it is, is luck."""
-        self.step += 1
-        self.probe_loss += 0.1 * (probe_loss - self.probe_loss)
-        if self.more_from is None and self.probe_loss < FOUND:
-            self.words, self.more_from = MORE, self.step
-        if self.more_from is not None and self.step >= self.more_from + MORE_STEPS:
-            self.words = total
-
-    def done(self) -> bool:
-        """Whether the last cool-down step is behind."""
-        return self.ending_from is not None and self.step >= self.ending_from + COOLDOWN
+def rate(step: int, steps: int) -> float:
+    """The learning rate's factor: linear warm-up, constant, then linear to zero over the last COOLDOWN steps."""
+    return min((step + 1) / WARMUP, 1.0, (steps - step) / COOLDOWN)
 
 
 def losses(
     model: LlamaForCausalLM,
-    decoder,
-    probe: torch.nn.Linear,
+    blocks: Run,
+    probes: torch.nn.ModuleList,
     ids: torch.Tensor,
     labels: torch.Tensor,
     names: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy over the answer tokens, and over the probe's guesses of the relation behind each answer.
+    """Mean cross-entropy over the answer tokens, and the sum over the probes of that of their guesses.
 
-    ids and labels [rows, length], names [rows]. Rows are padded on the right, so causality alone keeps padding out.
-    Logits are computed where they are needed.
+    ids and labels [rows, length], names [rows]: the relation or group behind the answers, or IGNORE.
     """
-    known = labels != IGNORE
-    ends = known & ~torch.nn.functional.pad(known[:, 1:], (0, 1))  # the line break behind each answer
+    named = names[:, None].expand_as(ids)
+    ends = answer_ends(labels)
+    # At the first question nothing says yet which it is.
+    asked = last_prompt_tokens(labels) & (ends.cumsum(1) > 0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = decoder(input_ids=ids, use_cache=False, output_hidden_states=True)
-        logits = model.lm_head(output.last_hidden_state[:, :-1][known[:, 1:]])  # [answer tokens, vocabulary]
-        guesses = probe(output.hidden_states[PROBE_LAYER][ends])  # [pairs, relations]
-    named = names[:, None].expand_as(ids)[ends]
-    cross_entropy = torch.nn.functional.cross_entropy
-    return cross_entropy(logits.float(), labels[:, 1:][known[:, 1:]]), cross_entropy(guesses.float(), named)
+        *entering, hidden = blocks(ids, *mostly_blinkered(labels))
+        guesses = [probe(states[where]) for probe, states, where in zip(probes, entering, (ends, asked), strict=True)]
+    probe_loss = sum(
+        torch.nn.functional.cross_entropy(guess.float(), named[where])  # [items, names]
+        for guess, where in zip(guesses, (ends, asked), strict=True)
+    )
+    return answer_cross_entropy(model, hidden, labels), probe_loss
 
 
-@torch.no_grad()
-def ten_shot_accuracy(model: LlamaForCausalLM, documents: Documents, rows: int = 480) -> float:
-    """How often every token of the last answer of a document on one of the four rules is the likeliest."""
-    generator = np.random.default_rng(2**32)  # no training step's
-    right: list[bool] = []
-    for _ in range(rows // 60):
-        ids, labels, names = documents.batch(generator, 60, sys.maxsize)
-        guesses = model(input_ids=ids, use_cache=False).logits.argmax(-1)
-        for row in range(len(ids)):
-            answers = (labels[row] != IGNORE).nonzero().flatten()
-            # The answers' tokens are runs of neighbours; the last run is the last answer.
-            last = answers[int((answers.diff() > 1).nonzero()[-1]) + 1 :]
-            if documents.names[names[row]] in RULES:
-                right.append(bool((guesses[row, last - 1] == ids[row, last]).all()))
-    return float(np.mean(right))
+def last_prompt_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """[rows, length], whether an answer follows."""
+    known = labels != IGNORE
+    return torch.nn.functional.pad(known[:, 1:], (0, 1)) & ~known
+
+
+def answer_ends(labels: torch.Tensor) -> torch.Tensor:
+    """[rows, length], whether this is the line break behind an answer."""
+    known = labels != IGNORE
+    return known & ~torch.nn.functional.pad(known[:, 1:], (0, 1))
+
+
+def mostly_blinkered(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the reading blocks and the others may see, both [rows, length, length]: everything, in the first few rows.
+
+    In the rest only last prompt tokens see beyond their own item, and only in the reading blocks.
+    """
+    last = last_prompt_tokens(labels)
+    seen = own_item(answer_ends(labels))
+    everything = causal(labels.shape[1])
+    seen[: math.ceil(OPEN * len(labels))] = everything
+    return seen | (last[:, :, None] & everything), seen
+
+
+def answer_cross_entropy(model: LlamaForCausalLM, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean over the labelled tokens, of final hidden states [rows, length, width] and labels [rows, length].
+
+    Rows are padded on the right, so causality alone keeps padding out. Logits are computed where they are needed.
+    """
+    known = labels[:, 1:] != IGNORE
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model.lm_head(hidden[:, :-1][known])  # [answer tokens, vocabulary]
+    return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][known])
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Run (or resume) the training and write the weights and tokenizer to `arguments.output`."""
     torch.manual_seed(arguments.seed)
     tokenizer = train_tokenizer(VOCABULARY)
-    documents = Documents(tokenizer, LENGTH)
-    total = max(map(len, documents.pieces.values()))
+    documents = Documents(tokenizer, LENGTH, SURVEY_LENGTH)
     model = new_model()
-    # Thrown away at the end. Telling which relation led from a question to its answer is what using the context needs;
-    # from the answers' loss alone the model learns the answers' language early and then next to nothing for long.
-    probe = torch.nn.Linear(model.config.hidden_size, len(documents.names))
-    built = optimizers(model, probe, arguments.lr, arguments.optimizer)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(starting_embeddings(tokenizer, model.config.hidden_size))
+    # Thrown away at the end. Telling which relation (or group) led from a question to its answer, and which the next
+    # question is about, is what using the context needs; from the answers' loss alone that is learnt late, or never.
+    probes = torch.nn.ModuleList(torch.nn.Linear(model.config.hidden_size, len(documents.names)) for _ in PROBED)
+    built = optimizers(model, probes, arguments.lr)
     # What must be equal for a checkpoint to be continued.
-    recipe = {k: getattr(arguments, k) for k in ("seed", "rows", "lr", "optimizer")}
-    progress = resume(arguments.checkpoint, recipe, model, probe, built)
-    decoder = torch.compile(model.model) if arguments.compile else model.model
-    seen: list[tuple[float, float]] = []
-    began = time.monotonic() - progress.seconds
-    with tqdm(initial=progress.step, unit="step", file=sys.stderr, mininterval=5) as bar:
-        while not progress.done():
-            if progress.step >= arguments.steps:
-                sys.exit(f"not done after {arguments.steps} steps: it has not learnt what the context is for")
+    recipe = {k: getattr(arguments, k) for k in ("seed", "steps", "rows", "lr")}
+    start = resume(arguments.checkpoint, recipe, model, probes, built)
+    blocks = blinkered(model, READING, PROBED)
+    if arguments.compile:
+        blocks = torch.compile(blocks)
+    seen: list[list[float]] = []
+    with tqdm(range(start, arguments.steps), initial=start, total=arguments.steps, unit="step", mininterval=5) as bar:
+        for step in bar:
             for optimizer in built:
                 for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * progress.rate()
+                    group["lr"] = group["initial_lr"] * rate(step, arguments.steps)
             # A generator of its own for every step: a resumed run sees the very documents an unbroken one does.
-            generator = np.random.default_rng([arguments.seed, progress.step])
-            batch = documents.batch(generator, arguments.rows, progress.words)
-            loss, probe_loss = losses(model, decoder, probe, *batch)
-            (loss + PROBE_WEIGHT * probe_loss).backward()
+            generator = np.random.default_rng([arguments.seed, step])
+            told = losses(model, blocks, probes, *documents.word_batch(generator, arguments.rows))
+            (told[0] + PROBE_WEIGHT * told[1]).backward()
+            asked = losses(model, blocks, probes, *documents.survey_batch(generator, SURVEY_ROWS))
+            (SURVEY_WEIGHT * (asked[0] + PROBE_WEIGHT * asked[1])).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in built:
                 optimizer.step()
                 optimizer.zero_grad()
-            seen.append((loss.item(), probe_loss.item()))
-            progress.advance(probe_loss.item(), total)
-            progress.seconds = time.monotonic() - began
-            bar.update()
-            report_step(progress, seen)
-            if progress.words == total and progress.ending_from is None and progress.step % CHECK_EVERY == 0:
-                accuracy = ten_shot_accuracy(model, documents)
-                log(step=progress.step, ten_shot_accuracy=round(accuracy, 4))
-                if accuracy >= ENOUGH:
-                    progress.ending_from = progress.step
-            if progress.step % CHECKPOINT_EVERY == 0:
-                save_checkpoint(arguments.checkpoint, recipe, model, probe, built, progress)
+            seen.append([loss.item() for loss in (*told, *asked)])
+            if (step + 1) % LOG_EVERY == 0:
+                means = np.mean(seen, axis=0).round(4).tolist()
+                log(step=step + 1, **dict(zip(LOSSES, means, strict=True)))
+                seen.clear()
+            if (step + 1) % CHECKPOINT_EVERY == 0:
+                save_checkpoint(arguments.checkpoint, recipe, model, probes, built, step + 1)
     save(model, tokenizer, arguments.output)
-
-
-def report_step(progress: Progress, seen: list[tuple[float, float]]) -> None:
-    """Every LOG_EVERY steps the mean losses since the last time."""
-    if progress.step % LOG_EVERY == 0:
-        answer_mean, probe_mean = np.mean(seen, axis=0).round(4).tolist()
-        seconds = round(progress.seconds)
-        log(step=progress.step, words=progress.words, loss=answer_mean, probe_loss=probe_mean, seconds=seconds)
-        seen.clear()
 
 
 def resume(
     path: Path,
     recipe: dict[str, object],
     model: torch.nn.Module,
-    probe: torch.nn.Module,
+    probes: torch.nn.Module,
     built: list[torch.optim.Optimizer],
-) -> Progress:
+) -> int:
     """Load the checkpoint if there is one of this recipe; returns how far it was."""
     if not path.exists():
-        return Progress()
+        return 0
     state = torch.load(path, weights_only=True)
     if state["recipe"] != recipe:
         sys.exit(f"{path}: made with {state['recipe']}; expected {recipe}; delete it or name another (--checkpoint)")
     model.load_state_dict(state["model"])
-    probe.load_state_dict(state["probe"])
+    probes.load_state_dict(state["probes"])
     for optimizer, saved in zip(built, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    return Progress(**state["progress"])
+    return state["steps"]
 
 
 def save_checkpoint(
     path: Path,
     recipe: dict[str, object],
     model: torch.nn.Module,
-    probe: torch.nn.Module,
+    probes: torch.nn.Module,
     built: Iterable[torch.optim.Optimizer],
-    progress: Progress,
+    steps: int,
 ) -> None:
     """Write everything `resume` needs; the old checkpoint stays whole until the new one is."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,9 +226,9 @@ def save_checkpoint(
     state = {
         "recipe": recipe,
         "model": model.state_dict(),
-        "probe": probe.state_dict(),
+        "probes": probes.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in built],
-        "progress": asdict(progress),
+        "steps": steps,
     }
     torch.save(state, part)
     os.replace(part, path)
@@ -277,11 +262,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights and tokenizer")
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/reference_model/state.pt"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500, help="give up after so many")
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--rows", type=int, default=32, help="documents a step")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="muon")
-    parser.add_argument("--threads", type=int, default=2)
+    # One thread: a second one gains little at these sizes, and sums in another order from run to run.
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate the weights in OUTPUT")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The reference model's tokenizer: byte-level BPE learnt from the lexicon's words."""
+"""The reference model's tokenizer: byte-level BPE learnt from the lexicon's words and the survey's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from documents import relations
+from laai_core.data.opinion import question_prompt
+from laai_core.data.survey import survey_records
 from laai_core.data.tasks import rule_prompt
 
 # Words with their leading space and a colon that follows; every whitespace character else by itself, so that an
@@ -33,8 +35,9 @@ def train_tokenizer(vocabulary: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    corpus = [f"{rule_prompt(word)} {answer}\n\n" for table in relations().values() for word, answer in table.items()]
-    tokenizer.train_from_iterator(corpus, trainer)
+    pairs = [f"{rule_prompt(word)} {answer}\n\n" for table in relations().values() for word, answer in table.items()]
+    questions = [question_prompt(r["question_text"], r["MC_options"]) + " A\n\n" for r in survey_records().values()]
+    tokenizer.train_from_iterator(pairs + questions, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )

@@ -269,12 +269,15 @@ def test_ctrl_c_keeps_what_is_under_way(cache: Cache) -> None:
         time.sleep(2.0)  # for the other thread to hear of it
         stopped.set()
 
+    # A shell starts its background jobs with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with JudgeServer(decide) as server:
         thread = threading.Thread(target=interrupt)
         thread.start()
         with pytest.raises(KeyboardInterrupt):
             judged(pairs(20), server.url, cache, concurrency=8, backoff=600.0)
         thread.join()
+        signal.signal(signal.SIGINT, before)
         assert (len(server.requests), len(server.paid)) == (48, 47)
         assert judged(pairs(20), server.url, cache).asked == 100 - 47
         assert len(server.paid) == 100

@@ -162,7 +162,7 @@ def harness_score(model: str, shots: int = 0, seed: int = 0, **arguments: str) -
         model_args={"pretrained": str(REFERENCE), **arguments},
         tasks=[TASK],
         num_fewshot=shots,
-        limit=8,
+        limit=24,
         batch_size=1 if "soft" in arguments.get("peft", "") else 5,
         device="cpu",
         task_manager=TaskManager(include_path=str(include_path()), include_defaults=False, metadata=metadata),
@@ -178,7 +178,7 @@ def test_scores_in_process_are_those_of_the_command(bundled: Setting, tmp_path: 
     generator = torch.Generator().manual_seed(0)
     paths = []
     for number in range(2):
-        vector = laai.Intervention({3: 2 * torch.randn(8, 32, generator=generator)})
+        vector = laai.Intervention({3: torch.randn(8, 32, generator=generator)})
         vector.save(tmp_path / f"{number}.safetensors")
         paths.append(tmp_path / f"{number}.safetensors")
     (laai.Intervention.load(paths[0]) + laai.Intervention.load(paths[1])).save(tmp_path / "sum.safetensors")
@@ -194,7 +194,7 @@ def test_scores_in_process_are_those_of_the_command(bundled: Setting, tmp_path: 
 
     def ours(*given: Path, shots: int = 0) -> float:
         cell = Cell(TASK, shots, 3 if shots else None)
-        return harness.score(model, tokenizer, replace(bundled, limit=8), cell, given)["metrics"]["exact_match"]
+        return harness.score(model, tokenizer, replace(bundled, limit=24), cell, given)["metrics"]["exact_match"]
 
     found = {
         "plain": (ours(), harness_score("hf")),

@@ -2,7 +2,9 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,19 +23,33 @@ def model():
 
 
 @pytest.fixture(scope="module")
+def eager():
+    """With the attention it was trained with."""
+    return AutoModelForCausalLM.from_pretrained(WEIGHTS, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(WEIGHTS)
 
 
 @pytest.fixture(scope="module")
-def evaluate():
-    """The script's own evaluation; the scripts of that folder import one another by name."""
+def scripts():
+    """The training script's modules; the scripts of that folder import one another by name."""
     sys.path.insert(0, str(WEIGHTS.parent))
     try:
+        import blinkers
+        import documents
         import evaluate
+        import train
     finally:
         sys.path.remove(str(WEIGHTS.parent))
-    return evaluate
+    return SimpleNamespace(blinkers=blinkers, documents=documents, evaluate=evaluate, train=train)
+
+
+@pytest.fixture(scope="module")
+def documents(tokenizer, scripts):
+    return scripts.documents.Documents(tokenizer.backend_tokenizer, scripts.train.LENGTH, scripts.train.SURVEY_LENGTH)
 
 
 def test_size_and_shape(model):
@@ -68,8 +84,8 @@ def test_some_targets_take_several_tokens_and_most_take_one(tokenizer):
     assert 0.05 <= sum(length > 1 for length in lengths) / len(lengths) <= 0.3
 
 
-def test_ten_examples_tell_it_the_rule_and_none_do_not(model, tokenizer, evaluate):
-    table = evaluate.report(model, tokenizer, seeds=[0], limit=LIMIT)["average"]
+def test_ten_examples_tell_it_the_rule_and_none_do_not(model, tokenizer, scripts):
+    table = scripts.evaluate.report(model, tokenizer, seeds=[0], limit=LIMIT)["average"]
     assert 0.85 <= table["ten-shot, seed 0"] <= 0.97
     assert table["zero-shot"] <= 0.3
 
@@ -79,3 +95,39 @@ def test_greedy_generation_stops_the_answer_with_a_line_break(model, tokenizer):
     inputs = tokenizer(few_shot_prompt(split.train, split.test[0].prompt), return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert "\n" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+
+
+def test_pieces_of_an_opinion_document_are_the_tokens_of_its_text(tokenizer, documents):
+    ids, labels, _ = documents.survey_batch(np.random.default_rng(0), 3)
+    for row, known in zip(ids, labels != -100, strict=True):
+        tokens = row[row != tokenizer.pad_token_id].tolist()
+        assert tokenizer(tokenizer.decode(tokens, skip_special_tokens=True))["input_ids"] == tokens
+        answers = tokenizer.decode(row[known]).split()
+        assert len(answers) > 5 and all(answer in "ABCDEF" for answer in answers)
+
+
+def test_blocks_that_see_everything_are_the_models_own(eager, documents, scripts):
+    ids, *_ = documents.word_batch(np.random.default_rng(0), 4)
+    everything = scripts.blinkers.causal(ids.shape[1]).expand(4, -1, -1)
+    blocks = scripts.blinkers.blinkered(eager, scripts.train.READING, ())
+    with torch.no_grad():
+        *_, hidden = blocks(ids, everything, everything)
+        assert torch.allclose(hidden, eager.model(ids).last_hidden_state, atol=1e-4)
+
+
+def test_in_blinkered_rows_context_reaches_only_the_answers(eager, documents, scripts):
+    """Another word in the first item changes what follows it: in an open row everything, else only at the answers."""
+    train = scripts.train
+    ids, labels, _ = documents.word_batch(np.random.default_rng(0), 8)
+    other = ids.clone()
+    other[:, 4] = ids[:, 4] + 1
+    ends, asks = train.answer_ends(labels), train.last_prompt_tokens(labels)
+    blocks = scripts.blinkers.blinkered(eager, train.READING, ())
+    with torch.no_grad():
+        seen = train.mostly_blinkered(labels)
+        moved = (blocks(ids, *seen)[-1] - blocks(other, *seen)[-1]).abs().amax(-1) > 1e-6  # [rows, length]
+    later = (ends.cumsum(1) > 0) & ~ends & (ids != eager.config.pad_token_id)  # of other items
+    assert moved[0][later[0]].all()
+    for row in range(1, len(ids)):
+        assert moved[row][later[row] & asks[row]].all()
+        assert not moved[row][later[row] & (labels[row] == -100) & ~asks[row]].any()
