@@ -92,7 +92,6 @@ class Documents:
             ]
             for name in WEIGHTS
         }
-
         self.questions = [answered(tokenizer, record) for record in survey_records().values()]
 
     def word_batch(self, rng: np.random.Generator, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

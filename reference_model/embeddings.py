@@ -16,8 +16,9 @@ KINSHIP = 0.85  # how much of a word is its meaning; the rest is its own
 def starting_embeddings(tokenizer: Tokenizer, width: int) -> torch.Tensor:
     """[vocabulary, width]: a random vector for each row of the lexicon plus one for each language, random elsewhere.
 
-    A token that is part of several words gets the sum of their vectors, brought back to the same spread. Antonyms and
-    synonyms are rows of their own: how they are related is left to be learnt.
+    An option of the survey gets a vector for its place between the two ends of its scale, plus one of its own. A token
+    that is part of several words gets the sum of their vectors, brought back to the same spread. Antonyms and synonyms
+    are rows of their own: how they are related is left to be learnt.
     """
     rows, _ = read_lexicon()
     meanings = torch.randn(len(rows), width)
@@ -30,7 +31,6 @@ def starting_embeddings(tokenizer: Tokenizer, width: int) -> torch.Tensor:
                 own = torch.randn(width)
                 sums[token] += KINSHIP * meaning + (1 - KINSHIP**2) ** 0.5 * own + vector
                 uses[token] += 1
-    # The options of the survey lie between two ends.
     ends = torch.randn(width)
     for _, scale in QUESTIONS:
         for index, option in enumerate(scale):
