@@ -12,7 +12,7 @@ none has K options, uniform. It sees what Δ sees of the answers, and nothing of
 The bundled survey is invented, and the reference model has learnt it in context; Δ is trained by `laai train` without
 flags. The real data are OpinionQA's 494 contested questions by sex and by race (all groups but people who gave no
 race), which so small a model cannot read: there Δ is asked for no more than a good guess, and what matters is not to
-learn more from ten questions than is in them. So layer, penalty and steps are chosen, once for all groups and seeds,
+learn more from ten questions than is in them. So layer and penalty are chosen, once for all groups and seeds,
 on questions of the training pool, which nothing is tested on: those outside the ten, for three groups and two seeds.
 Questions nobody of a group answered are left out. Ten solved questions of the real data are more than the 1,024 tokens
 the model takes, so the harness cuts off the first of them; ten-shot is measured on a part of the test questions there.
@@ -52,7 +52,6 @@ SHOTS = 10
 BATCH = 32  # prompts at once
 METRICS = ("kl", "kl_reverse", "wasserstein", "tv")
 REAL = {"SEX": ("Female", "Male"), "RACE": ("Asian", "Black", "Hispanic", "Mixed Race", "Other", "White")}
-STEPS = 100  # the default of `laai train`
 RUNS = Path("runs", "opinion.jsonl")
 
 Scores = dict[str, float]  # by metric
@@ -87,10 +86,9 @@ class Setting(NamedTuple):
 
     layer: int
     penalty: float
-    steps: int
 
 
-TRIED = [Setting(layer, penalty, steps) for layer in (-3, -1) for penalty in (1e-4, 0.0) for steps in (100, 1000)]
+TRIED = [Setting(layer, penalty) for layer in (-3, -2, -1) for penalty in (1e-4, 1e-3, 3e-3, 1e-2)]
 TRIED_GROUPS = ("Female", "Black", "Asian")
 TRIED_SEEDS = (0, 1)
 TRIED_EVERY = 3  # of the pool's questions
@@ -128,12 +126,10 @@ class Bench:
         return laai.load_task(group.data_set, seed=seed, n_train=SHOTS, data=self._data)
 
     def trained(self, group: Group, seed: int, setting: Setting) -> laai.Intervention:
-        """What `laai train --layer ... --l1 ... --group ... --steps ...` gives."""
-        layer, penalty, steps = setting
+        """What `laai train --layer ... --l1 ... --group ...` gives."""
+        layer, penalty = setting
         examples = self.split(group, seed).train
-        result = laai.train(
-            self.model, self.tokenizer, examples, layer, l1=penalty, group=penalty, steps=steps, seed=seed
-        )
+        result = laai.train(self.model, self.tokenizer, examples, layer, l1=penalty, group=penalty, seed=seed)
         return result.intervention
 
     def validated(self, group: Group, seed: int, setting: Setting) -> float:
@@ -218,12 +214,9 @@ def choose(bench: Bench, record: Record) -> Setting:
     count = bench.model.config.num_hidden_layers
     record.table(
         "OpinionQA: how Δ is trained",
-        ["layer", "l1 = group", "steps", "KL"],
-        [
-            [str(setting.layer % count), f"{setting.penalty:g}", str(setting.steps), f"{mean:.3f}"]
-            for setting, mean in means.items()
-        ],
-        f"On training-pool questions only. Chosen: layer {best.layer % count}, {best.penalty:g}, {best.steps} steps.",
+        ["layer", "l1 = group", "KL"],
+        [[str(setting.layer % count), f"{setting.penalty:g}", f"{mean:.3f}"] for setting, mean in means.items()],
+        f"On training-pool questions only. Chosen: layer {best.layer % count}, {best.penalty:g}.",
     )
     return best
 
@@ -308,7 +301,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     bench = Bench(arguments.model, arguments.data)
     record = Record("opinion", __doc__ or "", {"seeds": arguments.seeds, "ten-shot on every": arguments.every})
-    usual = Setting(default_layer(bench.model.config.num_hidden_layers), laai.Job.l1, STEPS)
+    usual = Setting(default_layer(bench.model.config.num_hidden_layers), laai.Job.l1)
     found = measure(bench, survey_groups(), arguments.seeds, usual, every=1)
     add_tables(record, "The bundled survey", found, survey_note)
     found = measure(bench, real_groups(), arguments.seeds, choose(bench, record), arguments.every)

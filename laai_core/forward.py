@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from torch.autograd.function import once_differentiable
 
 from laai_core.apply import Edit, hooked
 from laai_core.encode import Batch
@@ -180,9 +181,10 @@ class Forward(ABC):
 
     def _token_logprobs(self, deltas: torch.Tensor, part: Part) -> torch.Tensor:
         """Log-probabilities of a part's scored tokens [m], float32."""
-        logprobs = self._logits(part, self._edit(deltas[part.owner])).float().log_softmax(-1)
+        logits = self._logits(part, self._edit(deltas[part.owner]))
         token = self._batch.token[part.scored]
-        return logprobs[part.place.to(logprobs.device), token.to(logprobs.device)]
+        logprobs: torch.Tensor = _Logprobs.apply(logits, part.place.to(logits.device), token.to(logits.device))
+        return logprobs
 
     def _mean_squares(self, part: Part, vectors: torch.Tensor) -> torch.Tensor:
         """Of the site's activation at a part's last prompt tokens: [rows]."""
@@ -215,6 +217,29 @@ class Forward(ABC):
         run = self._batch.run_of_example.to(per_example.device)
         counts = torch.bincount(run)
         return per_example.new_zeros(len(counts)).index_add(0, run, per_example) / counts
+
+
+class _Logprobs(torch.autograd.Function):
+    """Float32 log-probabilities [m] of tokens [m] at places [m] of logits [u, V].
+
+    The derivative takes the place of the one table that is kept. Autograd's own makes two more of that size, which
+    takes as long as some layers where rows are many and the model is small.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, place: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        logprobs = logits.float().log_softmax(-1)
+        ctx.save_for_backward(logprobs, place, token)
+        ctx.dtype = logits.dtype
+        return logprobs[place, token]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logprobs, place, token = ctx.saved_tensors
+        of_place = weights.new_zeros(len(logprobs)).index_add(0, place, weights)
+        derivative = logprobs.exp_().mul_(-of_place.unsqueeze(1))
+        return derivative.index_put_((place, token), weights, accumulate=True).to(ctx.dtype), None, None
 
 
 class PlainForward(Forward):

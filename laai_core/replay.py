@@ -128,7 +128,7 @@ class ReplayForward(Forward):
             logits = self._layout.model(**inputs).logits
         if logits.shape[:2] != (1, len(part.row)):
             raise RuntimeError(f"logits of shape {list(logits.shape)} for {len(part.row)} places")
-        return logits[0]
+        return logits.squeeze(0)  # not logits[0], whose derivative is a second table of that size
 
 
 def _run(layout: Layout, texts: Sequence[Text], layers: Sequence[int]) -> _Suffixes:
