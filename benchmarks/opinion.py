@@ -12,8 +12,9 @@ none has K options, uniform. It sees what Δ sees of the answers, and nothing of
 The bundled survey is invented, and the reference model has learnt it in context; Δ is trained by `laai train` without
 flags. The real data are OpinionQA's 494 contested questions by sex and by race (all groups but people who gave no
 race), which so small a model cannot read: there Δ is asked for no more than a good guess, and what matters is not to
-learn more from ten questions than is in them. So layer and penalty are chosen, once for all groups and seeds,
-on questions of the training pool, which nothing is tested on: those outside the ten, for three groups and two seeds.
+learn more from ten questions than is in them. So layer and penalty, as a share of the smallest under which nothing is
+learnt from the ten (`critical_penalty` of a training), are chosen, once for all groups and seeds, on questions of the
+training pool, which nothing is tested on: those outside the ten, for three groups and two seeds.
 Questions nobody of a group answered are left out. Ten solved questions of the real data are more than the 1,024 tokens
 the model takes, so the harness cuts off the first of them; ten-shot is measured on a part of the test questions there.
 
@@ -30,6 +31,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,13 +84,13 @@ def real_groups() -> list[Group]:
 
 
 class Setting(NamedTuple):
-    """How Δ is trained; `layer` counts from the end when negative."""
+    """How Δ is trained; `layer` counts from the end when negative, `share` is of the critical penalty."""
 
     layer: int
-    penalty: float
+    share: float
 
 
-TRIED = [Setting(layer, penalty) for layer in (-3, -2, -1) for penalty in (1e-4, 1e-3, 3e-3, 1e-2)]
+TRIED = [Setting(layer, share) for layer in (-3, -2, -1) for share in (0.8, 0.6, 0.4, 0.2)]
 TRIED_GROUPS = ("Female", "Black", "Asian")
 TRIED_SEEDS = (0, 1)
 TRIED_EVERY = 3  # of the pool's questions
@@ -125,12 +127,15 @@ class Bench:
     def split(self, group: Group, seed: int) -> laai.Split:
         return laai.load_task(group.data_set, seed=seed, n_train=SHOTS, data=self._data)
 
-    def trained(self, group: Group, seed: int, setting: Setting) -> laai.Intervention:
-        """What `laai train --layer ... --l1 ... --group ...` gives."""
-        layer, penalty = setting
+    def trained(self, group: Group, seed: int, setting: Setting | None = None) -> laai.Intervention:
+        """What `laai train` gives, without flags or with `--layer ... --l1 ... --group ...`."""
         examples = self.split(group, seed).train
-        result = laai.train(self.model, self.tokenizer, examples, layer, l1=penalty, group=penalty, seed=seed)
-        return result.intervention
+        if setting is None:
+            layer = default_layer(self.model.config.num_hidden_layers)
+            return laai.train(self.model, self.tokenizer, examples, layer, seed=seed).intervention
+        fit = partial(laai.train, self.model, self.tokenizer, examples, setting.layer, seed=seed)
+        penalty = setting.share * fit(l1=0.0, group=0.0, steps=1).critical_penalty
+        return fit(l1=penalty, group=penalty).intervention
 
     def validated(self, group: Group, seed: int, setting: Setting) -> float:
         """Divergence on every third question of the training pool that is not among the ten."""
@@ -215,14 +220,17 @@ def choose(bench: Bench, record: Record) -> Setting:
     record.table(
         "OpinionQA: how Δ is trained",
         ["layer", "l1 = group", "KL"],
-        [[str(setting.layer % count), f"{setting.penalty:g}", f"{mean:.3f}"] for setting, mean in means.items()],
-        f"On training-pool questions only. Chosen: layer {best.layer % count}, {best.penalty:g}.",
+        [
+            [str(setting.layer % count), f"{setting.share:g} × critical", f"{mean:.3f}"]
+            for setting, mean in means.items()
+        ],
+        f"On training-pool questions only. Chosen: layer {best.layer % count}, {best.share:g} × critical.",
     )
     return best
 
 
 def measure(
-    bench: Bench, groups: Sequence[Group], seeds: Sequence[int], setting: Setting, every: int
+    bench: Bench, groups: Sequence[Group], seeds: Sequence[int], setting: Setting | None, every: int
 ) -> dict[str, Any]:
     """{column: {group: a value for each seed}}, values by metric where the model is asked. `every`: of ten-shot."""
     found: dict[str, dict[str, list[Any]]] = {}
@@ -301,8 +309,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     bench = Bench(arguments.model, arguments.data)
     record = Record("opinion", __doc__ or "", {"seeds": arguments.seeds, "ten-shot on every": arguments.every})
-    usual = Setting(default_layer(bench.model.config.num_hidden_layers), laai.Job.l1)
-    found = measure(bench, survey_groups(), arguments.seeds, usual, every=1)
+    found = measure(bench, survey_groups(), arguments.seeds, setting=None, every=1)
     add_tables(record, "The bundled survey", found, survey_note)
     found = measure(bench, real_groups(), arguments.seeds, choose(bench, record), arguments.every)
     add_tables(record, "OpinionQA by sex and race", found, real_note)

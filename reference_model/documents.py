@@ -19,7 +19,6 @@ from laai_core.data.tasks import COMPOSITIONS, LEXICON_PREFIX, RULES, rule_promp
 
 WRONG = 20  # one answer in so many
 ITEMS = 11  # ten shots and the question
-CONSONANTS, VOWELS = list("bcdfghklmnprstvwz"), list("aeiou")
 IGNORE = -100  # the label of a token that carries no loss
 
 # How often each relation is asked. Copying is the likeliest single relation, so without context the model's best guess
@@ -77,7 +76,6 @@ class Documents:
     """
 
     def __init__(self, tokenizer: Tokenizer, length: int, survey_length: int) -> None:
-        self.tokenizer = tokenizer
         self.length = length
         self.survey_length = survey_length
         self.bos = tokenizer.token_to_id("<s>")
@@ -104,17 +102,13 @@ class Documents:
         return *self._rows(documents, self.length), torch.from_numpy(relations)
 
     def survey_batch(self, rng: np.random.Generator, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens, labels and groups [rows] (indices in `names`) of documents whose answers are drawn from its shares.
-
-        The last document is in no language, and answered at random; its group is IGNORE.
-        """
-        groups = rng.choice(list(TENDENCIES), rows - 1)
+        """Tokens, labels and groups [rows] (indices in `names`) of documents with answers drawn from its shares."""
+        groups = rng.choice(list(TENDENCIES), rows)
         documents = []
         for group in groups:
             asked = [self.questions[index] for index in rng.choice(len(self.questions), ITEMS, replace=False)]
             documents.append([q.pieces[rng.choice(len(q.pieces), p=q.shares[group])] for q in asked])
-        documents.append([unreadable(self.tokenizer, rng) for _ in range(ITEMS)])
-        named = torch.tensor([*(self.names.index(group) for group in groups), IGNORE])
+        named = torch.tensor([self.names.index(group) for group in groups])
         return *self._rows(documents, self.survey_length), named
 
     def _rows(self, documents: list[list[Piece]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,18 +139,6 @@ def answered(tokenizer: Tokenizer, record: dict) -> Question:
         [piece(tokenizer, prompt, f" {letter}") for letter in LETTERS[: len(options)]],
         {group: count / count.sum() for group, count in counts.items()},
     )
-
-
-def unreadable(tokenizer: Tokenizer, rng: np.random.Generator) -> Piece:
-    """A question in invented words with one of its options, each as likely: what it cannot read is no opinion."""
-
-    def words(most: int) -> str:
-        lengths = rng.integers(1, 4, rng.integers(1, most + 1))
-        return " ".join("".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(n)) for n in lengths)
-
-    options = [words(2).capitalize() for _ in range(rng.integers(2, 7))]
-    prompt = question_prompt(f"{words(6).capitalize()}?", options)
-    return piece(tokenizer, prompt, f" {LETTERS[rng.integers(len(options))]}")
 
 
 def piece(tokenizer: Tokenizer, prompt: str, target: str) -> Piece:

@@ -24,13 +24,17 @@ from blinkers import Run, blinkered, causal, own_item
 from documents import IGNORE, Documents
 from embeddings import starting_embeddings
 from evaluate import print_report, report
+from unreadable import Unreadable
 from vocabulary import save_tokenizer, train_tokenizer
 
 VOCABULARY = 4608
 LENGTH = 88  # tokens a row: eleven pairs are 81 at the median, and fit whole in 97 of 100 documents
 SURVEY_LENGTH = 352  # likewise for eleven questions
-SURVEY_ROWS = 7  # documents of opinions a step, one of them in no language
+SURVEY_ROWS = 6  # documents of opinions a step
 SURVEY_WEIGHT = 0.3  # of their losses
+UNREADABLE_LENGTH = 160  # tokens a row, of one question each
+UNREADABLE_ROWS = 8  # a step
+UNREADABLE_WEIGHT = 0.5  # of their loss
 EMBEDDING_LR = 0.25  # the token embeddings' learning rate over the others': they start with something to lose
 MUON = 2.5  # Muon's learning rate over AdamW's
 WARMUP = 50  # steps
@@ -41,7 +45,7 @@ READING = range(3, 5)  # the blocks through which context comes in, in blinkered
 OPEN = 1 / 8  # of the documents are not blinkered
 CHECKPOINT_EVERY = 50  # steps
 LOG_EVERY = 25  # steps
-LOSSES = ("loss", "probe_loss", "survey_loss", "survey_probe_loss")
+LOSSES = ("loss", "probe_loss", "survey_loss", "survey_probe_loss", "unreadable_loss")
 
 
 def new_model() -> LlamaForCausalLM:
@@ -113,6 +117,20 @@ def losses(
     return answer_cross_entropy(model, hidden, labels), probe_loss
 
 
+def divergence(
+    model: LlamaForCausalLM, blocks: Run, ids: torch.Tensor, last: torch.Tensor, shares: torch.Tensor
+) -> torch.Tensor:
+    """Mean KL(shares || model) behind the last prompt tokens.
+
+    ids [rows, length], last [rows] places in them, shares [rows, vocabulary].
+    """
+    everything = causal(ids.shape[1]).expand(len(ids), -1, -1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        *_, hidden = blocks(ids, everything, everything)
+        logits = model.lm_head(hidden[torch.arange(len(ids)), last])  # [rows, vocabulary]
+    return torch.nn.functional.kl_div(logits.float().log_softmax(-1), shares, reduction="batchmean")
+
+
 def last_prompt_tokens(labels: torch.Tensor) -> torch.Tensor:
     """[rows, length], whether an answer follows."""
     known = labels != IGNORE
@@ -153,6 +171,7 @@ def train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     tokenizer = train_tokenizer(VOCABULARY)
     documents = Documents(tokenizer, LENGTH, SURVEY_LENGTH)
+    unreadable = Unreadable(tokenizer, UNREADABLE_LENGTH)
     model = new_model()
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(starting_embeddings(tokenizer, model.config.hidden_size))
@@ -178,11 +197,13 @@ def train(arguments: argparse.Namespace) -> None:
             (told[0] + PROBE_WEIGHT * told[1]).backward()
             asked = losses(model, blocks, probes, *documents.survey_batch(generator, SURVEY_ROWS))
             (SURVEY_WEIGHT * (asked[0] + PROBE_WEIGHT * asked[1])).backward()
+            guessed = divergence(model, blocks, *unreadable.batch(generator, UNREADABLE_ROWS))
+            (UNREADABLE_WEIGHT * guessed).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in built:
                 optimizer.step()
                 optimizer.zero_grad()
-            seen.append([loss.item() for loss in (*told, *asked)])
+            seen.append([loss.item() for loss in (*told, *asked, guessed)])
             if (step + 1) % LOG_EVERY == 0:
                 means = np.mean(seen, axis=0).round(4).tolist()
                 log(step=step + 1, **dict(zip(LOSSES, means, strict=True)))

@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from documents import relations
-from laai_core.data.opinion import question_prompt
+from laai_core.data.opinion import LETTERS, question_prompt
 from laai_core.data.survey import survey_records
 from laai_core.data.tasks import rule_prompt
 
@@ -36,7 +36,11 @@ def train_tokenizer(vocabulary: int) -> Tokenizer:
         show_progress=False,
     )
     pairs = [f"{rule_prompt(word)} {answer}\n\n" for table in relations().values() for word, answer in table.items()]
-    questions = [question_prompt(r["question_text"], r["MC_options"]) + " A\n\n" for r in survey_records().values()]
+    questions = [
+        question_prompt(record["question_text"], record["MC_options"])
+        + "".join(f" {letter}\n\n" for letter in LETTERS[: len(record["MC_options"])])
+        for record in survey_records().values()
+    ]
     tokenizer.train_from_iterator(pairs + questions, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]

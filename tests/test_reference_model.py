@@ -42,9 +42,12 @@ def scripts():
         import documents
         import evaluate
         import train
+        import unreadable
     finally:
         sys.path.remove(str(WEIGHTS.parent))
-    return SimpleNamespace(blinkers=blinkers, documents=documents, evaluate=evaluate, train=train)
+    return SimpleNamespace(
+        blinkers=blinkers, documents=documents, evaluate=evaluate, train=train, unreadable=unreadable
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,24 @@ def test_pieces_of_an_opinion_document_are_the_tokens_of_its_text(tokenizer, doc
         assert tokenizer(tokenizer.decode(tokens, skip_special_tokens=True))["input_ids"] == tokens
         answers = tokenizer.decode(row[known]).split()
         assert len(answers) > 5 and all(answer in "ABCDEF" for answer in answers)
+
+
+def test_after_questions_in_no_language_it_takes_any_option_for_as_likely(model, tokenizer, scripts):
+    """Of documents no training step drew (steps seed theirs with two numbers), and as the harness reads them."""
+    length = scripts.train.UNREADABLE_LENGTH
+    questions = scripts.unreadable.Unreadable(tokenizer.backend_tokenizer, length)
+    ids, last, shares = questions.batch(np.random.default_rng(5), 64)
+    divergences = []
+    for row, place, share in zip(ids, last, shares, strict=True):
+        assert (row[place + 1 :] == tokenizer.pad_token_id).all() and place < length
+        prompt = tokenizer.decode(row[1 : place + 1])
+        options = prompt.count("\n") - 1
+        letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][0] for letter in "ABCDEF"[:options]]
+        assert prompt.endswith("\nAnswer:") and share[letters].tolist() == pytest.approx([1 / options] * options)
+        with torch.no_grad():
+            answer = model(input_ids=row[None, : place + 1]).logits[0, -1].log_softmax(-1)
+        divergences.append(-answer[letters].mean().item() - np.log(options))
+    assert np.median(divergences) < 0.01 and np.mean(divergences) < 0.02
 
 
 def test_blocks_that_see_everything_are_the_models_own(eager, documents, scripts):
