@@ -6,6 +6,9 @@ options drawn at random the model would have to find that out, and be a little w
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer
@@ -35,9 +38,15 @@ class Unreadable:
         self.pad = tokenizer.token_to_id("<pad>")
         self.letters = [tokenizer.token_to_id(f"Ġ{letter}") for letter in LETTERS[: OPTIONS[1]]]
         texts = (tokenizer.decode([index]).strip() for index in range(tokenizer.get_vocab_size()))
-        self.pieces = sorted({text for text in texts if text.isalpha() and len(text) <= 4})
-        self.lexicon = sorted(relations()["copy"])
-        self.survey = sorted({word for record in survey_records().values() for word in survey_words(record)})
+        pieces = sorted({text for text in texts if text.isalpha() and len(text) <= 4})
+        lexicon = sorted(relations()["copy"])
+        survey = sorted({word for record in survey_records().values() for word in survey_words(record)})
+        self.sources: tuple[Callable[[np.random.Generator], str], ...] = (
+            invented,
+            partial(joined, pieces=pieces),
+            partial(one, words=lexicon),
+            partial(one, words=survey),
+        )
 
     def batch(self, rng: np.random.Generator, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens [rows, length], where the last prompt tokens are [rows], shares of the next [rows, vocabulary]."""
@@ -61,12 +70,11 @@ class Unreadable:
 
     def question(self, rng: np.random.Generator) -> tuple[str, int]:
         """A prompt and its number of options."""
-        sources = (self._invented, self._pieces, self._known(self.lexicon), self._known(self.survey))
-        mixed = rng.dirichlet([0.4] * len(sources))
+        mixed = rng.dirichlet([0.4] * len(self.sources))
 
         def words(most: int) -> str:
-            number = int(np.exp(rng.uniform(0, np.log(most + 1))))  # short ones are likelier
-            drawn = [sources[rng.choice(len(sources), p=mixed)](rng) for _ in range(number)]
+            number = int(np.exp(rng.uniform(0, np.log(most + 1))))  # few are likelier
+            drawn = [self.sources[rng.choice(len(self.sources), p=mixed)](rng) for _ in range(number)]
             text = " ".join(word + ("," if rng.random() < 0.08 else "") for word in drawn)
             return text[0].upper() + text[1:]
 
@@ -74,14 +82,20 @@ class Unreadable:
         text = words(QUESTION_WORDS) + ENDS[rng.integers(len(ENDS))]
         return question_prompt(text, [words(most) for _ in range(count)]), count
 
-    def _invented(self, rng: np.random.Generator) -> str:
-        return "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(rng.integers(1, 5)))
 
-    def _pieces(self, rng: np.random.Generator) -> str:
-        return "".join(self.pieces[index] for index in rng.integers(len(self.pieces), size=rng.integers(1, 4)))
+def invented(rng: np.random.Generator) -> str:
+    """One to four syllables."""
+    return "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(rng.integers(1, 5)))
 
-    def _known(self, words: list[str]):
-        return lambda rng: words[rng.integers(len(words))]
+
+def joined(rng: np.random.Generator, pieces: Sequence[str]) -> str:
+    """One to three pieces in a row."""
+    return "".join(pieces[index] for index in rng.integers(len(pieces), size=rng.integers(1, 4)))
+
+
+def one(rng: np.random.Generator, words: Sequence[str]) -> str:
+    """One of the words."""
+    return words[rng.integers(len(words))]
 
 
 def survey_words(record: dict) -> list[str]:
