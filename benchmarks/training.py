@@ -159,7 +159,7 @@ def rows_of(timings: dict[tuple[int, int], Timings], unit: Callable[[float], str
 def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--steps", type=int, default=100, help="of a whole training (default: %(default)s)")
-    flags.add_argument("--skip-trainings", action="store_true", help="only the steps: the trainings take half an hour")
+    flags.add_argument("--skip-trainings", action="store_true", help="only the steps: the trainings take an hour")
     arguments = flags.parse_args()
     quick = arguments.quick
     model = small_llama() if quick else random_llama()
