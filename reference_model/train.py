@@ -101,7 +101,7 @@ def losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross-entropy over the answer tokens, and the sum over the probes of that of their guesses.
 
-    ids and labels [rows, length], names [rows]: the relation or group behind the answers, or IGNORE.
+    ids and labels [rows, length], names [rows]: the relation or group behind the answers.
     """
     named = names[:, None].expand_as(ids)
     ends = answer_ends(labels)

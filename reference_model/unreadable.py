@@ -18,7 +18,7 @@ from laai_core.data.opinion import LETTERS, question_prompt
 from laai_core.data.survey import survey_records
 
 CONSONANTS, VOWELS = list("bcdfghklmnprstvwz"), list("aeiou")
-OPTIONS = (2, 7)  # at least, and fewer than
+OPTIONS = (2, 6)  # at least, at most
 QUESTION_WORDS = 40  # at most
 OPTION_WORDS = (2, 4, 10)  # at most, one of these a question
 ENDS = ("?", "?", "?", ".", "...", "")
@@ -36,7 +36,7 @@ class Unreadable:
         self.length = length
         self.bos = tokenizer.token_to_id("<s>")
         self.pad = tokenizer.token_to_id("<pad>")
-        self.letters = [tokenizer.token_to_id(f"Ġ{letter}") for letter in LETTERS[: OPTIONS[1]]]
+        self.letters = [tokenizer.token_to_id(f"Ġ{letter}") for letter in LETTERS[: max(OPTIONS)]]
         texts = (tokenizer.decode([index]).strip() for index in range(tokenizer.get_vocab_size()))
         pieces = sorted({text for text in texts if text.isalpha() and len(text) <= 4})
         lexicon = sorted(relations()["copy"])
@@ -78,7 +78,7 @@ class Unreadable:
             text = " ".join(word + ("," if rng.random() < 0.08 else "") for word in drawn)
             return text[0].upper() + text[1:]
 
-        count, most = int(rng.integers(*OPTIONS)), int(rng.choice(OPTION_WORDS))
+        count, most = int(rng.integers(*OPTIONS, endpoint=True)), int(rng.choice(OPTION_WORDS))
         text = words(QUESTION_WORDS) + ENDS[rng.integers(len(ENDS))]
         return question_prompt(text, [words(most) for _ in range(count)]), count
 
