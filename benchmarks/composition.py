@@ -13,8 +13,6 @@ Stopped, the command goes on where it was: what was measured is kept in `runs/`.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
 import statistics
 import sys
@@ -30,6 +28,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 import laai_core as laai
+from known import Known
 from laai_core.commands.train import default_layer
 from laai_core.compose import METHODS
 from laai_core.data.lexicon import LEXICON
@@ -59,6 +58,10 @@ class Asked(NamedTuple):
     seed: int = 0  # of the shots
     limit: int | None = None
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.task, self.vector.sha256 if self.vector else None, self.shots, self.seed, self.limit)
+
 
 class Harness:
     """Exact match through the harness, on one model that stays loaded. Known figures are not measured again.
@@ -69,22 +72,18 @@ class Harness:
 
     def __init__(self, folder: str, known: Path) -> None:
         self.model, self.tokenizer = reference_model(folder)
-        weights = sorted(Path(folder).glob("*.safetensors"))
-        self._setting = hashlib.sha256(b"".join(path.read_bytes() for path in (*weights, LEXICON))).hexdigest()
-        self._path = known
-        lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
-        self._known: dict[str, float] = dict(json.loads(line) for line in lines)
+        self._known = Known(known, [*sorted(Path(folder).glob("*.safetensors")), LEXICON])
 
     def exact_match(self, asked: Sequence[Asked], what: str) -> list[float]:
         """Shares of right answers, in order."""
         with tqdm(total=len(asked), desc=what, file=sys.stderr) as bar:
-            new = {self._key(one): one for one in asked if self._key(one) not in self._known}
+            new = {one.key: one for one in asked if one.key not in self._known}
             bar.update(len(asked) - len(new))
             for batch in _batches(list(new.values())):
                 for one, score in zip(batch, self._measured(batch), strict=True):
-                    self._keep(self._key(one), score)
+                    self._known[one.key] = score
                 bar.update(len(batch))
-        return [self._known[self._key(one)] for one in asked]
+        return [self._known[one.key] for one in asked]
 
     def _measured(self, batch: Sequence[Asked]) -> list[float]:
         """One run of the harness: different tasks, a vector for each or for none."""
@@ -109,16 +108,6 @@ class Harness:
                 ),
             )
         return [results["results"][name]["exact_match,none"] for name in names]
-
-    def _key(self, one: Asked) -> str:
-        vector = one.vector.sha256 if one.vector is not None else None
-        return json.dumps([self._setting, one.task, vector, one.shots, one.seed, one.limit])
-
-    def _keep(self, key: str, score: float) -> None:
-        self._known[key] = score
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([key, score]) + "\n")
 
 
 def _batches(asked: list[Asked]) -> Iterator[list[Asked]]:

@@ -24,8 +24,6 @@ Stopped, the command goes on where it was: what was measured is kept in `runs/`.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
 import math
 import statistics
@@ -40,6 +38,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 import laai_core as laai
+from known import Known
 from laai_core.commands.train import default_layer
 from laai_core.data import in_training_pool
 from laai_core.data.tasks import OPINIONQA_GROUP, load_opinions, opinionqa_group
@@ -96,32 +95,12 @@ TRIED_SEEDS = (0, 1)
 TRIED_EVERY = 3  # of the pool's questions
 
 
-class Known:
-    """Figures that were measured before, in a file that every new one is added to."""
-
-    def __init__(self, path: Path, of: str) -> None:
-        self._path, self._of = path, of
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self._known: dict[str, Any] = dict(json.loads(line) for line in lines)
-
-    def get(self, key: Sequence[Any], measure: Callable[[], Any]) -> Any:
-        """What `measure` gave under this key, now or before."""
-        text = json.dumps([self._of, *key])
-        if text not in self._known:
-            self._known[text] = measure()
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([text, self._known[text]]) + "\n")
-        return self._known[text]
-
-
 class Bench:
     """One model, and what is measured on it."""
 
     def __init__(self, folder: str, data: str | None) -> None:
         self.model, self.tokenizer = reference_model(folder)
-        weights = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(folder).glob("*.safetensors"))))
-        self._known = Known(RUNS, weights.hexdigest())
+        self._known = Known(RUNS, sorted(Path(folder).glob("*.safetensors")))
         self._data = data
 
     def split(self, group: Group, seed: int) -> laai.Split:
@@ -129,23 +108,25 @@ class Bench:
 
     def trained(self, group: Group, seed: int, setting: Setting | None = None) -> laai.Intervention:
         """What `laai train` gives, without flags or with `--layer ... --l1 ... --group ...`."""
-        examples = self.split(group, seed).train
+        layer = setting.layer if setting else default_layer(self.model.config.num_hidden_layers)
+        fit = partial(laai.train, self.model, self.tokenizer, self.split(group, seed).train, layer, seed=seed)
         if setting is None:
-            layer = default_layer(self.model.config.num_hidden_layers)
-            return laai.train(self.model, self.tokenizer, examples, layer, seed=seed).intervention
-        fit = partial(laai.train, self.model, self.tokenizer, examples, setting.layer, seed=seed)
+            return fit().intervention
         penalty = setting.share * fit(l1=0.0, group=0.0, steps=1).critical_penalty
         return fit(l1=penalty, group=penalty).intervention
 
     def validated(self, group: Group, seed: int, setting: Setting) -> float:
         """Divergence on every third question of the training pool that is not among the ten."""
         key = ["validation", group.data_set, seed, *setting]
-        return self._known.get(key, lambda: self._validated(group, seed, setting))
+        if key not in self._known:
+            self._known[key] = self._validated(group, seed, setting)
+        return self._known[key]
 
     def _validated(self, group: Group, seed: int, setting: Setting) -> float:
         opinions, _ = load_opinions(group.data_set, self._data)
         pool = [one.example() for one in opinions if in_training_pool(one.question.key)]
-        others = [example for example in pool if example not in self.split(group, seed).train]
+        ten = self.split(group, seed).train
+        others = [example for example in pool if example not in ten]
         vector = self.trained(group, seed, setting)
         pairs = [(vector, others[::TRIED_EVERY])]
         (losses,) = task_losses(self.model, self.tokenizer, pairs, batch_size=BATCH)
@@ -156,7 +137,9 @@ class Bench:
     ) -> Scores:
         """Means over the test questions, or over every `every`th, by the harness."""
         key = [group.data_set, seed if shots else None, shots, vector.sha256 if vector else None, every]
-        return self._known.get(key, lambda: self._measured(group, seed, shots, vector, every))
+        if key not in self._known:
+            self._known[key] = self._measured(group, seed, shots, vector, every)
+        return self._known[key]
 
     def _measured(self, group: Group, seed: int, shots: int, vector: laai.Intervention | None, every: int) -> Scores:
         metadata = {**group.metadata, "seed": seed, "n_train": SHOTS}
