@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 import laai_core as laai
 from known import Known
-from laai_core.commands.train import default_layer
-from laai_core.compose import METHODS
 from laai_core.data.lexicon import LEXICON
 from laai_core.data.tasks import COMPOSITIONS, LEXICON_PREFIX, RULES
+from lm_eval_laai.methods import default_layer
+from lm_eval_laai.methods.compose import METHODS, compose
 from lm_eval_laai.model import HFLaai
 from lm_eval_laai.tasks import include_path
 from measure import Record
@@ -143,7 +143,7 @@ def composed(harness: Harness, vectors: Vectors, name: str, method: str, seed: i
     if method == "fit":
         fitting = {"model": harness.model, "tokenizer": harness.tokenizer, "examples": examples(name, seed)}
     parents = [vectors[rule] for rule in COMPOSITIONS[name]]
-    return laai.compose(parents, method, task=f"laai_{LEXICON_PREFIX}{name}", **fitting)
+    return compose(parents, method, task=f"laai_{LEXICON_PREFIX}{name}", **fitting)
 
 
 def methods_tables(record: Record, harness: Harness, trained_by_seed: dict[int, Vectors], penalty: float) -> None:
@@ -213,7 +213,7 @@ def interference_table(record: Record, harness: Harness, trained_by_seed: dict[i
         for rule in RULES:
             asked["alone", rule, seed] = Asked(rule, vectors[rule])
         for pair in (*CLASHING, *composing):
-            both = laai.compose([vectors[rule] for rule in pair])
+            both = compose([vectors[rule] for rule in pair])
             for rule in pair:
                 asked[pair, rule, seed] = Asked(rule, both)
             if pair in composing:
@@ -258,7 +258,7 @@ def sweep_table(record: Record, harness: Harness, seeds: Sequence[int], layer: i
         for vectors in trained(harness, seeds, at, penalty).values():
             asked["rules"] += [Asked(rule, vectors[rule], limit=SWEPT_ITEMS) for rule in RULES]
             for name, pair in COMPOSITIONS.items():
-                total = laai.compose([vectors[rule] for rule in pair])
+                total = compose([vectors[rule] for rule in pair])
                 for scale in SWEPT_SCALES:
                     asked[f"sum × {scale:g}"].append(Asked(name, scale * total, limit=SWEPT_ITEMS))
                 asked["re-optimised"].append(Asked(name, vectors[name], limit=SWEPT_ITEMS))

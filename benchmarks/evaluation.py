@@ -25,8 +25,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import laai_core as laai
-from laai_core.commands.train import default_layer
 from laai_core.data.tasks import LEXICON_PREFIX, RULES
+from lm_eval_laai.methods import default_layer
 from lm_eval_laai.model import HFLaai
 from lm_eval_laai.tasks import include_path
 from measure import Record, Timings, interleaved, median, parser, ratio

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import laai_core as laai
-from laai_core.commands.train import default_layer
+from lm_eval_laai.methods import default_layer
 from measure import Record, Timings, interleaved, median, parser, ratio
 from models import (
     REFERENCE_MODEL,

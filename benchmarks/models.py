@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from laai_core.data import Example
+from laai_core.example import Example
 
 REFERENCE_MODEL = Path(__file__).resolve().parent.parent / "reference_model" / "weights"
 WORDS = 4096  # of the tokenizer; a model's vocabulary may be larger

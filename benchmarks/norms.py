@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 import laai_core as laai
-from laai_core.commands.train import default_layer
-from laai_core.data import few_shot_prompt
 from laai_core.data.tasks import LEXICON_PREFIX, RULES
+from laai_core.example import few_shot_prompt
 from laai_core.locate import locate
+from lm_eval_laai.methods import default_layer
 from measure import Record, parser
 from models import REFERENCE_MODEL, reference_model
 

@@ -39,11 +39,11 @@ from tqdm import tqdm
 
 import laai_core as laai
 from known import Known
-from laai_core.commands.train import default_layer
 from laai_core.data import in_training_pool
 from laai_core.data.tasks import OPINIONQA_GROUP, load_opinions, opinionqa_group
-from laai_core.evaluate import task_losses
 from laai_core.objective import smoothed
+from lm_eval_laai.methods import default_layer
+from lm_eval_laai.methods.evaluate import task_losses
 from lm_eval_laai.model import HFLaai
 from lm_eval_laai.tasks import include_path, list_tasks
 from measure import Record

@@ -13,9 +13,9 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import laai_core as laai
-from laai_core.commands.train import default_layer
 from laai_core.data.tasks import LEXICON_PREFIX, RULES
-from laai_core.plot import can_plot
+from lm_eval_laai.inspection.plot import can_plot
+from lm_eval_laai.methods import default_layer
 from measure import DOCS, Record, parser
 from models import REFERENCE_MODEL, reference_model
 

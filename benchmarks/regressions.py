@@ -26,12 +26,12 @@ from lm_eval.tasks import TaskManager
 
 import laai_core as laai
 from laai_core import positions
-from laai_core.commands.train import default_layer
 from laai_core.data.tasks import LEXICON_PREFIX, RULES
-from lm_eval_laai.baseline import load_baseline
-from lm_eval_laai.check import FAILED, Finding, compare
+from lm_eval_laai.gate.baseline import load_baseline
+from lm_eval_laai.gate.check import FAILED, Finding, compare
+from lm_eval_laai.gate.results_file import read_results
+from lm_eval_laai.methods import default_layer
 from lm_eval_laai.model import HFLaai
-from lm_eval_laai.results_file import read_results
 from lm_eval_laai.tasks import include_path
 from measure import Record, parser
 from models import REFERENCE_MODEL, reference_model

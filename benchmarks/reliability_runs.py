@@ -13,7 +13,7 @@ import repeating
 from tqdm import tqdm
 
 import laai_core as laai
-from laai_core.commands.train import default_layer
+from lm_eval_laai.methods import default_layer
 from models import REFERENCE_MODEL, reference_model
 from reliability import ROOT, Part, Table, table
 

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LAAI = "import sys; from lm_eval_laai.cli import main; sys.exit(main())"
+LAAI = "import sys; from lm_eval_laai.commands.cli import main; sys.exit(main())"
 WORK = ["--tables", "2,4", "--figures", "2", "--seeds", "2", "--limit", "20"]
 REPORT = ("report.json", "report.md")
 

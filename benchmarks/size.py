@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from laai_core.commands.train import default_layer
 from laai_core.encode import encode_examples
 from laai_core.forward import PlainForward, frozen
 from laai_core.locate import locate
 from laai_core.objective import Objective
-from laai_core.plot import can_plot
 from laai_core.replay import ReplayForward
+from lm_eval_laai.inspection.plot import can_plot
+from lm_eval_laai.methods import default_layer
 from measure import DOCS, Record, Timings, interleaved, median, milliseconds, parser, ratio
 from models import random_llama, word_examples, word_tokenizer
 

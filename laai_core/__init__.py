@@ -1,9 +1,9 @@
 """Layerwise additive activation intervention: train, hold, apply and store one sparse vector (arXiv 2502.06115)."""
 
 from laai_core.apply import apply
-from laai_core.compose import compose
-from laai_core.data import Example, Split, load_task
+from laai_core.data import load_task
 from laai_core.errors import LaaiError
+from laai_core.example import Example, Split
 from laai_core.intervention import Intervention
 from laai_core.train import Job, TrainResult, train, train_many
 
@@ -15,7 +15,6 @@ __all__ = [
     "Split",
     "TrainResult",
     "apply",
-    "compose",
     "load_task",
     "train",
     "train_many",

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from laai_core.data import Example
 from laai_core.errors import LaaiError
+from laai_core.example import Example
 
 WHITESPACE = ("refuse", "loglikelihood", "generation")
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from laai_core import storage
-from laai_core.card import Scores, model_card
 from laai_core.errors import LaaiError
 from laai_core.hub import SUFFIX, local_file, upload
 from laai_core.locate import SITES, Layout
+from lm_eval_laai.hub.card import Scores, model_card
 
 POSITIONS = ("last", "generated", "all")
 OPERATIONS = ("add", "icv")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from laai_core.data import Example
 from laai_core.errors import LaaiError
+from laai_core.example import Example
 
 LOSSES = ("nll", "kl")
 SMOOTHING = 1e-4  # epsilon of the human distribution, the same in training and in the metric

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from laai_core.data import Example
 from laai_core.encode import encode_examples
+from laai_core.example import Example
 from laai_core.forward import Forward, PlainForward, max_positions
 from laai_core.locate import Layout
 from laai_core.objective import Objective

@@ -15,9 +15,9 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from laai_core.data import Example
 from laai_core.encode import WHITESPACE
 from laai_core.errors import LaaiError
+from laai_core.example import Example
 from laai_core.forward import frozen
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate, verify_causal

@@ -9,8 +9,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from laai_core.data import few_shot_prompt, load_task
+from laai_core.data import load_task
 from laai_core.data.tasks import LEXICON_PREFIX, RULES
+from laai_core.example import few_shot_prompt
 
 NEW_TOKENS = 10  # more than the longest answer takes
 

@@ -126,7 +126,7 @@ class _Server:
 
 def _serve() -> None:
     """The server: starts commands, and says how they ended."""
-    importlib.import_module("lm_eval_laai.cli")
+    importlib.import_module("lm_eval_laai.commands.cli")
     for line in sys.stdin:
         ((what, value),) = json.loads(line).items()
         if what == "preload":
@@ -164,7 +164,7 @@ def _command(
     sums: dict[str, str] | None = None,
 ) -> None:
     """The new process."""
-    from lm_eval_laai import cli
+    from lm_eval_laai.commands import cli
 
     code = 99
     try:

@@ -32,13 +32,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from laai_core import Intervention, LaaiError
 from laai_core.apply import Edit
-from laai_core.card import model_card
-from laai_core.commands.inspect import describe
 from laai_core.data import read_lexicon, read_pairs
 from laai_core.data.lexicon import LEXICON
 from laai_core.data.opinionqa import load_opinionqa
 from laai_core.errors import LONGEST
 from laai_core.locate import Layout, locate
+from lm_eval_laai.commands.inspect import describe
+from lm_eval_laai.hub.card import model_card
 from lm_eval_laai.model import HFLaai
 
 SECONDS = 5.0  # of CPU for one file; whatever does not hang takes a fraction

@@ -19,11 +19,11 @@ from lm_eval._cli import HarnessCLI
 from test_apply import intervention
 from tiny import tiny_model, tiny_tokenizer
 
-from lm_eval_laai import cli
-from lm_eval_laai.baseline import Baseline, load_baseline
-from lm_eval_laai.check import FAILED, NOTE, OK, Finding, compare
+from lm_eval_laai.commands import cli
+from lm_eval_laai.gate.baseline import Baseline, load_baseline
+from lm_eval_laai.gate.check import FAILED, NOTE, OK, Finding, compare
+from lm_eval_laai.gate.results_file import read_results
 from lm_eval_laai.register import register
-from lm_eval_laai.results_file import read_results
 from lm_eval_laai.tasks import include_path, list_tasks
 
 TASK, METRIC = "laai_lexicon_antonym", "exact_match,none"

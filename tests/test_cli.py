@@ -20,13 +20,13 @@ from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 import laai_core as laai
-from laai_core import cli as core
-from laai_core.commands import train as train_command
 from laai_core.data import load_task
-from lm_eval_laai import cli, demo
+from lm_eval_laai.commands import cli, demo
+from lm_eval_laai.commands import train as train_command
 from lm_eval_laai.tasks import include_path, list_tasks
 
 TASK = "lexicon_antonym"
+LAAI = "import sys; from lm_eval_laai.commands.cli import main; sys.exit(main())"
 FILE = "laai_lexicon_antonym.safetensors"
 needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file as `train` writes it."""
     path = tmp_path_factory.mktemp("trained") / FILE
-    assert core.main(["train", "--model", str(model), "--task", TASK, "--steps", "8", "--output", str(path)]) == 0
+    assert cli.main(["train", "--model", str(model), "--task", TASK, "--steps", "8", "--output", str(path)]) == 0
     return path
 
 
@@ -52,7 +52,7 @@ def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs a command line that must end in one line and an exit code; returns the line."""
 
-    def run(*argv: object, code: int = 2, main: Callable[[list[str]], int] = core.main) -> str:
+    def run(*argv: object, code: int = 2, main: Callable[[list[str]], int] = cli.main) -> str:
         capfd.readouterr()
         assert main([str(a) for a in argv]) == code
         out, err = capfd.readouterr()
@@ -68,7 +68,7 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
 def facts_of(capfd: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
     """What a command prints with --json."""
     capfd.readouterr()
-    assert core.main([*map(str, argv), "--json"]) == 0
+    assert cli.main([*map(str, argv), "--json"]) == 0
     return json.loads(capfd.readouterr().out)
 
 
@@ -102,7 +102,7 @@ def test_train_then_inspect(model: Path, tmp_path: Path, capfd: pytest.CaptureFi
     assert 1 - layer["zero_share"] == pytest.approx(facts["nonzero_share"])
     assert layer["active_heads"] == facts["active_heads"]
 
-    assert core.main(["inspect", str(path)]) == 0
+    assert cli.main(["inspect", str(path)]) == 0
     text = capfd.readouterr().out
     for part in (iv.sha256, "heads", "last", "training.objective", r"'\n'", f"{layer['norms'][0]:.4f}"):
         assert part in text
@@ -111,7 +111,7 @@ def test_train_then_inspect(model: Path, tmp_path: Path, capfd: pytest.CaptureFi
 def test_train_prints_a_summary_and_logs_to_stderr(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert core.main(["train", "--model", str(model), "--task", TASK, "--steps", "3", "--output", f"{tmp_path}/"]) == 0
+    assert cli.main(["train", "--model", str(model), "--task", TASK, "--steps", "3", "--output", f"{tmp_path}/"]) == 0
     out, err = capfd.readouterr()
     assert [line.split("  ")[0] for line in out.splitlines()] == [
         *(
@@ -132,13 +132,13 @@ def test_train_prints_a_summary_and_logs_to_stderr(
 
 def test_the_same_training_gives_the_same_bytes(model: Path, trained: Path, tmp_path: Path) -> None:
     # Once more, into an existing folder that is given without a slash, in another process.
-    command = [sys.executable, "-m", "laai_core", "train", "--model", model, "--task", TASK, "--steps", "8"]
+    command = [sys.executable, "-c", LAAI, "train", "--model", model, "--task", TASK, "--steps", "8"]
     subprocess.run([*map(str, command), "--output", str(tmp_path)], check=True, capture_output=True)
     assert (tmp_path / FILE).read_bytes() == trained.read_bytes()
 
 
 def test_defaults_are_those_of_train(model: Path, tmp_path: Path) -> None:
-    assert core.main(["train", "--model", str(model), "--task", TASK, "--output", str(tmp_path)]) == 0
+    assert cli.main(["train", "--model", str(model), "--task", TASK, "--output", str(tmp_path)]) == 0
     written = laai.Intervention.load(tmp_path / FILE)
     layer = train_command.default_layer(LAYERS)
     assert written.layers == [layer]
@@ -159,7 +159,7 @@ def test_plot(site: str, tmp_path: Path) -> None:
     shape = (4, 8) if site == "heads" else (32,)
     laai.Intervention({1: torch.randn(shape), 2: torch.zeros(shape)}, site=site).save(tmp_path / "x.safetensors")
     plot = tmp_path / "new" / "x.png"
-    assert core.main(["inspect", str(tmp_path / "x.safetensors"), "--plot", str(plot)]) == 0
+    assert cli.main(["inspect", str(tmp_path / "x.safetensors"), "--plot", str(plot)]) == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in plot.parent.iterdir()] == ["x.png"]
 
@@ -171,7 +171,7 @@ def test_plot_refusals(
     (tmp_path / "file").touch()
     if find_spec("matplotlib"):
         assert "cannot write" in refused("inspect", trained, "--plot", tmp_path / "file" / "x.png")
-    monkeypatch.setattr("laai_core.plot.find_spec", lambda name: None)
+    monkeypatch.setattr("lm_eval_laai.inspection.plot.find_spec", lambda name: None)
     assert 'pip install "laai[plot]"' in refused("inspect", trained, "--plot", tmp_path / "x.png")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -374,7 +374,7 @@ def test_missing_weights_are_told(model: Path, tmp_path: Path, caplog: pytest.Lo
     shutil.copy(model / "tokenizer.json", tmp_path)
     shutil.copy(model / "tokenizer_config.json", tmp_path)
     line = ["train", "--model", str(tmp_path), "--task", TASK, "--steps", "1", "--output", f"{tmp_path}/out/"]
-    assert core.main(line) == 0
+    assert cli.main(line) == 0
     assert "lm_head.weight" in caplog.text
 
 
@@ -394,7 +394,7 @@ def test_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         "english-french.json": ("missing", None),
         "english-german.json": ("missing", None),
     }
-    assert core.main(["data", "--data", str(tmp_path)]) == 0
+    assert cli.main(["data", "--data", str(tmp_path)]) == 0
     text = capfd.readouterr().out
     for part in (
         "changed",
@@ -411,7 +411,7 @@ def test_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 def test_public_data(public_data: Path, capfd: pytest.CaptureFixture[str]) -> None:
     facts = facts_of(capfd, "data", "--data", public_data)
     assert {s["state"] for s in facts["sets"]} == {"ok"}
-    assert core.main(["data", "--data", str(public_data)]) == 0
+    assert cli.main(["data", "--data", str(public_data)]) == 0
     assert "laai data fetch" not in capfd.readouterr().out
 
 
@@ -486,7 +486,7 @@ def test_demo_refusals(
 
 def test_auto_settings_are_cross_validated_and_shown(model: Path, tmp_path: Path, capfd: Any) -> None:
     flags = ["--layer", "auto", "--l1", "auto", "--group", "0.01", "--steps", "5", "--n-train", "4", "--json"]
-    assert core.main(["train", "--model", str(model), "--task", TASK, "--output", f"{tmp_path}/", *flags]) == 0
+    assert cli.main(["train", "--model", str(model), "--task", TASK, "--output", f"{tmp_path}/", *flags]) == 0
     facts = json.loads(capfd.readouterr().out)
     layers = [one["layer"] for one in facts["tried"]]
     assert sorted(set(layers)) == list(range(max(layers) + 1)) and facts["layer"] in layers

@@ -14,10 +14,9 @@ import torch
 from tiny import HEADS, HIDDEN, LAYERS, PROJECTION_PATHS, tiny_model, tiny_tokenizer
 
 import laai_core as laai
-from laai_core import Example, Intervention, LaaiError, compose
-from laai_core import cli as core
-from laai_core.compose import METHODS
-from lm_eval_laai import cli
+from laai_core import Example, Intervention, LaaiError
+from lm_eval_laai.commands import cli
+from lm_eval_laai.methods.compose import METHODS, compose
 
 CLOSED = [method for method in METHODS if method != "fit"]
 
@@ -246,17 +245,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-def run(main: Any, *argv: object) -> int:
-    return main([str(a) for a in argv])
+def run(*argv: object) -> int:
+    return cli.main([str(a) for a in argv])
 
 
-@pytest.mark.parametrize("main", [core.main, cli.main])
 def test_compose_on_the_command_line(
-    main: Any, files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "c.safetensors"
     line = ["compose", files["a"], files["b"], "-o", out, "--method", "mean", "--weights", "2,-0.5"]
-    assert run(main, *line, "--json") == 0
+    assert run(*line, "--json") == 0
     facts = json.loads(capfd.readouterr().out)
     parents = [Intervention.load(files["a"]), Intervention.load(files["b"])]
     assert out.read_bytes() == compose(parents, "mean", [2.0, -0.5]).to_bytes()
@@ -265,10 +263,10 @@ def test_compose_on_the_command_line(
     assert [parent["sha256"] for parent in facts["parents"]] == [parent.sha256 for parent in parents]
     assert [parent["file"] for parent in facts["parents"]] == [str(files["a"]), str(files["b"])]
 
-    assert run(main, *line) == 0
+    assert run(*line) == 0
     text = capfd.readouterr().out
     assert "-0.5" in text and "laai_lexicon_en_fr" in text and facts["sha256"] in text
-    assert run(main, "inspect", out) == 0
+    assert run("inspect", out) == 0
     shown = capfd.readouterr().out
     assert parents[0].sha256 in shown and "composition.parents.1.weight" in shown
 
@@ -278,7 +276,7 @@ def test_fit_on_the_command_line_names_the_file_for_the_harness(
 ) -> None:
     task = "lexicon_en_fr_antonym"
     line = ["compose", files["a"], files["b"], "-o", f"{tmp_path}/", "--method", "fit", "--task", task]
-    assert run(core.main, *line, "--model", files["model"], "--seed", 2, "--n-train", 4, "--json") == 0
+    assert run(*line, "--model", files["model"], "--seed", 2, "--n-train", 4, "--json") == 0
     facts = json.loads(capfd.readouterr().out)
     assert facts["file"] == str(tmp_path / f"laai_{task}.safetensors")
     iv = Intervention.load(facts["file"])
@@ -321,7 +319,7 @@ def test_bad_lines(
     mlp = tmp_path / "mlp.safetensors"
     Intervention({LAYERS - 1: torch.ones(HIDDEN)}, "mlp").save(mlp)
     names = {"out": tmp_path / "out", "model": files["model"], "mlp": mlp}
-    assert run(core.main, "compose", files["a"], files["b"], *(part.format(**names) for part in more)) == 2
+    assert run("compose", files["a"], files["b"], *(part.format(**names) for part in more)) == 2
     out, err = capfd.readouterr()
     assert out == ""
     assert err.startswith("laai: error: ") and err.count("\n") == 1 and message in err

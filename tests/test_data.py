@@ -7,8 +7,9 @@ import unicodedata
 
 import pytest
 
-from laai_core.data import Example, few_shot_prompt, in_training_pool, load_pairs, load_task, task_names
+from laai_core.data import in_training_pool, load_pairs, load_task, task_names
 from laai_core.errors import LaaiError
+from laai_core.example import Example, few_shot_prompt
 
 RULES = ["antonym", "synonym", "en_fr", "en_de"]
 COMPOSITIONS = ["en_fr_antonym", "en_de_antonym", "en_fr_synonym", "en_de_synonym"]

@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import laai_core as laai
-from laai_core import cli
+from lm_eval_laai.commands import cli
 
 STEPS = 5
 ROUNDING = 1e-4

@@ -16,7 +16,7 @@ from fake_hub import TOKEN, FakeHub, Repository
 from tiny import tiny_model, tiny_tokenizer
 
 import laai_core as laai
-from laai_core import cli
+from lm_eval_laai.commands import cli
 from lm_eval_laai.model import HFLaai
 
 ROOT = Path(__file__).resolve().parent.parent

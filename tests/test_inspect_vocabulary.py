@@ -26,11 +26,10 @@ from tiny import (
 )
 
 import laai_core as laai
-from laai_core import cli as core
 from laai_core.apply import Edit
-from laai_core.commands import inspect
 from laai_core.locate import locate
-from laai_core.vocabulary import written
+from lm_eval_laai.commands import cli, inspect
+from lm_eval_laai.inspection.vocabulary import written
 
 PROMPTS = [[2, 7, 30], [5], [9, 8, 41, 3, 77]]
 SITES = {"heads": PROJECTION_PATHS, "residual": BLOCK_PATHS, "mlp": MLP_PATHS}
@@ -269,7 +268,7 @@ def saved(path: Path, size: float, **arguments: Any) -> str:
 
 def test_inspect_shows_what_is_written(model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = saved(tmp_path / "x.safetensors", 8.0, scale=0.5, metadata={"task": "laai_lexicon_antonym"})
-    assert core.main(["inspect", file, "--model", str(model_folder), "--json"]) == 0
+    assert cli.main(["inspect", file, "--model", str(model_folder), "--json"]) == 0
     facts = json.loads(capfd.readouterr().out)["writes"]
     assert (facts["task"], facts["prompts"], facts["warnings"]) == ("lexicon_antonym", 10, [])
     layer = facts["layers"]["1"]
@@ -286,7 +285,7 @@ def test_inspect_shows_what_is_written(model_folder: Path, tmp_path: Path, capfd
             assert one["text"] == tokenizer.decode([one["id"]])
     assert len(layer["groups"]) == HEADS
 
-    assert core.main(["inspect", file, "--model", str(model_folder)]) == 0
+    assert cli.main(["inspect", file, "--model", str(model_folder)]) == 0
     text = capfd.readouterr().out
     best = facts["total"]["promotes"][0]
     for part_of_text in (
@@ -307,7 +306,7 @@ def test_an_unusual_size_is_told(
     low, high = inspect.USUAL_SIZE
     size = 3.0 if factor is None else factor * low if factor > 0 else -factor * high
     file = saved(tmp_path / "x.safetensors", size)
-    assert core.main(["inspect", file, "--model", str(model_folder), "--task", "lexicon_antonym"]) == 0
+    assert cli.main(["inspect", file, "--model", str(model_folder), "--task", "lexicon_antonym"]) == 0
     text = capfd.readouterr().out
     assert ("warning: layer 1: " in text) == bool(said) and said in text
 
@@ -322,5 +321,5 @@ def test_inspect_refusals(model_folder: Path, tmp_path: Path, capfd: pytest.Capt
         ([str(other), "--model", str(model_folder), "--task", "lexicon_antonym"], "has shape (2, 3)"),
         ([file, "--model", str(model_folder), "--task", "lexicon_antonim"], "did you mean lexicon_antonym"),
     ]:
-        assert core.main(["inspect", *argv]) == 2
+        assert cli.main(["inspect", *argv]) == 2
         assert said in capfd.readouterr().err

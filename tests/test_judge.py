@@ -35,7 +35,7 @@ from transformers.utils import import_utils
 
 from laai_core.data import load_pairs
 from laai_core.errors import LaaiError, WorkFailed
-from lm_eval_laai import cli
+from lm_eval_laai.commands import cli
 from lm_eval_laai.judge import Cache, Judge, Sample, judge_samples, read_samples
 from lm_eval_laai.judge.endpoint import ATTEMPTS
 from lm_eval_laai.judge.judgement import TRIAL
@@ -358,7 +358,7 @@ def test_the_command_killed_and_resumed(tmp_path: Path, capfd: pytest.CaptureFix
     with JudgeServer(decide) as server:
         line = ["judge", str(samples), "--judge-model", "m", "--base-url", server.url, "--cache", str(path)]
         line += ["--concurrency", "3", "--output", str(tmp_path / "verdicts.jsonl"), "--json"]
-        code = "import sys; from lm_eval_laai.cli import main; sys.exit(main(sys.argv[1:]))"
+        code = "import sys; from lm_eval_laai.commands.cli import main; sys.exit(main(sys.argv[1:]))"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
         process = subprocess.Popen(
             [sys.executable, "-c", code, *line], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE

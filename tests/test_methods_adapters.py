@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import laai_core as laai
 from laai_core.locate import locate
-from laai_core.methods.adapters import (
+from lm_eval_laai.methods.adapters import (
     ADAPTERS,
     RATES,
     VIRTUAL_TOKENS,

@@ -12,9 +12,9 @@ from test_cli import FILE, TASK, model, refused  # noqa: F401 - fixtures
 from tiny import LAYERS, tiny_model, tiny_tokenizer
 
 import laai_core as laai
-from laai_core import cli as core
-from laai_core.methods import METHODS, default_layer, fit
-from laai_core.methods.adapters import ADAPTERS, training_record
+from lm_eval_laai.commands import cli
+from lm_eval_laai.methods import METHODS, default_layer, fit
+from lm_eval_laai.methods.adapters import ADAPTERS, training_record
 
 SPLIT = laai.load_task(TASK, n_train=4)
 TOKENIZER = tiny_tokenizer(bos=False)
@@ -107,7 +107,7 @@ def test_wrong_outputs_are_refused_and_nothing_is_lost(tmp_path):
 
 def printed(capfd, *argv: object) -> dict:
     capfd.readouterr()
-    assert core.main([*map(str, argv), "--json"]) == 0
+    assert cli.main([*map(str, argv), "--json"]) == 0
     return json.loads(capfd.readouterr().out)
 
 
@@ -123,7 +123,7 @@ def test_train_a_baseline(method, model, tmp_path, capfd):  # noqa: F811
     assert facts["training"] == record and record["seed"] == 2
     assert len(record.get("heads", [0] * 3)) == 3
     # Again, onto what is there; then as text.
-    assert core.main([*map(str, line), "--output", str(path)]) == 0
+    assert cli.main([*map(str, line), "--output", str(path)]) == 0
     out, err = capfd.readouterr()
     assert out.startswith("file ") and "training.examples_sha256" in out
     assert "it/s" in err or "s/it" in err or method == "icv"

@@ -13,10 +13,10 @@ from tiny import BLOCK_PATHS, HEADS, LAYERS, PROJECTION_PATHS, head_dim, tiny_mo
 from tqdm import tqdm
 
 import laai_core as laai
-from laai_core.data import few_shot_prompt
+from laai_core.example import few_shot_prompt
 from laai_core.locate import locate
 
-fv = importlib.import_module("laai_core.methods.function_vector")  # the package has a function of that name
+fv = importlib.import_module("lm_eval_laai.methods.function_vector")  # the package has a function of that name
 
 TOKENIZER = tiny_tokenizer(bos=True)
 WORDS = [("hot", " cold"), ("wall", " floor"), ("in", " out"), ("the", " a"), ("q", " z")]

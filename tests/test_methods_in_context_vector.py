@@ -13,7 +13,7 @@ from tiny import BLOCK_PATHS, LAYERS, MLP_PATHS, tiny_model, tiny_tokenizer
 import laai_core as laai
 from lm_eval_laai.model import HFLaai
 
-icv = importlib.import_module("laai_core.methods.in_context_vector")  # the package has a function of that name
+icv = importlib.import_module("lm_eval_laai.methods.in_context_vector")  # the package has a function of that name
 
 TOKENIZER = tiny_tokenizer(bos=True)
 WORDS = [("hot", "cold"), ("a wall", "the floor"), ("in", "out"), ("it's", "its!")]

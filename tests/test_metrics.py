@@ -17,7 +17,7 @@ from test_task_yamls import Scripted
 from tiny import tiny_model, tiny_tokenizer
 
 from laai_core import Intervention, load_task
-from laai_core.evaluate import task_losses
+from lm_eval_laai.methods.evaluate import task_losses
 from lm_eval_laai.metrics import opinion_metrics
 from lm_eval_laai.model import HFLaai
 from lm_eval_laai.tasks import include_path, list_tasks

@@ -23,11 +23,11 @@ from test_task_yamls import Scripted
 from tiny import tiny_model, tiny_tokenizer
 
 import laai_core as laai
-import laai_core.cli as core
 from laai_core.data import in_training_pool, load_task
 from laai_core.data.tasks import OPINIONQA, load_opinions, task_names
 from laai_core.errors import LaaiError
-from laai_core.evaluate import task_losses
+from lm_eval_laai.commands import cli
+from lm_eval_laai.methods.evaluate import task_losses
 from lm_eval_laai.model import HFLaai
 from lm_eval_laai.tasks import include_path, list_tasks
 
@@ -397,14 +397,14 @@ def test_every_name_of_a_task_is_documented_and_listed():
 
 
 def test_laai_data_says_where_it_is(panel, tmp_path, capsys):
-    assert core.main(["data", "--data", str(panel), "--json"]) == 0
+    assert cli.main(["data", "--data", str(panel), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["opinionqa"]
     assert (found["state"], found["path"]) == ("2 waves", str(panel / "opinionqa"))
     assert found["waves"] == ["American_Trends_Panel_W26", "American_Trends_Panel_W100"]
     aggregated(tmp_path, {"Q1": {}}, "RACE")
-    assert core.main(["data", "--data", str(tmp_path)]) == 0
+    assert cli.main(["data", "--data", str(tmp_path)]) == 0
     assert re.search(rf"OpinionQA +RACE +- +{tmp_path}", capsys.readouterr().out)
-    assert core.main(["data", "--data", str(tmp_path / "nowhere")]) == 0
+    assert cli.main(["data", "--data", str(tmp_path / "nowhere")]) == 0
     assert re.search("OpinionQA +missing", capsys.readouterr().out)
 
 
@@ -432,7 +432,7 @@ def model(tmp_path_factory):
 )
 def test_train_then_evaluate(name, task, metadata, model, panel, tmp_path, capsys):
     line = ["train", "--model", model, "--task", name, "--data", panel, "--l1", "0", "--group", "0", "--steps", "15"]
-    assert core.main([*map(str, line), "--output", f"{tmp_path}/", "--json"]) == 0
+    assert cli.main([*map(str, line), "--output", f"{tmp_path}/", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["task_loss"] < facts["task_loss_before"]
     vector = laai.Intervention.load(tmp_path / f"{task}.safetensors")

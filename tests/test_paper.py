@@ -27,15 +27,17 @@ from tiny import REFERENCE, small_model_folder
 import laai_core as laai
 from laai_core.data import in_training_pool
 from laai_core.errors import LaaiError
-from laai_core.load import ModelSource
-from lm_eval_laai import cli
+from lm_eval_laai.commands import cli
+from lm_eval_laai.commands import paper as command
+from lm_eval_laai.experiments import harness, setting
+from lm_eval_laai.experiments.cells import Cell, Fit, Store
+from lm_eval_laai.experiments.load import ModelSource
+from lm_eval_laai.experiments.run import Plan, Process, run
+from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.judge import Cache, Judge
-from lm_eval_laai.paper import command, gpt_eval, harness, report, setting
-from lm_eval_laai.paper.cells import Cell, Fit, Store
-from lm_eval_laai.paper.commands import by_hand
+from lm_eval_laai.paper import gpt_eval, report
+from lm_eval_laai.paper.by_hand import by_hand
 from lm_eval_laai.paper.content import Content
-from lm_eval_laai.paper.run import Plan, Process, run
-from lm_eval_laai.paper.setting import Setting
 from lm_eval_laai.paper.tables import Recipe, Row, Table, examples_table, paper_table
 from lm_eval_laai.tasks import include_path
 
@@ -332,7 +334,7 @@ def test_the_papers_figures_are_beside_ours(number: int, recipe: Recipe, tmp_pat
 
 def test_commands_by_hand_are_commands(recipe: Recipe) -> None:
     """Every laai line of every table is understood, and says the fit's own settings."""
-    parser, commands = cli.make_parser("laai")
+    parser = cli.make_parser()
     lines = [
         line
         for number in range(1, 7)
@@ -454,8 +456,7 @@ def test_bad_input(words: list[str], said: str, tmp_path: Path, capfd: pytest.Ca
 
 
 def test_the_papers_layer_on_public_sets(public_data: Path, bundled: Setting) -> None:
-    parser, commands = cli.make_parser("laai")
-    command.add(commands)
+    parser = cli.make_parser()
     arguments = parser.parse_args(["paper", "--model", str(REFERENCE), "--data", str(public_data)])
     made = command._recipe(arguments, str(REFERENCE), command.Process())
     assert (made.layer, made.l1, made.group, made.penalty_scale) == (3, 0.01, 0.01, "absolute")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from laai_core.data import few_shot_prompt, load_pairs, load_task
+from laai_core.data import load_pairs, load_task
+from laai_core.example import few_shot_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "reference_model" / "weights"

@@ -8,10 +8,10 @@ from test_replay import RAGGED, TOKENIZER, calls_without_cache, rules
 from tiny import PROJECTION_PATHS, tiny_model
 
 import laai_core as laai
-from laai_core import select
 from laai_core.encode import encode_pair
-from laai_core.evaluate import task_losses
-from laai_core.select import SHARES, STEPS, choose_layer, choose_penalty
+from lm_eval_laai.methods import select
+from lm_eval_laai.methods.evaluate import task_losses
+from lm_eval_laai.methods.select import SHARES, STEPS, choose_layer, choose_penalty
 
 EXAMPLES = rules(RAGGED)
 

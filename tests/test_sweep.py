@@ -21,9 +21,9 @@ from lm_eval.tasks import TaskManager
 from tiny import REFERENCE, small_model_folder
 
 from laai_core.data import load_task
-from laai_core.load import ModelSource
 from laai_core.train import train
-from lm_eval_laai import cli
+from lm_eval_laai.commands import cli
+from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.tasks import include_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,7 +162,7 @@ def test_two_processes_share_the_cells_of_one(small: Path, tmp_path: Path, capfd
         "--json",
     ]
     script = tmp_path / "laai.py"
-    script.write_text("import sys\nfrom lm_eval_laai.cli import main\nsys.exit(main())\n")
+    script.write_text("import sys\nfrom lm_eval_laai.commands.cli import main\nsys.exit(main())\n")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *line]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     shared = subprocess.run(
@@ -192,7 +192,7 @@ def test_killed_and_started_again(small: Path, tmp_path: Path, capfd: pytest.Cap
     """kill -9 in the middle of the cells: what was finished stays as it was, the end is that of an unbroken run."""
     line = ["sweep", "--model", str(small), "--task", "survey_keen", "--seeds", "2", "--limit", "3"]
     line += ["--layers", "0,1"]
-    code = "import sys; from lm_eval_laai.cli import main; sys.exit(main())"
+    code = "import sys; from lm_eval_laai.commands.cli import main; sys.exit(main())"
     cut = tmp_path / "cut"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *line, "--output", str(cut)],

@@ -1,6 +1,5 @@
 """Data: the word-rule tasks, their compositions, the bundled lexicon, and the split no seed can leak through."""
 
-from laai_core.data.example import Example, Split, few_shot_prompt
 from laai_core.data.fetch import fetch
 from laai_core.data.lexicon import COLUMNS, lexicon_pairs, read_lexicon
 from laai_core.data.pairs import WordPair, data_folder, join_pairs, read_pairs
@@ -9,12 +8,9 @@ from laai_core.data.tasks import load_pairs, load_task, task_names
 
 __all__ = [
     "COLUMNS",
-    "Example",
-    "Split",
     "WordPair",
     "data_folder",
     "fetch",
-    "few_shot_prompt",
     "in_training_pool",
     "item_key",
     "join_pairs",

@@ -7,8 +7,8 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from laai_core.data.example import Example
 from laai_core.errors import LaaiError
+from laai_core.example import Example
 
 logger = logging.getLogger(__name__)
 

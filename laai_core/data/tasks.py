@@ -7,7 +7,6 @@ from __future__ import annotations
 import difflib
 import os
 
-from laai_core.data.example import Example, Split
 from laai_core.data.lexicon import LEXICON, lexicon_pairs
 from laai_core.data.opinion import Opinion
 from laai_core.data.opinionqa import load_opinionqa
@@ -15,6 +14,7 @@ from laai_core.data.pairs import WordPair, find_set, join_pairs, read_pairs
 from laai_core.data.split import split_items
 from laai_core.data.survey import TENDENCIES, survey_opinions
 from laai_core.errors import LaaiError
+from laai_core.example import Example, Split
 
 # rule -> (the authors' file, the lexicon's column)
 RULES = {

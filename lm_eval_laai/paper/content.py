@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lm_eval_laai.paper.cells import Fit
-from lm_eval_laai.paper.curves import Sweep
+from lm_eval_laai.experiments.cells import Fit
+from lm_eval_laai.experiments.curves import Sweep
 from lm_eval_laai.paper.published import Published
 from lm_eval_laai.paper.tables import Entry, Recipe, Row, Table
 

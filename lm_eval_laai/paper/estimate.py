@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from laai_core.methods.adapters import STEPS
-from lm_eval_laai.paper.cells import Cell, Fit
-from lm_eval_laai.paper.setting import Setting
+from lm_eval_laai.experiments.cells import Cell, Fit
+from lm_eval_laai.experiments.setting import Setting
+from lm_eval_laai.methods.adapters import STEPS
 
 ROWS, TOKENS, REPEATS = 64, 16, 3
 FITS = {"laai": 6.0, "fv": 12.0, "icv": 0.2, "lora": 160.0, "ia3": 180.0, "soft_prompt": 280.0}

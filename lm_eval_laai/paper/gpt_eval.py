@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from laai_core.data.tasks import rule_prompt
+from lm_eval_laai.experiments.cells import Store
 from lm_eval_laai.judge import Cache, Judge, Sample, judge_samples
-from lm_eval_laai.paper.cells import Store
 from lm_eval_laai.paper.tables import Entry, Table, result_of
 
 _BEFORE, _AFTER = rule_prompt("\0").split("\0")

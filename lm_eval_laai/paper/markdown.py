@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lm_eval_laai.paper.commands import by_hand
+from lm_eval_laai.paper.by_hand import by_hand
 from lm_eval_laai.paper.content import FIGURE_1, JUDGED, Content, map_name
 from lm_eval_laai.paper.published import MODEL, PUBLISHED, Published
 from lm_eval_laai.paper.tables import Table

@@ -13,12 +13,12 @@ from typing import Any
 from laai_core import storage
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
-from laai_core.plot import heat_map
+from lm_eval_laai.experiments.cells import Fit, Store, named
+from lm_eval_laai.experiments.curves import draw
+from lm_eval_laai.experiments.setting import Setting, software
+from lm_eval_laai.inspection.plot import heat_map
 from lm_eval_laai.paper import markdown
-from lm_eval_laai.paper.cells import Fit, Store, named
 from lm_eval_laai.paper.content import FIGURE_1, JUDGED, NOT_RUN, Content, map_name
-from lm_eval_laai.paper.curves import draw
-from lm_eval_laai.paper.setting import Setting, software
 from lm_eval_laai.paper.tables import Entry, Recipe, Table, entry, result_of
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from laai_core.commands.train import harness_task
 from laai_core.data.survey import TENDENCIES
 from laai_core.data.tasks import COMPOSITIONS, LEXICON_PREFIX, OPINIONQA, SURVEY_PREFIX
-from laai_core.methods.adapters import ADAPTERS
-from lm_eval_laai.paper.cells import Cell, Fit, Store
+from lm_eval_laai.commands.train import harness_task
+from lm_eval_laai.experiments.cells import Cell, Fit, Store
+from lm_eval_laai.experiments.setting import Setting, task_info
+from lm_eval_laai.methods.adapters import ADAPTERS
 from lm_eval_laai.paper.published import PUBLISHED, Published
-from lm_eval_laai.paper.setting import Setting, task_info
 
 EXAMPLES = 10  # of every method, and the shots: the paper's N
 RULES = {"en_fr": "Eng-Fr", "en_de": "Eng-Ger", "antonym": "Antonym", "synonym": "Synonym"}

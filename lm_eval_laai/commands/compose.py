@@ -1,0 +1,108 @@
+"""`laai compose`: one intervention from several, into one file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from laai_core.data import load_task
+from laai_core.encode import WHITESPACE
+from laai_core.errors import LaaiError
+from laai_core.intervention import Intervention
+from lm_eval_laai.commands.report import Report, table
+from lm_eval_laai.commands.train import add_model_arguments, harness_task, model_source, output_path
+from lm_eval_laai.methods.compose import METHODS, compose
+
+
+def add(commands: Any) -> None:
+    """Put `compose` on a parser."""
+    parser = commands.add_parser("compose", help="one intervention from several: their sum, and other mixtures")
+    parser.set_defaults(command=_command)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="interventions: files, or org/repo[:file][@revision]")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE or DIR/", help="a folder gets laai_<task>.safetensors"
+    )
+    parser.add_argument(
+        "--method",
+        choices=list(METHODS),
+        default="sum",
+        help="fit finds the weights of a sum on the task's training examples (default: %(default)s)",
+    )
+    parser.add_argument("--weights", type=_weights, metavar="W1,W2,...", help="one a file (default: all 1)")
+    parser.add_argument("--task", help="the composed task without laai_: goes into the file; --method fit needs it")
+    fitting = parser.add_argument_group("for --method fit")
+    add_model_arguments(fitting, required=False)
+    fitting.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
+    fitting.add_argument("--n-train", type=int, default=10, help="training examples (default: %(default)s)")
+    fitting.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
+    fitting.add_argument("--batch-size", type=int, help="rows per forward (default: all)")
+    fitting.add_argument("--projection", help="module path of the attention output projection, as for train")
+    fitting.add_argument(
+        "--whitespace", choices=WHITESPACE, default="refuse", help="as for train (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _weights(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _command(arguments: argparse.Namespace) -> Report:
+    path = _path(arguments)
+    task = None if arguments.task is None else harness_task(arguments.task)
+    parents = [Intervention.load(file) for file in arguments.files]
+    composed = compose(parents, arguments.method, arguments.weights, task, **_fit_arguments(arguments))
+    composed.save(path)
+    composition = composed.metadata["composition"]
+    facts = {
+        "file": str(path),
+        "sha256": composed.sha256,
+        "method": arguments.method,
+        "layers": composed.layers,
+        "parents": [{"file": file, **p} for file, p in zip(arguments.files, composition["parents"], strict=True)],
+        "training": composed.metadata.get("training"),
+    }
+    return Report(facts, _text(facts))
+
+
+def _path(arguments: argparse.Namespace) -> Path:
+    is_folder = arguments.output.endswith(("/", "\\")) or Path(arguments.output).expanduser().is_dir()
+    if is_folder and arguments.task is None:
+        raise LaaiError(f"--output {arguments.output} is a folder: --task is needed, which names the file in it")
+    return output_path(arguments.output, arguments.task)
+
+
+def _fit_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `compose` takes for `fit`; nothing for the other methods, which need no model."""
+    if arguments.method != "fit":
+        if arguments.model is not None:
+            raise LaaiError(f"--model {arguments.model}: --method {arguments.method} uses no model, only fit does")
+        return {}
+    for flag in ("model", "task"):
+        if getattr(arguments, flag) is None:
+            raise LaaiError(f"--method fit needs --{flag}")
+    split = load_task(arguments.task, seed=arguments.seed, n_train=arguments.n_train, data=arguments.data)
+    model, tokenizer = model_source(arguments).load()
+    return {
+        "model": model,
+        "tokenizer": tokenizer,
+        "examples": split.train,
+        **{name: getattr(arguments, name) for name in ("seed", "batch_size", "projection", "whitespace")},
+        "progress": True,
+    }
+
+
+def _text(facts: dict[str, Any]) -> str:
+    rows = [
+        ("file", facts["file"]),
+        ("sha256", facts["sha256"]),
+        ("layers", ", ".join(map(str, facts["layers"]))),
+        ("method", facts["method"]),
+    ]
+    if facts["training"]:
+        fitted = facts["training"]
+        rows.append(("task loss", f"{fitted['task_loss']:.4f} (of the sum: {fitted['task_loss_before']:.4f})"))
+        rows.append(("evaluations", str(fitted["steps"])))
+    parents = [(f"{p['weight']:.4g}", p["task"] or "-", p["sha256"][:16], p["file"]) for p in facts["parents"]]
+    return f"{table(rows)}\n\n{table([('weight', 'task', 'sha256', 'parent'), *parents])}"

@@ -1,0 +1,211 @@
+"""`laai demo`: train a Δ for each lexicon rule and compare it with zero-shot and ten-shot, all through the harness."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from laai_core import storage
+from laai_core.data import load_task
+from laai_core.errors import LaaiError
+from laai_core.example import Split
+from laai_core.hub import SUFFIX
+from laai_core.train import train
+from lm_eval_laai.commands.report import Report, table
+from lm_eval_laai.commands.train import (
+    add_layer_argument,
+    add_model_arguments,
+    check_writable,
+    choose_layer,
+    model_source,
+    summary,
+)
+from lm_eval_laai.experiments.load import ModelSource
+from lm_eval_laai.inspection.plot import can_plot, heat_map
+from lm_eval_laai.register import register
+from lm_eval_laai.tasks import TaskInfo, include_path, list_tasks
+
+SHOTS = 10  # solved examples in the prompt, and training examples: the same ones
+GROUP = "laai_lexicon"
+REFERENCE_MODEL = Path("reference_model", "weights")
+SETTINGS = {"zero_shot": "zero-shot", "ten_shot": "ten-shot", "delta": "Δ"}  # file name: title
+
+Score = tuple[float, float]  # mean, standard error
+
+
+def add(commands: Any) -> None:
+    """Put `demo` on a parser."""
+    parser = commands.add_parser("demo", help="train a Δ for each lexicon rule; compare with zero-shot and ten-shot")
+    parser.set_defaults(command=_command)
+    add_model_arguments(parser, required=False)
+    parser.add_argument("--tasks", nargs="+", default=[GROUP], metavar="TASK", help=f"or groups (default: {GROUP})")
+    parser.add_argument("--data", metavar="DIR", help="folder of the public data sets, for tasks that need one")
+    parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
+    add_layer_argument(parser)
+    parser.add_argument("--limit", type=int, help="test items a task (default: all)")
+    parser.add_argument("--batch-size", type=int, default=64, help="prompts at once (default: %(default)s)")
+    parser.add_argument("--output", default="runs/demo", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _command(arguments: argparse.Namespace) -> Report:
+    if arguments.limit is not None and arguments.limit < 2:
+        raise LaaiError(f"limit is {arguments.limit}: expected at least 2, which a standard error needs")
+    if arguments.batch_size < 1:
+        raise LaaiError(f"batch_size is {arguments.batch_size}: expected at least one")
+    tasks = _chosen(arguments.tasks)
+    splits = {t.name: load_task(t.data_set, arguments.seed, SHOTS, arguments.data) for t in tasks}
+    output = Path(arguments.output).expanduser()
+    check_writable(output)
+    arguments.model = arguments.model or reference_model()
+    source = model_source(arguments)
+    source.checked_device()
+    layer = choose_layer(arguments.layer, source.config())
+    trained = _train_all(source, splits, layer, arguments.seed, output)
+    harness = _Harness(source, arguments)
+    scores = {
+        "zero_shot": harness.evaluate("zero_shot", 0, output),
+        "ten_shot": harness.evaluate("ten_shot", SHOTS, output),
+        "delta": harness.evaluate("delta", 0, output, intervention=str(output)),
+    }
+    facts = {
+        "model": source.name,
+        "seed": arguments.seed,
+        "output": str(output),
+        "trained": trained,
+        "scores": {name: {t.name: scores[name][t.name] for t in tasks} for name in SETTINGS},
+        "average": {name: _average([scores[name][t.name] for t in tasks]) for name in SETTINGS},
+    }
+    return Report(facts, _text(facts, tasks))
+
+
+def _chosen(names: Sequence[str]) -> list[TaskInfo]:
+    """The tasks that go by these names, or whose group does."""
+    known = list_tasks()
+    for name in names:
+        if not any(name in (task.name, task.group) for task in known):
+            raise LaaiError(f"no task or group named {name!r}: `laai tasks` lists them")
+    return [task for task in known if task.name in names or task.group in names]
+
+
+def reference_model() -> str:
+    """The repository's model: from the current folder, or from the clone this package is run from."""
+    clone = Path(__file__).resolve().parents[2]
+    for path in (REFERENCE_MODEL, clone / REFERENCE_MODEL):
+        if (path / "config.json").is_file():
+            return str(path)
+    raise LaaiError(
+        f"no {REFERENCE_MODEL} here: the reference model is in the repository, not in the package; "
+        f"run this in a clone, or point --model at a model folder"
+    )
+
+
+def _train_all(
+    source: ModelSource, splits: dict[str, Split], layer: int, seed: int, output: Path
+) -> dict[str, dict[str, Any]]:
+    """A file for each task, named as intervention=FOLDER looks it up, and its heat map. Returns the summaries."""
+    model, tokenizer = source.load()
+    trained = {}
+    for number, (task, split) in enumerate(splits.items(), start=1):
+        _say(f"[{number}/{len(splits)}] training on {len(split.train)} examples of {task}")
+        result = train(model, tokenizer, split.train, layer=layer, seed=seed, task=task, progress=True)
+        path = output / f"{task}{SUFFIX}"
+        result.intervention.save(path)
+        if can_plot():
+            heat_map(result.intervention, path.with_suffix(".png"))
+        trained[task] = {"file": str(path), **summary(result)}
+    if not can_plot():
+        _say('no heat maps: they need matplotlib, pip install "laai[plot]"')
+    return trained
+
+
+class _Harness:
+    """The same tasks, evaluated under several settings, each as one `lm_eval --model hf-laai` would."""
+
+    def __init__(self, source: ModelSource, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._device = str(source.checked_device())
+        self._model_args: dict[str, Any] = {"pretrained": source.name, "dtype": source.dtype}
+        if source.revision:
+            self._model_args["revision"] = source.revision
+        if source.trust_remote_code:
+            self._model_args["trust_remote_code"] = True
+
+    def evaluate(self, setting: str, shots: int, output: Path, **model_args: Any) -> dict[str, Score]:
+        """Scores by task; the harness's results go to `<output>/<setting>.json`."""
+        # Here and not above: the harness takes seconds to import, and only this command needs it.
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import handle_non_serializable
+
+        register()  # run from a clone that is not installed, nobody else has
+        _say(f"evaluating {SETTINGS[setting]}")
+        metadata = {"seed": self._arguments.seed, "n_train": SHOTS}
+        if self._arguments.data is not None:
+            metadata["data"] = self._arguments.data
+        with _quiet_harness():
+            results = simple_evaluate(
+                model="hf-laai",
+                model_args={**self._model_args, **model_args},
+                tasks=list(self._arguments.tasks),
+                num_fewshot=shots,
+                batch_size=self._arguments.batch_size,
+                device=self._device,
+                limit=self._arguments.limit,
+                log_samples=False,
+                task_manager=TaskManager(include_path=str(include_path()), include_defaults=False, metadata=metadata),
+            )
+        text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        storage.write(output / f"{setting}.json", text.encode())
+        return {
+            task.name: (
+                results["results"][task.name][f"{task.metric},none"],
+                results["results"][task.name][f"{task.metric}_stderr,none"],
+            )
+            for task in _chosen(self._arguments.tasks)
+        }
+
+
+@contextmanager
+def _quiet_harness() -> Iterator[None]:
+    """Errors only: the harness warns once a task and setting that --num_fewshot was given, which was on purpose."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _average(scores: Sequence[Score]) -> Score:
+    """Unweighted, as the harness's groups: the tasks' errors are independent."""
+    means, errors = zip(*scores, strict=True)
+    return sum(means) / len(means), math.hypot(*errors) / len(errors)
+
+
+def _text(facts: dict[str, Any], tasks: Sequence[TaskInfo]) -> str:
+    rows = [("rule", *SETTINGS.values())]
+    for task in tasks:
+        rows.append((task.name, *(_plus_minus(facts["scores"][name][task.name]) for name in SETTINGS)))
+    rows.append(("average", *(_plus_minus(facts["average"][name]) for name in SETTINGS)))
+    return (
+        f"{table(rows)}\n\n"
+        f"{tasks[0].metric} ± standard error, {facts['model']}, {SHOTS} examples of seed {facts['seed']}\n"
+        f"Δ, results and heat maps: {facts['output']}"
+    )
+
+
+def _plus_minus(score: Score) -> str:
+    return f"{score[0]:.3f} ± {score[1]:.3f}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,165 @@
+"""`laai inspect`: what is in an intervention file and, given a model, what it would write there."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laai_core.apply import Edit
+from laai_core.data import load_task
+from laai_core.encode import encode_text
+from laai_core.errors import LaaiError
+from laai_core.facts import flat
+from laai_core.hub import local_file
+from laai_core.intervention import Intervention
+from laai_core.locate import locate
+from lm_eval_laai.commands.report import Report, table
+from lm_eval_laai.commands.train import add_model_arguments, model_source
+from lm_eval_laai.inspection.plot import check_plot, heat_map
+from lm_eval_laai.inspection.vocabulary import written
+
+SHOWN = 5  # vocabulary items at either end
+# Root mean square of a vector over that of the site's activation, as trained vectors have it: docs/inspect.md.
+USUAL_SIZE = (0.5, 50.0)
+
+
+def add(commands: Any) -> None:
+    """Put `inspect` on a parser."""
+    parser = commands.add_parser("inspect", help="show an intervention: layer, site, norms, sparsity, training")
+    parser.set_defaults(command=_command)
+    parser.add_argument("file", metavar="FILE", help="a .safetensors file, or org/repo[:file][@revision]")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw a heat map, heads by dimensions")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    writing = parser.add_argument_group(
+        "what it writes: its size on a model, and the words it promotes and suppresses"
+    )
+    add_model_arguments(writing, required=False)
+    writing.add_argument("--task", help="whose training prompts the model is run on (default: the file's own task)")
+    writing.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
+    writing.add_argument("--projection", help="module path of the attention output projection, as for train")
+
+
+def _command(arguments: argparse.Namespace) -> Report:
+    if arguments.plot:
+        check_plot(Path(arguments.plot))
+    path = local_file(arguments.file)
+    intervention = Intervention.load(path)
+    facts = {
+        "file": arguments.file,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        **describe(intervention),
+    }
+    if arguments.model:
+        facts["writes"] = _writes(intervention, arguments)
+    elif arguments.task:
+        raise LaaiError("--task says what to run a model on: expected --model with it")
+    if arguments.plot:
+        heat_map(intervention, Path(arguments.plot))
+        facts["plot"] = arguments.plot
+    return Report(facts, _text(facts))
+
+
+def describe(intervention: Intervention) -> dict[str, Any]:
+    """Everything about an intervention but its numbers. Norms are of the stored, unscaled vectors."""
+    layers = {}
+    for layer in intervention.layers:
+        vector = intervention.vector(layer)
+        groups = vector if vector.ndim == 2 else vector.unsqueeze(0)
+        layers[str(layer)] = {
+            "shape": list(vector.shape),
+            "norms": groups.double().norm(dim=1).tolist(),  # one a head at `heads`, one elsewhere
+            "nonzero": groups.count_nonzero(dim=1).tolist(),
+            "active_heads": int(groups.ne(0).any(dim=1).sum()) if vector.ndim == 2 else None,
+            "zero_share": float((vector == 0).double().mean()),
+        }
+    return {
+        "site": intervention.site,
+        "position": intervention.position,
+        "scale": intervention.scale,
+        "operation": intervention.operation,
+        "layers": layers,
+        "metadata": intervention.metadata,
+    }
+
+
+def _writes(intervention: Intervention, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The intervention on a model: size and direct effect, over the prompts of a task's training examples."""
+    task = arguments.task or str(intervention.metadata.get("task") or "").removeprefix("laai_")
+    if not task:
+        raise LaaiError("the file names no task to take prompts from: expected --task")
+    examples = load_task(task, data=arguments.data).train
+    model, tokenizer = model_source(arguments).load()
+    layout = locate(model, arguments.projection)
+    edit = Edit.of(intervention, layout)
+    found = written(layout, edit, [encode_text(tokenizer, example.prompt) for example in examples], progress=True)
+    layers: dict[str, Any] = {}
+    for layer, writing in found.items():
+        size = float(edit.vectors[layer].square().mean().sqrt()) / writing.activation_rms
+        layers[str(layer)] = {
+            "activation_rms": writing.activation_rms,
+            # The operation `icv` keeps the activation's norm, whatever the vector's.
+            "relative_size": size if intervention.operation == "add" else None,
+            "groups": [_extremes(effect, tokenizer) for effect in writing.effects],
+        }
+    total = torch.stack([writing.effects.sum(0) for writing in found.values()]).sum(0)
+    return {
+        "model": arguments.model,
+        "task": task,
+        "prompts": len(examples),
+        "layers": layers,
+        "total": _extremes(total, tokenizer),
+        "warnings": [w for number, layer in layers.items() if (w := _warning(number, layer["relative_size"]))],
+    }
+
+
+def _extremes(effect: torch.Tensor, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
+    """Of a change of the logits [V]: the items that rise and fall most. Empty for no change at all."""
+
+    def items(values: torch.Tensor) -> list[dict[str, Any]]:
+        ids = values.topk(min(SHOWN, len(values))).indices.tolist() if bool(effect.any()) else []
+        return [{"id": i, "text": tokenizer.decode([i]), "logits": float(effect[i])} for i in ids]
+
+    return {"promotes": items(effect), "suppresses": items(-effect)}
+
+
+def _warning(layer: str, size: float | None) -> str | None:
+    low, high = USUAL_SIZE
+    if size is None or low <= size <= high:
+        return None
+    means = "too weak to do much" if size < low else "so strong that little of the prompt may be left"
+    return f"layer {layer}: {size:.3g} times the typical activation, usual are {low:g} to {high:g}: {means}"
+
+
+def _text(facts: dict[str, Any]) -> str:
+    keys = ("file", "sha256", "site", "position", "scale", "operation")
+    parts = [table([(key, facts[key]) for key in keys] + [(k, v) for k, v in flat(facts["metadata"])])]
+    writes = facts.get("writes")
+    for number, layer in facts["layers"].items():
+        width = layer["shape"][-1]
+        heads = f"{layer['active_heads']} of {layer['shape'][0]} heads active, " if len(layer["shape"]) == 2 else ""
+        size = writes["layers"][number]["relative_size"] if writes else None
+        strength = "" if size is None else f", {size:.3g} times the typical activation"
+        parts.append(f"\nlayer {number}: {heads}{layer['zero_share']:.1%} exact zeros{strength}")
+        rows: list[tuple[object, ...]] = [("head" if heads else "vector", "L2 norm", "non-zero")]
+        for index, (norm, nonzero) in enumerate(zip(layer["norms"], layer["nonzero"], strict=True)):
+            rows.append((index, f"{norm:.4f}", f"{nonzero} of {width}"))
+        if writes:
+            groups = writes["layers"][number]["groups"]
+            ends = [("promotes", "suppresses"), *((_listed(g["promotes"]), _listed(g["suppresses"])) for g in groups)]
+            rows = [(*row, *end) for row, end in zip(rows, ends, strict=True)]
+        parts.append(table(rows))
+    if writes:
+        parts.append(f"\nin all, directly, in logits, mean over {writes['prompts']} prompts of {writes['task']}:")
+        parts.append(table([(end, _listed(writes["total"][end], values=True)) for end in ("promotes", "suppresses")]))
+        parts += [f"\nwarning: {warning}" for warning in writes["warnings"]]
+    if "plot" in facts:
+        parts.append(f"\nheat map: {facts['plot']}")
+    return "\n".join(parts)
+
+
+def _listed(items: list[dict[str, Any]], values: bool = False) -> str:
+    return " ".join(f"{item['text']!r}" + (f" {item['logits']:+.2f}" if values else "") for item in items) or "-"

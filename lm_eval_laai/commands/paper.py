@@ -1,0 +1,244 @@
+"""`laai paper`: the paper's six tables and two figures, and one report of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from laai_core.errors import LaaiError
+from laai_core.train import Job
+from lm_eval_laai.commands.demo import reference_model
+from lm_eval_laai.commands.judge import add_judge_arguments, judge_from
+from lm_eval_laai.commands.report import Report
+from lm_eval_laai.commands.train import (
+    add_layer_argument,
+    add_model_arguments,
+    check_writable,
+    choose_layer,
+    model_source,
+)
+from lm_eval_laai.experiments.cells import Cell, Fit, Store, named
+from lm_eval_laai.experiments.curves import Sweep
+from lm_eval_laai.experiments.run import Plan, Process, run
+from lm_eval_laai.experiments.setting import Setting
+from lm_eval_laai.inspection.plot import check_plot
+from lm_eval_laai.judge import Cache, Judge
+from lm_eval_laai.paper import estimate, gpt_eval, report
+from lm_eval_laai.paper.content import FIGURE_1, JUDGED, Content
+from lm_eval_laai.paper.tables import EXAMPLES, RULES, TITLES, Recipe, examples_table, paper_table
+
+LEXICON = "lexicon"
+FIGURES = (1, 2)
+PAPER_LAYER = 3  # its fourth
+PAPER_PENALTY = 0.01  # its gamma and lambda
+QUICK_LIMIT, QUICK_STEPS, QUICK_LAYERS = 100, 30, 6
+
+
+def add(commands: Any) -> None:
+    """Put `paper` on a parser."""
+    parser = commands.add_parser("paper", help="the paper's tables and figures: train, evaluate, one report")
+    parser.set_defaults(command=_command)
+    add_model_arguments(parser, required=False, several=True)
+    parser.add_argument(
+        "--data", metavar=f"{LEXICON} or DIR", help=f"{LEXICON} is all bundled (default: public sets in $LAAI_DATA)"
+    )
+    parser.add_argument("--tables", type=numbers, default=list(TITLES), metavar="N[,N]", help="default: all six")
+    parser.add_argument("--figures", type=numbers, default=list(FIGURES), metavar="N[,N]", help="default: both")
+    parser.add_argument(
+        "--examples", type=numbers, default=[], metavar="N[,N]", help="and a table of these numbers of examples"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="draws of examples: 0, 1, ... (default: %(default)s)")
+    add_layer_argument(parser, more=f"; on public sets layer {PAPER_LAYER}, the paper's")
+    parser.add_argument("--limit", type=int, help="test items a task (default: all)")
+    parser.add_argument("--batch-size", type=int, default=64, help="prompts at once (default: %(default)s)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{QUICK_LIMIT} test items, adapters of {QUICK_STEPS} steps: shows that it runs, compares nothing",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list what is to be computed, and estimate its time")
+    parser.add_argument("--output", default="runs/paper", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_judge_arguments(parser.add_argument_group("GPT-Eval"), required=False)
+
+
+def numbers(text: str) -> list[int]:
+    """A comma-separated list."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def check_counts(arguments: argparse.Namespace) -> None:
+    """LaaiError for a number below one."""
+    for name in ("seeds", "limit", "batch_size"):
+        count = getattr(arguments, name)
+        if count is not None and count < 1:
+            raise LaaiError(f"--{name.replace('_', '-')} is {count}: expected at least one")
+
+
+def _command(arguments: argparse.Namespace) -> Report | None:
+    # In the order of what it costs to find out that something is wrong.
+    check_counts(arguments)
+    _check_choices(arguments)
+    folder = Path(arguments.output).expanduser()
+    check_writable(folder)
+    if arguments.figures:
+        check_plot(folder / FIGURE_1)
+    judge = judge_from(arguments)
+    process = Process()
+    content = _content(arguments, process, judge)
+    plans = _plans(content)
+    store = Store(folder)
+    if arguments.dry_run:
+        return _listed(plans, store) if process.first else None
+    run(plans, store, process)
+    if not process.first:
+        return None
+    return _reported(content, store, folder, judge, arguments)
+
+
+def _check_choices(arguments: argparse.Namespace) -> None:
+    for name, known in (("tables", tuple(TITLES)), ("figures", FIGURES)):
+        unknown = sorted(set(getattr(arguments, name)) - set(known))
+        if unknown:
+            raise LaaiError(f"--{name} {unknown[0]}: expected some of {', '.join(map(str, known))}")
+    if not (arguments.tables or arguments.figures or arguments.examples):
+        raise LaaiError("nothing to do: expected --tables, --figures or --examples")
+
+
+def _content(arguments: argparse.Namespace, process: Process, judge: Judge | None) -> Content:
+    """What the report will be about."""
+    recipes = [_recipe(arguments, model, process) for model in _models(arguments)]
+    first, seeds = recipes[0], list(range(arguments.seeds))
+    tables = [paper_table(number, recipes) for number in sorted(set(arguments.tables))]
+    if arguments.examples:
+        tables.append(examples_table(sorted(set(arguments.examples)), first))
+    maps = {}
+    if 2 in arguments.figures:
+        task = first.task(next(iter(RULES)))
+        maps = {"unregularised": first.laai(task, 0, regularised=False), "regularised": first.laai(task, 0)}
+    return Content(
+        command=_command_line(arguments),
+        recipes=recipes,
+        seeds=seeds,
+        tables=tables,
+        sweep=_figure_1(first, seeds, arguments.quick) if 1 in arguments.figures else None,
+        maps=maps,
+        judge=None if judge is None else judge.model,
+    )
+
+
+def _models(arguments: argparse.Namespace) -> list[str]:
+    if arguments.model:
+        return list(dict.fromkeys(arguments.model))
+    if arguments.data != LEXICON:
+        raise LaaiError(f"which model? expected --model, or --data {LEXICON} for the bundled one")
+    return [reference_model()]
+
+
+def _recipe(arguments: argparse.Namespace, model: str, process: Process) -> Recipe:
+    """The paper's settings on public sets, those of `laai train` on the lexicon."""
+    lexicon = arguments.data == LEXICON
+    source = model_source(argparse.Namespace(**{**vars(arguments), "model": model}))
+    source = replace(source, device=process.device(source.device))
+    source.checked_device()
+    layer = choose_layer(arguments.layer if lexicon or arguments.layer is not None else PAPER_LAYER, source.config())
+    limit = QUICK_LIMIT if arguments.quick and arguments.limit is None else arguments.limit
+    setting = Setting(source, None if lexicon else _data_folder(arguments), limit, arguments.batch_size)
+    steps = QUICK_STEPS if arguments.quick else None
+    if lexicon:
+        return Recipe(setting, lexicon, layer, Job.l1, Job.group, "relative", steps)
+    return Recipe(setting, lexicon, layer, PAPER_PENALTY, PAPER_PENALTY, "absolute", steps)
+
+
+def _data_folder(arguments: argparse.Namespace) -> str | None:
+    return None if arguments.data is None else os.path.expanduser(arguments.data)
+
+
+def _figure_1(recipe: Recipe, seeds: Sequence[int], quick: bool) -> Sweep:
+    """Every layer; in a quick run a few that are evenly spread."""
+    count = recipe.setting.source.config().get_text_config(decoder=True).num_hidden_layers
+    step = -(-count // QUICK_LAYERS) if quick else 1
+    return Sweep(
+        recipe.setting,
+        tuple(map(recipe.task, RULES)),
+        tuple(range(0, count, step)),
+        tuple(seeds),
+        ((0.0, 0.0), (recipe.l1, recipe.group)),
+        recipe.penalty_scale,
+        EXAMPLES,
+    )
+
+
+def _plans(content: Content) -> list[Plan]:
+    """One for each model, every cell once."""
+    cells: dict[Setting, dict[Cell, None]] = {recipe.setting: {} for recipe in content.recipes}
+    for table in content.tables:
+        for setting, cell in table.cells(content.seeds):
+            cells[setting][cell] = None
+    first = content.recipes[0].setting
+    if content.sweep is not None:
+        cells[first].update(dict.fromkeys(content.sweep.cells()))
+    fits: dict[Setting, tuple[Fit, ...]] = {first: tuple(content.maps.values())}
+    return [Plan(setting, tuple(part), fits.get(setting, ())) for setting, part in cells.items()]
+
+
+def _listed(plans: Sequence[Plan], store: Store) -> Report:
+    """A dry run's answer."""
+    facts: dict[str, Any] = {"models": []}
+    lines = []
+    for plan in plans:
+        fits, cells = plan.left(store)
+        seconds = estimate.seconds(plan.setting, fits, cells)
+        name = plan.setting.source.name
+        lines += [f"{'to do' if cell in cells else 'done '}  {named(cell)}" for cell in plan.cells]
+        lines.append(
+            f"{name}: {len(plan.cells)} cells, {len(cells)} to do, with {len(fits)} trainings; "
+            f"very roughly {seconds / 60:.0f} minutes in one process"
+        )
+        facts["models"].append(
+            {
+                "model": name,
+                "cells": [{"cell": named(cell), "done": cell not in cells} for cell in plan.cells],
+                "trainings": len(fits),
+                "seconds": seconds,
+            }
+        )
+    return Report(facts, "\n".join(lines))
+
+
+def _reported(
+    content: Content, store: Store, folder: Path, judge: Judge | None, arguments: argparse.Namespace
+) -> Report:
+    if judge is not None:
+        tables = [table for table in content.tables if table.name in JUDGED]
+        with Cache(Path(arguments.cache).expanduser()) as cache:
+            verdicts = gpt_eval.judged(tables, content.seeds, store, judge, cache, arguments.concurrency)
+        content = replace(content, gpt_eval=verdicts)
+    facts = report.write(content, store, folder)
+    return Report(facts, (folder / "report.md").read_text(encoding="utf-8"), failed=bool(facts["missing"]))
+
+
+def _command_line(arguments: argparse.Namespace) -> str:
+    """What to type for the same report: what defines it, not where it is put or what has been computed already."""
+    words = ["laai", "paper"]
+    for flag, value in (
+        *(("--model", model) for model in arguments.model or []),
+        ("--revision", arguments.revision),
+        ("--dtype", None if arguments.dtype == "auto" else arguments.dtype),
+        ("--data", arguments.data),
+        ("--tables", ",".join(map(str, arguments.tables)) or "''"),
+        ("--figures", ",".join(map(str, arguments.figures)) or "''"),
+        ("--examples", ",".join(map(str, arguments.examples)) or None),
+        ("--seeds", arguments.seeds),
+        ("--layer", arguments.layer),
+        ("--limit", arguments.limit),
+        ("--judge-model", arguments.judge_model),
+    ):
+        if value is not None:
+            words += [flag, str(value)]
+    return shlex.join(words + (["--quick"] if arguments.quick else []))

@@ -1,0 +1,153 @@
+"""`laai sweep`: the harness's score over layers, seeds and penalties; a stopped sweep goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from laai_core import storage
+from laai_core.data import task_names
+from laai_core.errors import LaaiError
+from laai_core.train import PENALTY_SCALES, Job, check_arguments
+from lm_eval_laai.commands.paper import check_counts, numbers
+from lm_eval_laai.commands.report import Report, table
+from lm_eval_laai.commands.train import add_model_arguments, check_writable, choose_layer, harness_task, model_source
+from lm_eval_laai.experiments.cells import Store
+from lm_eval_laai.experiments.curves import Sweep, draw, title
+from lm_eval_laai.experiments.run import Plan, Process, run
+from lm_eval_laai.experiments.setting import Setting, software
+from lm_eval_laai.inspection.plot import check_plot
+
+ALL = "all"
+
+
+def add(commands: Any) -> None:
+    """Put `sweep` on a parser."""
+    parser = commands.add_parser("sweep", help="a score for every layer, seed and penalty, through the harness")
+    parser.set_defaults(command=_command)
+    add_model_arguments(parser, required=True)
+    parser.add_argument("--task", type=_words, required=True, metavar="T[,T]", help="as for train")
+    parser.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
+    parser.add_argument("--n-train", type=int, default=10, help="training examples (default: %(default)s)")
+    parser.add_argument("--layers", type=_layers, default=ALL, metavar="N[,N]", help="0-based (default: all)")
+    parser.add_argument("--seeds", type=int, default=5, help="draws of examples: 0, 1, ... (default: %(default)s)")
+    for name in ("l1", "group"):
+        parser.add_argument(
+            f"--{name}",
+            type=_weights,
+            default=[0.0, getattr(Job, name)],
+            metavar="X[,X]",
+            help="the n-th of --l1 goes with the n-th of --group; one alone goes with all "
+            f"(default: 0,{getattr(Job, name):g})",
+        )
+    parser.add_argument("--penalty-scale", choices=PENALTY_SCALES, default="relative", help="default: %(default)s")
+    parser.add_argument("--limit", type=int, help="test items a task (default: all)")
+    parser.add_argument("--batch-size", type=int, default=64, help="prompts at once (default: %(default)s)")
+    parser.add_argument("--output", default="runs/sweep", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--plot", action="store_true", help="draw sweep.png there")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _words(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _layers(text: str) -> list[int] | str:
+    return text if text == ALL else numbers(text)
+
+
+def _weights(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _command(arguments: argparse.Namespace) -> Report | None:
+    # In the order of what it costs to find out that something is wrong.
+    check_counts(arguments)
+    penalties = _penalties(arguments)
+    unknown = [task for task in arguments.task if task not in task_names()]
+    if unknown or not arguments.task:
+        raise LaaiError(f"no task named {', '.join(unknown)!r}: `laai tasks` lists them")
+    folder = Path(arguments.output).expanduser()
+    check_writable(folder)
+    if arguments.plot:
+        check_plot(folder / "sweep.png")
+    process = Process()
+    source = model_source(arguments)
+    source = replace(source, device=process.device(source.device))
+    source.checked_device()
+    sweep = Sweep(
+        Setting(source, arguments.data, arguments.limit, arguments.batch_size),
+        tuple(dict.fromkeys(map(harness_task, arguments.task))),
+        _chosen_layers(arguments.layers, source.config()),
+        tuple(range(arguments.seeds)),
+        penalties,
+        arguments.penalty_scale,
+        arguments.n_train,
+    )
+    store = Store(folder)
+    run([Plan(sweep.setting, tuple(sweep.cells()))], store, process)
+    if not process.first:
+        return None
+    return _reported(sweep, store, folder, arguments.plot)
+
+
+def _penalties(arguments: argparse.Namespace) -> tuple[tuple[float, float], ...]:
+    """Pairs of l1 and group."""
+    l1, group = arguments.l1, arguments.group
+    if 1 not in (len(l1), len(group)) and len(l1) != len(group):
+        raise LaaiError(f"{len(l1)} values of --l1 and {len(group)} of --group: expected equally many, or one of them")
+    count = max(len(l1), len(group))
+    pairs = list(zip(l1 * count if len(l1) == 1 else l1, group * count if len(group) == 1 else group, strict=True))
+    for pair in pairs:
+        check_arguments(l1=pair[0], group=pair[1], penalty_scale=arguments.penalty_scale)
+    return tuple(dict.fromkeys(pairs))
+
+
+def _chosen_layers(layers: Sequence[int] | str, config: Any) -> tuple[int, ...]:
+    if isinstance(layers, str):
+        layers = range(config.get_text_config(decoder=True).num_hidden_layers)
+    if not layers:
+        raise LaaiError("--layers is empty: expected at least one")
+    return tuple(sorted({choose_layer(layer, config) for layer in layers}))
+
+
+def _reported(sweep: Sweep, store: Store, folder: Path, plot: bool) -> Report:
+    records = sweep.facts(store)
+    facts: dict[str, Any] = {
+        "model": sweep.setting.source.name,
+        "identity": sweep.setting.model,
+        "seeds": list(sweep.seeds),
+        "n_train": sweep.n_train,
+        "penalty_scale": sweep.penalty_scale,
+        "limit": sweep.setting.limit,
+        "versions": software(),
+        "scores": records,
+    }
+    storage.write(folder / "sweep.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+    if plot:
+        draw(records, folder / "sweep.png")
+    missing = any(record["mean"] is None for record in records)
+    return Report(facts, _text(sweep, records, folder), failed=missing)
+
+
+def _text(sweep: Sweep, records: Sequence[dict[str, Any]], folder: Path) -> str:
+    """A table for each task: layers by penalties."""
+    blocks = []
+    for task in sweep.tasks:
+        mine = {(r["layer"], r["l1"], r["group"]): r for r in records if r["task"] == task}
+        rows: list[list[object]] = [[f"{task}, layer", *(title(*penalty) for penalty in sweep.penalties)]]
+        rows += [[layer, *(_shown(mine[(layer, *p)]) for p in sweep.penalties)] for layer in sweep.layers]
+        blocks.append(table(rows))
+    metric = records[0]["metric"].replace("_", " ")
+    seeds = f"{len(sweep.seeds)} seed{'s' if len(sweep.seeds) > 1 else ''}"
+    return "\n\n".join([*blocks, f"{metric}, mean ± standard deviation over {seeds}; {folder / 'sweep.json'}"])
+
+
+def _shown(record: dict[str, Any]) -> str:
+    if record["mean"] is None:
+        return "missing"
+    return f"{record['mean']:.3f}" + ("" if record["spread"] is None else f" ± {record['spread']:.3f}")

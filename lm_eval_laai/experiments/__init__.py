@@ -1,0 +1,1 @@
+"""What demo, sweep and paper share: cells, where finished ones are kept, and how the harness computes one."""

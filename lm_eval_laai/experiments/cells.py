@@ -1,0 +1,98 @@
+"""What a cell is, what identifies it, and the folder in which finished ones are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from laai_core import storage
+from laai_core.errors import LaaiError
+from laai_core.hub import SUFFIX
+from lm_eval_laai.methods.adapters import ADAPTERS
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one method learns from one draw of a task's examples."""
+
+    task: str  # the harness's name
+    method: str
+    seed: int
+    n_train: int
+    layer: int | None = None  # 0-based; None is the method's own choice
+    steps: int | None = None  # of a method that takes them; None is the method's own number
+    l1: float | None = None  # this and what follows are LAAI's
+    group: float | None = None
+    penalty_scale: str | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score: the harness runs one task, with `shots` solved examples of `seed`, under the sum of `fits`.
+
+    Without shots nothing is drawn and `seed` is None, so that zero-shot is one cell for all seeds.
+    """
+
+    task: str
+    shots: int = 0
+    seed: int | None = None
+    fits: tuple[Fit, ...] = ()
+
+
+class Store:
+    """Finished work in a folder: a small JSON for each cell, a vector or an adapter for each fit.
+
+    A name ends in the hash of the identity: everything the result depends on. Another model, data set or release of a
+    library is another identity, never an old result.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._cells, self._fits = folder / "cells", folder / "fits"
+
+    def get(self, cell: Cell, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The cell's result, None when it has not been computed. LaaiError when the file is not ours."""
+        path = self._path(cell, identity)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["identity"] != identity:
+                raise ValueError
+            return found["result"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise LaaiError(f"{path} is no finished cell: delete it, and it is computed again") from None
+
+    def put(self, cell: Cell, identity: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Keep a result, whole or not at all."""
+        text = json.dumps({"identity": identity, "result": result}, indent=1, sort_keys=True, ensure_ascii=False)
+        storage.write(self._path(cell, identity), text.encode())
+
+    def fit_path(self, fit: Fit, identity: Mapping[str, Any]) -> Path:
+        """Where a fit is, or is to be."""
+        suffix = "" if fit.method in ADAPTERS else SUFFIX
+        return self._fits / f"{fit.task}-{fit.method}-{key(identity)}{suffix}"
+
+    def _path(self, cell: Cell, identity: Mapping[str, Any]) -> Path:
+        return self._cells / f"{cell.task}-{key(identity)}.json"
+
+
+def named(piece: Cell | Fit) -> str:
+    """A cell or a fit in words."""
+    if isinstance(piece, Cell):
+        shots = [f"{piece.shots}-shot seed {piece.seed}"] if piece.shots else []
+        return " + ".join([piece.task, *shots, *map(named, piece.fits)])
+    words = [piece.method, "of", piece.task, f"seed {piece.seed}", f"N {piece.n_train}"]
+    if piece.layer is not None:
+        words.append(f"layer {piece.layer}")
+    if piece.l1 is not None:
+        words.append(f"l1 {piece.l1:g} group {piece.group:g}")
+    return " ".join(words)
+
+
+def key(identity: Mapping[str, Any]) -> str:
+    """64 bits of the identity's hash, in hex."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,112 @@
+"""Figure 1 and `laai sweep`: a score against the layer, for several penalties, with its spread over seeds."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from laai_core import storage
+from lm_eval_laai.experiments.cells import Cell, Fit, Store
+from lm_eval_laai.experiments.setting import Setting, task_info
+from lm_eval_laai.paper.tables import Entry, result_of
+
+COLOURS = ("#b04a2f", "#2f6fb0", "#4c9a52", "#8258a8", "#b08d2f", "#5b6770")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """tasks x layers x seeds x penalties in one setting."""
+
+    setting: Setting
+    tasks: tuple[str, ...]  # the harness's names
+    layers: tuple[int, ...]  # 0-based
+    seeds: tuple[int, ...]
+    penalties: tuple[tuple[float, float], ...]  # (l1, group)
+    penalty_scale: str
+    n_train: int
+
+    def cell(self, task: str, layer: int, seed: int, penalty: tuple[float, float]) -> Cell:
+        """One score."""
+        l1, group = penalty
+        fit = Fit(task, "laai", seed, self.n_train, layer, l1=l1, group=group, penalty_scale=self.penalty_scale)
+        return Cell(task, fits=(fit,))
+
+    def cells(self) -> list[Cell]:
+        """Every one of them."""
+        return [
+            self.cell(task, layer, seed, penalty)
+            for task in self.tasks
+            for layer in self.layers
+            for penalty in self.penalties
+            for seed in self.seeds
+        ]
+
+    def entry(self, task: str, layer: int, penalty: tuple[float, float], store: Store) -> Entry | None:
+        """The seeds' scores; None where one is missing."""
+        found = [result_of(self.setting, self.cell(task, layer, seed, penalty), store) for seed in self.seeds]
+        metric = task_info(task).metric
+        values = [result["metrics"][metric] for result in found if result is not None]
+        return Entry(values) if len(values) == len(found) else None
+
+    def facts(self, store: Store) -> list[dict[str, Any]]:
+        """A record for every task, penalty and layer."""
+        records = []
+        for task in self.tasks:
+            for penalty in self.penalties:
+                for layer in self.layers:
+                    found = self.entry(task, layer, penalty, store)
+                    records.append(
+                        {
+                            "task": task,
+                            "metric": task_info(task).metric,
+                            "l1": penalty[0],
+                            "group": penalty[1],
+                            "layer": layer,
+                            "mean": found and found.mean,
+                            "spread": found and found.spread,
+                            "values": found and found.values,
+                        }
+                    )
+        return records
+
+
+def title(l1: float, group: float) -> str:
+    """What a loss is called."""
+    return "unregularised" if l1 == group == 0 else f"γ = {l1:g}, λ = {group:g}"
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """A panel for each task, a line for each penalty, a band of one standard deviation over seeds on both sides."""
+    # Figure alone, never pyplot: see lm_eval_laai.inspection.plot.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    tasks = list(dict.fromkeys(record["task"] for record in records))
+    penalties = list(dict.fromkeys((record["l1"], record["group"]) for record in records))
+    figure = Figure(figsize=(3.4 * min(len(tasks), 4), 3.1 * -(-len(tasks) // 4)), layout="constrained")
+    panels = figure.subplots(-(-len(tasks) // 4), min(len(tasks), 4), sharey=True, squeeze=False).flatten()
+    for panel, task in zip(panels, tasks, strict=False):
+        for number, penalty in enumerate(penalties):
+            line = [r for r in records if r["task"] == task and (r["l1"], r["group"]) == penalty]
+            points = [(r["layer"], r["mean"], r["spread"] or 0.0) for r in line if r["mean"] is not None]
+            if not points:
+                continue
+            layers, means, spreads = zip(*points, strict=True)
+            colour = COLOURS[number % len(COLOURS)]
+            panel.plot(layers, means, marker="o", markersize=3, color=colour, label=title(*penalty))
+            low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
+            high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
+            panel.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
+        panel.set_title(task.removeprefix("laai_"), fontsize="medium")
+        panel.set_xlabel("layer, from 0")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[0].set_ylabel(records[0]["metric"].replace("_", " "))
+    panels[0].legend(fontsize="small", frameon=False)
+    for panel in panels[len(tasks) :]:
+        panel.set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    storage.write(path, buffer.getvalue())

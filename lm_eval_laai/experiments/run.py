@@ -1,0 +1,174 @@
+"""Compute what is missing of a plan: first the fits, then the scores, each kept as soon as it is there.
+
+Under `torchrun` or `accelerate launch` every process takes its share of both; the store is a folder they all see.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from laai_core.errors import LaaiError
+from laai_core.intervention import Intervention
+from laai_core.train import Job, train_many
+from lm_eval_laai import methods
+from lm_eval_laai.experiments.cells import Cell, Fit, Store, named
+from lm_eval_laai.experiments.setting import Setting
+
+logger = logging.getLogger(__name__)
+
+Write = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is wanted of one model: scores, and fits that are looked at themselves."""
+
+    setting: Setting
+    cells: tuple[Cell, ...]
+    fits: tuple[Fit, ...] = ()
+
+    def batches(self) -> list[list[Fit]]:
+        """All fits; those of LAAI that share task, layer and number of examples are rows of one batch.
+
+        A batch is a matter of the plan, never of what is finished already: another batch would round otherwise, and
+        a run that was stopped could end elsewhere than one that was not.
+        """
+        batches: dict[Fit, list[Fit]] = {}
+        for fit in dict.fromkeys([*self.fits, *(fit for cell in self.cells for fit in cell.fits)]):
+            alike = replace(fit, seed=0, l1=None, group=None) if fit.method == "laai" else fit
+            batches.setdefault(alike, []).append(fit)
+        return list(batches.values())
+
+    def left(self, store: Store) -> tuple[set[Fit], set[Cell]]:
+        """The cells that are not finished, and the fits that are not there and are needed for these or themselves.
+
+        Reads all data: what is wrong with it is found here, before anything runs.
+        """
+        cells = {cell for cell in self.cells if store.get(cell, self.setting.cell_identity(cell)) is None}
+        needed = {*self.fits, *(fit for cell in cells for fit in cell.fits)}
+        return {fit for fit in needed if not self.path(fit, store).exists()}, cells
+
+    def path(self, fit: Fit, store: Store) -> Path:
+        """Where a fit is, or is to be."""
+        return store.fit_path(fit, self.setting.fit_identity(fit))
+
+
+class Process:
+    """Which of the processes of a launch this is, and which device it has."""
+
+    def __init__(self) -> None:
+        on_cpu = not torch.accelerator.is_available()
+        # One may wait long for a slower one.
+        self._state = PartialState(cpu=on_cpu, timeout=timedelta(weeks=52))
+        self.first = self._state.is_main_process
+        self.alone = self._state.num_processes == 1
+
+    def device(self, wanted: str | None) -> str | None:
+        """The device that was asked for; in a launch of several processes this one's own."""
+        if self.alone:
+            return wanted
+        return "cpu" if self._state.device.type == "cpu" else str(self._state.device)
+
+    def share(self, work: Sequence[Any]) -> list[Any]:
+        """This process's part: every n-th piece."""
+        return list(work[self._state.process_index :: self._state.num_processes])
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        self._state.wait_for_everyone()
+
+
+def run(plans: Sequence[Plan], store: Store, process: Process) -> None:
+    """Compute every cell and fit that is not in the store.
+
+    What cannot be computed (by a method that does not know this architecture, of a prompt that does not fit) is logged
+    and does not stop the others; its cells stay missing. What cannot be written stops everything.
+    """
+    for plan in plans:
+        fits, cells = plan.left(store)
+        worker = _Worker(plan, store)
+        _each([b for b in process.share(plan.batches()) if not fits.isdisjoint(b)], worker.fit, "fits", process)
+        process.wait()  # a cell may need fits of another process
+        _each([[c] for c in process.share(plan.cells) if c in cells], worker.score, "cells", process)
+        process.wait()
+
+
+def _each(work: Sequence[list[Any]], compute: Callable[[list[Any]], Write], name: str, process: Process) -> None:
+    for pieces in tqdm(work, desc=name, disable=not (process.first and work), leave=False):
+        try:
+            write = compute(pieces)
+        except LaaiError as error:
+            logger.error("%s: %s", "; ".join(map(named, pieces)), error)
+        else:
+            write()
+
+
+class _Worker:
+    """One model, loaded when it is first needed."""
+
+    def __init__(self, plan: Plan, store: Store) -> None:
+        self._plan, self._store, self._setting = plan, store, plan.setting
+        self._loaded: tuple[Any, Any] | None = None
+
+    def fit(self, batch: list[Fit]) -> Write:
+        """Train a batch; what is then called keeps what of it was not there yet."""
+        model, tokenizer = self._model()
+        paths = [self._plan.path(fit, self._store) for fit in batch]
+        if batch[0].method == "laai":
+            scale = batch[0].penalty_scale
+            assert scale is not None
+            results = train_many(model, tokenizer, list(map(self._job, batch)), penalty_scale=scale)
+            new = [(path, r.intervention) for path, r in zip(paths, results, strict=True) if not path.exists()]
+            return lambda: _save(new)
+        (fit,) = batch
+        methods.fit(
+            fit.method,
+            model,
+            tokenizer,
+            self._setting.split(fit.task, fit.seed, fit.n_train),
+            layer=fit.layer,
+            steps=fit.steps,
+            seed=fit.seed,
+            output=paths[0],
+            progress=False,
+        )
+        return lambda: None  # that has written it
+
+    def _job(self, fit: Fit) -> Job:
+        examples = self._setting.split(fit.task, fit.seed, fit.n_train).train
+        assert fit.layer is not None and fit.l1 is not None and fit.group is not None
+        return Job(examples, fit.layer, fit.l1, fit.group, seed=fit.seed, task=fit.task)
+
+    def score(self, cells: list[Cell]) -> Write:
+        """Evaluate a cell; what is then called keeps its result."""
+        # Here and not above: the harness takes seconds to import, and a finished plan needs none.
+        from lm_eval_laai.experiments import harness
+
+        (cell,) = cells
+        paths = [self._plan.path(fit, self._store) for fit in cell.fits]
+        if not all(path.exists() for path in paths):
+            raise LaaiError("what it needs could not be trained")
+        start = time.perf_counter()
+        result = harness.score(*self._model(), self._setting, cell, paths)
+        result["seconds"] = time.perf_counter() - start
+        return lambda: self._store.put(cell, self._setting.cell_identity(cell), result)
+
+    def _model(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            self._loaded = self._setting.source.load()
+        return self._loaded
+
+
+def _save(made: Sequence[tuple[Path, Intervention]]) -> None:
+    for path, intervention in made:
+        intervention.save(path)

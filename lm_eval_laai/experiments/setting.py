@@ -1,0 +1,122 @@
+"""What all cells of one model share: model, data, how the harness runs. Gives fits and cells their identity."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from laai_core.data import load_task
+from laai_core.errors import LaaiError
+from laai_core.example import Split
+from laai_core.train import examples_sha256
+from lm_eval_laai.experiments.cells import Cell, Fit
+from lm_eval_laai.experiments.load import ModelSource
+from lm_eval_laai.tasks import TaskInfo, list_tasks
+
+# Raised when the code changes so that finished cells would come out otherwise.
+CELLS_VERSION = 1
+_LIBRARIES = ("torch", "transformers", "lm_eval", "peft")
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".model")  # of a folder: weights, configuration, tokenizer
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model on one collection of data.
+
+    Args:
+        data: folder of the public data sets; None is $LAAI_DATA.
+        limit: test items a task; None is all.
+        batch_size: prompts at once. Not part of any identity: it moves results by rounding only.
+    """
+
+    source: ModelSource
+    data: str | None = None
+    limit: int | None = None
+    batch_size: int = 64
+
+    def split(self, task: str, seed: int = 0, n_train: int = 1) -> Split:
+        """The data of a harness task."""
+        return _split(task_info(task).data_set, seed, n_train, self.data)
+
+    def fit_identity(self, fit: Fit) -> dict[str, Any]:
+        """Everything a fit depends on."""
+        examples = self.split(fit.task, fit.seed, fit.n_train).train
+        return {**asdict(fit), "examples_sha256": examples_sha256(examples), **self._shared}
+
+    def cell_identity(self, cell: Cell) -> dict[str, Any]:
+        """Everything a cell's score depends on."""
+        shots = None if cell.seed is None else examples_sha256(self.split(cell.task, cell.seed, cell.shots).train)
+        return {
+            "task": cell.task,
+            "shots": cell.shots,
+            "seed": cell.seed,
+            "shots_sha256": shots,
+            "fits": [self.fit_identity(fit) for fit in cell.fits],
+            "test_sha256": self.test_sha256(cell.task),
+            "limit": self.limit,
+            **self._shared,
+        }
+
+    def test_sha256(self, task: str) -> str:
+        """Identity of the test items, in order, before the limit."""
+        return _test_sha256(task_info(task).data_set, self.data)
+
+    @cached_property
+    def model(self) -> dict[str, Any]:
+        """What identifies the model: the files of a folder, or a commit on the Hub."""
+        folder = Path(self.source.name)
+        if folder.is_dir():
+            return {"sha256": _folder_sha256(folder)}
+        return {"hub": self.source.name, "commit": getattr(self.source.config(), "_commit_hash", None)}
+
+    @cached_property
+    def _shared(self) -> dict[str, Any]:
+        return {
+            "cells_version": CELLS_VERSION,
+            "model": self.model,
+            "dtype": self.source.dtype,
+            "device": self.source.checked_device().type,
+            "software": {name: version(name) for name in _LIBRARIES},
+        }
+
+
+def software() -> dict[str, str]:
+    """The versions a report states."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
+
+
+@cache
+def _tasks() -> dict[str, TaskInfo]:
+    return {task.name: task for task in list_tasks()}
+
+
+def task_info(task: str) -> TaskInfo:
+    """What the YAML of a harness task says. LaaiError for an unknown name."""
+    if task not in _tasks():
+        raise LaaiError(f"no task named {task!r}: `laai tasks` lists them")
+    return _tasks()[task]
+
+
+@cache
+def _split(data_set: str, seed: int, n_train: int, data: str | None) -> Split:
+    return load_task(data_set, seed, n_train, data)
+
+
+@cache
+def _test_sha256(data_set: str, data: str | None) -> str:
+    return examples_sha256(_split(data_set, 0, 1, data).test)
+
+
+def _folder_sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

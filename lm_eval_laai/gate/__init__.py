@@ -1,0 +1,1 @@
+"""The regression gate: the harness's results against a baseline."""

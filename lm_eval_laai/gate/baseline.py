@@ -1,0 +1,171 @@
+"""Baselines: what a run of the harness should come to, and how far it may fall short. A YAML file, edited by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from laai_core.errors import LaaiError
+from lm_eval_laai.gate.results_file import Metric, Results
+
+SETTING = ("version", "shots", "samples", "data")
+_HEADER = """\
+# What `laai check RESULTS --against FILE` expects. --update writes the file anew and keeps the tolerances, which are
+# yours to set: {absolute: 0.01}, {relative: 0.02} (a share of the value) or {standard_errors: 2}.
+"""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A metric's value, and by how much a result may be worse."""
+
+    value: float
+    stderr: float | None
+    tolerance: tuple[str, float]  # absolute, relative or standard_errors; how much
+
+    @property
+    def margin(self) -> float:
+        """The tolerance in the metric's own units."""
+        kind, size = self.tolerance
+        return size * {"absolute": 1.0, "relative": abs(self.value), "standard_errors": self.stderr or 0.0}[kind]
+
+
+@dataclass(frozen=True)
+class ExpectedTask:
+    """A task's expected metrics, and the setting they were measured in."""
+
+    setting: dict[str, str | int]
+    metrics: dict[str, Expected]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """All expected tasks, and the interventions that were applied, as hf-laai reports them, by name."""
+
+    tasks: dict[str, ExpectedTask]
+    interventions: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, results: Results, before: Baseline | None = None) -> Baseline:
+        """What was found becomes what is expected.
+
+        From `before` come the tolerances, and the tasks that are not in these results: a partial run must not take
+        the others out of the gate.
+        """
+        kept = {} if before is None else before.tasks
+        tasks = dict(kept)
+        for name, task in results.tasks.items():
+            old = kept[name].metrics if name in kept else {}
+            metrics = {k: _expected(f"{name}, {k}", m, old.get(k)) for k, m in task.metrics.items()}
+            tasks[name] = ExpectedTask(task.setting, metrics)
+        return cls(tasks, results.interventions)
+
+    def dump(self) -> str:
+        """The file's text."""
+        tasks = {}
+        for name, task in self.tasks.items():
+            metrics = {}
+            for key, one in task.metrics.items():
+                stderr = {} if one.stderr is None else {"stderr": _short(one.stderr)}
+                kind, size = one.tolerance
+                metrics[key] = {"value": _short(one.value), **stderr, "tolerance": {kind: size}}
+            tasks[name] = {**task.setting, "metrics": metrics}
+        content = {"tasks": tasks, "interventions": self.interventions}
+        return _HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def load_baseline(path: Path) -> Baseline:
+    """Read a baseline; LaaiError says what in it is wrong."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise LaaiError(f"cannot read the baseline {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise LaaiError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
+    top = _object(content, f"{path}", ("tasks", "interventions"))
+    tasks = _object(top.get("tasks"), f"{path}: tasks")
+    applied = _object(top.get("interventions", {}), f"{path}: interventions")
+    if not tasks:
+        raise LaaiError(f"{path}: 'tasks' is empty: a gate that checks nothing always passes")
+    return Baseline(
+        {name: _task(task, f"{path}: {name}") for name, task in tasks.items()},
+        {name: _object(one, f"{path}: interventions: {name}") for name, one in applied.items()},
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader keeps the last of two equal keys: of a task given twice, one would silently go unchecked."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    pairs = loader.construct_pairs(node, deep=True)
+    if len(dict(pairs)) != len(pairs):
+        raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
+    return dict(pairs)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _expected(place: str, metric: Metric, before: Expected | None) -> Expected:
+    if not math.isfinite(metric.value):
+        raise LaaiError(f"{place} is {metric.value}: that cannot be expected of later results")
+    if before is not None:
+        tolerance = before.tolerance
+    elif metric.stderr:
+        tolerance = ("standard_errors", 2.0)
+    else:
+        tolerance = ("relative", 0.02)
+    if tolerance[0] == "standard_errors" and metric.stderr is None:
+        raise LaaiError(f"{place} has a tolerance in standard errors, and the results give none: change the tolerance")
+    return Expected(metric.value, metric.stderr, tolerance)
+
+
+def _task(content: Any, place: str) -> ExpectedTask:
+    task = _object(content, place, (*SETTING, "metrics"))
+    metrics = _object(task.get("metrics", {}), f"{place}: metrics")
+    setting = {name: task[name] for name in SETTING if name in task}
+    for name, value in setting.items():
+        if not isinstance(value, str | int):
+            raise LaaiError(f"{place}: {name} is a {type(value).__name__}: expected a text or a whole number")
+    return ExpectedTask(setting, {key: _metric(one, f"{place}: {key}") for key, one in metrics.items()})
+
+
+def _metric(content: Any, place: str) -> Expected:
+    metric = _object(content, place, ("value", "stderr", "tolerance"))
+    tolerance = _object(metric.get("tolerance"), f"{place}: tolerance", ("absolute", "relative", "standard_errors"))
+    if len(tolerance) != 1:
+        raise LaaiError(f"{place}: tolerance has {len(tolerance)} entries: expected one")
+    ((kind, size),) = tolerance.items()
+    value = _number(metric.get("value"), f"{place}: value")
+    stderr = None if metric.get("stderr") is None else _number(metric["stderr"], f"{place}: stderr", 0.0)
+    if kind == "standard_errors" and stderr is None:
+        raise LaaiError(f"{place}: a tolerance in standard errors needs stderr")
+    return Expected(value, stderr, (kind, _number(size, f"{place}: tolerance", 0.0)))
+
+
+def _object(value: Any, place: str, keys: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """`value`, if it is a mapping from texts, of none but these `keys`."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise LaaiError(f"{place}: expected names and their content, found {type(value).__name__}")
+    unknown = sorted(set(value) - set(keys)) if keys else []
+    if keys and unknown:
+        raise LaaiError(f"{place}: unknown entry {unknown[0]!r:.60}: expected {', '.join(keys)}")
+    return dict(value)
+
+
+def _number(value: Any, place: str, least: float = -math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+        shown = repr(value) if isinstance(value, int | float | str) else type(value).__name__
+        raise LaaiError(f"{place} is {shown:.60}: expected a finite number{', 0 or above' if least == 0 else ''}")
+    return float(value)
+
+
+def _short(value: float) -> float:
+    """Six digits: more than any results file means."""
+    return float(f"{value:.6g}")

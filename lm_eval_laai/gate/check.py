@@ -1,0 +1,194 @@
+"""`laai check`: the harness's results against a baseline, a regression gate for CI."""
+
+from __future__ import annotations
+
+import argparse
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from laai_core import storage
+from laai_core.errors import LaaiError
+from lm_eval_laai.commands.report import Report, table
+from lm_eval_laai.gate.baseline import Baseline, Expected, load_baseline
+from lm_eval_laai.gate.results_file import Metric, Results, read_results
+
+OK, NOTE, FAILED = "ok", "note", "FAILED"
+# Sums of floats in two orders differ by less; a result at the very edge of its tolerance must not.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison: what was expected of a task's metric or setting, what was found, and what that means."""
+
+    task: str
+    item: str
+    expected: str
+    found: str
+    state: str  # OK, NOTE (told, and passes) or FAILED
+    reason: str = ""
+
+
+def add(commands: Any) -> None:
+    """Put `check` on a parser."""
+    parser = commands.add_parser("check", help="compare a results file of the harness with a baseline")
+    parser.set_defaults(command=_command)
+    parser.add_argument("results", metavar="RESULTS", help="a results file, or a folder: its newest results_*.json")
+    parser.add_argument("--against", required=True, metavar="FILE.yaml", help="the baseline")
+    parser.add_argument("--update", action="store_true", help="write the baseline from the results")
+    parser.add_argument("--junit", metavar="FILE.xml", help="also write the findings as JUnit XML")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--github", action="store_true", help="also print what failed as GitHub annotations")
+    output.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def _command(arguments: argparse.Namespace) -> Report:
+    results = read_results(arguments.results)
+    path = Path(arguments.against).expanduser()
+    if arguments.update:
+        if arguments.junit or arguments.github:
+            raise LaaiError("--update checks nothing: expected no --junit and no --github with it")
+        return _update(results, path)
+    findings = compare(results, load_baseline(path))
+    if arguments.junit:
+        storage.write(Path(arguments.junit).expanduser(), junit(findings))
+    failed = any(finding.state == FAILED for finding in findings)
+    facts = {
+        "results": str(results.path),
+        "baseline": str(path),
+        "passed": not failed,
+        "findings": [asdict(finding) for finding in findings],
+    }
+    text = _text(findings, results.path, path)
+    if arguments.github:
+        text = "\n".join([text, *github(findings)])
+    return Report(facts, text, failed)
+
+
+def compare(results: Results, baseline: Baseline) -> list[Finding]:
+    """Everything the baseline expects, in its order, then what it does not know of."""
+    findings = []
+    for name, task in baseline.tasks.items():
+        if name not in results.tasks:
+            findings.append(Finding(name, "task", "there", "missing", FAILED, "not in the results"))
+            continue
+        found = results.tasks[name]
+        for key, value in task.setting.items():
+            findings.append(_same(name, key, value, found.setting.get(key)))
+        for key, expected in task.metrics.items():
+            findings.append(_metric(name, key, expected, found.metrics.get(key)))
+    for name, applied in baseline.interventions.items():
+        findings += _intervention(name, applied, results.interventions.get(name))
+    for name in [n for n in results.tasks if n not in baseline.tasks]:
+        findings.append(Finding(name, "task", "-", "there", NOTE, "not in the baseline, so it was not checked"))
+    for name in [n for n in results.interventions if n not in baseline.interventions]:
+        findings.append(Finding(name, "intervention", "-", "applied", NOTE, "not in the baseline"))
+    return findings
+
+
+def _same(task: str, item: str, expected: object, found: object) -> Finding:
+    if found == expected:
+        return Finding(task, item, str(expected), str(found), OK)
+    if found is None:
+        hint = " (evaluate with --log_samples)" if item == "data" else ""
+        return Finding(task, item, str(expected), "missing", FAILED, f"the results do not say it{hint}")
+    return Finding(task, item, str(expected), str(found), FAILED, f"{item} changed: the numbers cannot be compared")
+
+
+def _metric(task: str, key: str, expected: Expected, found: Metric | None) -> Finding:
+    better = None if found is None else found.higher_is_better
+    low, high = expected.value - expected.margin, expected.value + expected.margin
+    bounds = {True: f"at least {low:.4g}", False: f"at most {high:.4g}", None: f"{low:.4g} to {high:.4g}"}[better]
+    wanted = f"{expected.value:.4g} ({bounds})"
+    if found is None:
+        return Finding(task, key, wanted, "missing", FAILED, "not in the results")
+    rise = found.value - expected.value
+    worse = {True: -rise, False: rise, None: abs(rise)}[better]
+    slack = _ROUNDING * max(1.0, abs(expected.value))
+    shown = f"{found.value:.4g}"
+    if not worse <= expected.margin + slack:  # so that NaN fails
+        kind, size = expected.tolerance
+        allowed = f"{expected.margin:.4g}" + ("" if kind == "absolute" else f" ({size:g} {kind.replace('_', ' ')})")
+        reason = f"{shown} is worse than {expected.value:.4g} by {worse:.4g}, allowed is {allowed}"
+        return Finding(task, key, wanted, shown, FAILED, reason)
+    if -worse > expected.margin + slack:
+        return Finding(task, key, wanted, shown, NOTE, f"better by {-worse:.4g}: --update would hold on to it")
+    return Finding(task, key, wanted, shown, OK)
+
+
+def _intervention(name: str, expected: dict[str, Any], found: dict[str, Any] | None) -> list[Finding]:
+    """Place and strength must be the baseline's; another Δ at the same place is told, for its numbers decide."""
+    if found is None:
+        return [Finding(name, "intervention", "applied", "missing", FAILED, "it was not applied")]
+    findings = [_same(name, key, value, found.get(key)) for key, value in expected.items() if key != "sha256"]
+    old, new = expected.get("sha256"), found.get("sha256")
+    if "sha256" in expected and old != new:
+        findings.append(Finding(name, "sha256", f"{old}", f"{new}", NOTE, "another Δ than the baseline's"))
+    return findings
+
+
+def junit(findings: Sequence[Finding]) -> bytes:
+    """One test case a finding, in the form CI servers read."""
+    failed = [finding for finding in findings if finding.state == FAILED]
+    counts = {"tests": str(len(findings)), "failures": str(len(failed))}
+    root = ElementTree.Element("testsuites", counts)
+    suite = ElementTree.SubElement(root, "testsuite", {"name": "laai check", **counts})
+    for finding in findings:
+        names = {"classname": _printable(finding.task), "name": _printable(finding.item)}
+        case = ElementTree.SubElement(suite, "testcase", names)
+        if finding.state == FAILED:
+            ElementTree.SubElement(case, "failure", {"message": _printable(finding.reason)})
+        elif finding.reason:
+            ElementTree.SubElement(case, "system-out").text = _printable(finding.reason)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+
+
+def github(findings: Iterable[Finding]) -> list[str]:
+    """Workflow commands that show what failed on the pull request."""
+    messages = [_printable(f"{f.task} {f.item}: {f.reason}") for f in findings if f.state == FAILED]
+    return [f"::error title=laai check::{message.replace('%', '%25')}" for message in messages]
+
+
+def _update(results: Results, path: Path) -> Report:
+    before = load_baseline(path) if path.exists() else None
+    after = Baseline.of(results, before)
+    if not any(task.metrics for task in after.tasks.values()):
+        raise LaaiError(f"{results.path} holds no metric: nothing could be expected of later results")
+    storage.write(path, after.dump().encode())
+    changes = compare(results, before) if before else []
+    told = [finding for finding in changes if finding.state != OK]
+    facts = {"results": str(results.path), "baseline": str(path), "changes": [asdict(finding) for finding in told]}
+    lines = [f"{path}: {len(after.tasks)} tasks, written from {results.path}"]
+    absent = [name for name in after.tasks if name not in results.tasks]
+    if absent:
+        lines.append(_printable(f"kept as they were, not in these results: {', '.join(absent)}"))
+    return Report(facts, "\n".join([*lines, *_reasons(told)]))
+
+
+def _text(findings: Sequence[Finding], results: Path, baseline: Path) -> str:
+    metrics = [f for f in findings if "," in f.item or f.state == FAILED]
+    rows = [[_printable(cell) for cell in (f.task, f.item, f.expected, f.found, f.state)] for f in metrics]
+    failed = sum(finding.state == FAILED for finding in findings)
+    told = [finding for finding in findings if finding.reason]
+    verdict = f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed"
+    return "\n".join(
+        [
+            table([("task", "metric", "expected", "found", ""), *rows]),
+            "",
+            _printable(f"{verdict}: {results} against {baseline}"),
+            *_reasons(told),
+        ]
+    )
+
+
+def _reasons(findings: Iterable[Finding]) -> list[str]:
+    return [_printable(f"{finding.state}: {finding.task} {finding.item}: {finding.reason}") for finding in findings]
+
+
+def _printable(text: str) -> str:
+    """A task's name with a line break would begin a GitHub command; XML cannot hold control characters."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,0 +1,1 @@
+"""Interventions on the Hugging Face Hub: the model card."""

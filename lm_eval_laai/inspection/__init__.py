@@ -1,0 +1,1 @@
+"""Looking at an intervention: heat maps, and the words it promotes and suppresses."""

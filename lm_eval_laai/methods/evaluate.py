@@ -1,0 +1,47 @@
+"""The task loss of interventions on examples, without the harness: what training minimises, on any examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from laai_core.encode import encode_examples
+from laai_core.errors import LaaiError
+from laai_core.example import Example
+from laai_core.forward import PlainForward, frozen
+from laai_core.intervention import Intervention
+from laai_core.locate import locate
+from laai_core.objective import Objective
+
+
+def task_losses(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[Intervention, Sequence[Example]]],
+    stop: str = "\n",
+    whitespace: str = "refuse",
+    projection: str | None = None,
+    batch_size: int | None = None,
+) -> list[list[float]]:
+    """For each (intervention, examples) the task loss of every example, all in one batch.
+
+    The interventions write to one layer and site, the same for all, at position `last`, as `train` makes them.
+    Options as for `train`.
+    """
+    layout = locate(model, projection)
+    places = {(tuple(iv.layers), iv.site, iv.position, iv.operation) for iv, _ in pairs}
+    if len(places) != 1:
+        raise LaaiError(f"expected interventions at one place, got {len(places)}")
+    ((layers, site, position, operation),) = places
+    if len(layers) != 1 or (position, operation) != ("last", "add"):
+        raise LaaiError("expected interventions that add to one layer at the last prompt token")
+    vectors = torch.stack([iv.scale * iv.for_model(layout)[layout.layer(layers[0])] for iv, _ in pairs])
+    examples = [example for _, part in pairs for example in part]
+    owners = [number for number, (_, part) in enumerate(pairs) for _ in part]
+    batch = encode_examples(tokenizer, examples, stop, None, whitespace, owners)
+    with frozen(layout.model):
+        forward = PlainForward(layout, batch, layout.layer(layers[0]), site, batch_size)
+        losses = Objective(examples).per_example(forward.continuation_logprobs(vectors)).tolist()
+    return [[loss for loss, owner in zip(losses, owners, strict=True) if owner == n] for n in range(len(pairs))]

@@ -1,0 +1,121 @@
+"""In-context vectors (Liu et al. 2023, arXiv 2311.06668), as the authors' code makes them.
+
+How the last token's hidden states differ between an example's output and its input, over all layers as one vector: the
+mean over the examples plus the first principal direction. `laai_core.apply.icv_step` applies it.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from laai_core.cache import model_inputs, padded
+from laai_core.data.tasks import rule_prompt
+from laai_core.encode import encode_text
+from laai_core.errors import LaaiError
+from laai_core.example import Example
+from laai_core.forward import frozen, model_device
+from laai_core.intervention import Intervention
+from laai_core.locate import Layout, locate
+from laai_core.train import model_facts, training_facts
+from lm_eval_laai.methods.places import first_attention
+
+STEP = 0.1  # the paper's and the authors' README's
+
+_BEFORE, _AFTER = rule_prompt("\0").split("\0")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def in_context_vector(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    layer: int | None = None,
+    seed: int = 0,
+    task: str | None = None,
+) -> Intervention:
+    """The in-context vector of a task: one vector a layer, applied to the feed-forward outputs of every token.
+
+    Args:
+        examples: at least two, with targets.
+        layer: apply it in this layer only; default every layer, as the authors do.
+        seed: recorded in the file; nothing is drawn.
+
+    Raises:
+        LaaiError: on examples or a model that do not allow it.
+    """
+    if len(examples) < 2:
+        raise LaaiError(f"an in-context vector needs two examples or more, for a direction; got {len(examples)}")
+    if any(example.target is None for example in examples):
+        raise LaaiError("an in-context vector needs examples with targets, these have answer options")
+    layout = locate(model)
+    layers = range(len(layout.blocks)) if layer is None else [layout.layer(layer)]
+    for number in layers:
+        layout.module(number, "mlp")
+    with frozen(layout.model), torch.no_grad():
+        before = hidden_states(layout, [encode_text(tokenizer, input_text(example)) for example in examples])
+        after = hidden_states(layout, [encode_text(tokenizer, output_text(example)) for example in examples])
+    _, *by_block = shift(before, after)
+    metadata = {
+        **model_facts(layout, first_attention(layout)),
+        "task": task,
+        "method": "icv",
+        "training": training_facts(layout, examples, seed),
+    }
+    vectors = {number: by_block[number] for number in layers}
+    return Intervention(vectors, "mlp", "all", scale=STEP, operation="icv", metadata=metadata)
+
+
+def input_text(example: Example) -> str:
+    """The input alone: in a word task the word, elsewhere the whole prompt."""
+    return _bare(example.prompt.removeprefix(_BEFORE).removesuffix(_AFTER))
+
+
+def output_text(example: Example) -> str:
+    """The output alone."""
+    return _bare(str(example.target))
+
+
+def hidden_states(layout: Layout, rows: Sequence[list[int]]) -> list[torch.Tensor]:
+    """Of each row's last token: the embedding, then every block's output; [N, width] each, float32 on the CPU."""
+    seen: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        seen.append(hidden[:, -1].float().cpu())  # rows are padded on the left
+
+    modules = [layout.model.get_input_embeddings(), *layout.blocks]
+    handles = [module.register_forward_hook(keep) for module in modules]
+    try:
+        tokens, mask = padded(rows, model_device(layout), left=True)
+        layout.model(**model_inputs(layout, tokens, mask), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def shift(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Mean difference plus the first principal direction of the differences, over all [N, width] pairs as one vector.
+
+    The direction has length one over all layers together, so the mean outweighs it. Its sign is that of the
+    example that lies furthest along it.
+    """
+    differences = torch.cat([b - a for a, b in zip(before, after, strict=True)], 1).double()
+    mean = differences.mean(0)
+    scores, _, directions = torch.linalg.svd(differences - mean, full_matrices=False)
+    sign = scores[scores[:, 0].abs().argmax(), 0].sign()
+    return list((mean + sign * directions[0]).float().split([part.shape[1] for part in before]))
+
+
+def _bare(text: str) -> str:
+    """Without punctuation, as the authors' code has it (a text of nothing else stays), and behind a space.
+
+    The authors put none: Llama's first tokenizer does it by itself. To a byte-level one a word without it is another
+    token than the same word inside a text.
+    """
+    return " " + (text.translate(_NO_PUNCTUATION).strip() or text.strip())

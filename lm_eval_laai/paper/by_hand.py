@@ -1,0 +1,75 @@
+"""The shell commands that compute a cell by hand."""
+
+from __future__ import annotations
+
+import shlex
+
+from laai_core.hub import SUFFIX
+from lm_eval_laai.experiments.cells import Cell, Fit
+from lm_eval_laai.experiments.setting import Setting, task_info
+from lm_eval_laai.methods.adapters import ADAPTERS
+
+
+def by_hand(setting: Setting, cell: Cell) -> list[str]:
+    """What to type for one cell: train, add, evaluate."""
+    lines = [_train(setting, fit) for fit in cell.fits]
+    arguments = _model_arguments(setting)
+    model = "hf"
+    if len(cell.fits) > 1:
+        parts = " ".join(_place(fit) for fit in cell.fits)
+        target = f"vectors/{cell.task}{SUFFIX}"
+        lines.append(f"laai compose {parts} --output {target}")
+        model, arguments = "hf-laai", [*arguments, f"intervention={target}"]
+    elif cell.fits:
+        (fit,) = cell.fits
+        model, argument = ("hf", "peft") if fit.method in ADAPTERS else ("hf-laai", "intervention")
+        arguments = [*arguments, f"{argument}={_place(fit)}"]
+    words = ["lm_eval", "--model", model, "--model_args", ",".join(arguments), "--tasks", cell.task]
+    if cell.shots:
+        words += ["--num_fewshot", str(cell.shots)]
+    metadata = {} if cell.seed is None else {"seed": str(cell.seed), "n_train": str(cell.shots)}
+    if setting.data is not None:
+        metadata["data"] = setting.data
+    if metadata:
+        words += ["--metadata", ",".join(f"{name}={value}" for name, value in metadata.items())]
+    if setting.limit is not None:
+        words += ["--limit", str(setting.limit)]
+    soft_prompt = any(fit.method == "soft_prompt" for fit in cell.fits)
+    words += ["--batch_size", "1" if soft_prompt else str(setting.batch_size)]
+    return [*lines, f'{shlex.join(words)} --include_path "$(laai tasks --include-path)"']
+
+
+def _train(setting: Setting, fit: Fit) -> str:
+    words = ["laai", "train", "--model", setting.source.name, "--task", task_info(fit.task).data_set]
+    for flag, value in (
+        ("--revision", setting.source.revision),
+        ("--dtype", None if setting.source.dtype == "auto" else setting.source.dtype),
+        ("--data", setting.data),
+        ("--method", None if fit.method == "laai" else fit.method),
+        ("--seed", fit.seed),
+        ("--n-train", fit.n_train),
+        ("--layer", fit.layer),
+        ("--steps", fit.steps),
+        ("--l1", fit.l1),
+        ("--group", fit.group),
+        ("--penalty-scale", fit.penalty_scale),
+        ("--output", _place(fit)),
+    ):
+        if value is not None:
+            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join(words)
+
+
+def _place(fit: Fit) -> str:
+    """Where a person would put it."""
+    return f"adapters/{fit.task}_{fit.method}" if fit.method in ADAPTERS else f"vectors/{fit.task}{SUFFIX}"
+
+
+def _model_arguments(setting: Setting) -> list[str]:
+    source = setting.source
+    arguments = [f"pretrained={source.name}"]
+    if source.revision:
+        arguments.append(f"revision={source.revision}")
+    if source.dtype != "auto":
+        arguments.append(f"dtype={source.dtype}")
+    return arguments
