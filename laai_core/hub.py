@@ -1,4 +1,4 @@
-"""Interventions on the Hugging Face Hub: find one file there, put one there. Every failure is one line.
+"""Interventions on the Hugging Face Hub: find one file there. Every failure is one line.
 
 Cache, login and endpoint are huggingface_hub's own (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -69,36 +69,16 @@ def local_file(source: str | Path, local_files_only: bool = False) -> Path:
         return Path(source)
     place = Place(match["repo"], match["file"], match["revision"])
     file = place.file or _only(_files(place, local_files_only), place)
-    with _explained(Place(place.repo, file, place.revision), local_files_only):
+    with explained(Place(place.repo, file, place.revision), local_files_only):
         path = hf_hub_download(
             place.repo, file, revision=place.revision, local_files_only=local_files_only, library_name="laai"
         )
     return Path(path)
 
 
-def upload(repo: str, files: Mapping[str, bytes], message: str, private: bool | None, revision: str | None) -> str:
-    """Write `files` (by their name in the repository) in one commit; make the repository if it is new.
-
-    Returns: the commit's address.
-
-    Raises:
-        LaaiError: a bad name, not logged in, no right to write, no such branch, no network.
-    """
-    api = HfApi(library_name="laai")
-    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    with _explained(Place(repo, revision=revision), local_files_only=False):
-        try:
-            api.create_repo(repo, private=private, exist_ok=True)
-            return str(api.create_commit(repo, operations, commit_message=message, revision=revision).commit_url)
-        except HfHubHTTPError as error:
-            if error.response.status_code in (401, 403):
-                raise LaaiError(f"the Hub does not let you write to {repo}: log in with a write token") from None
-            raise
-
-
 def _files(place: Place, local_files_only: bool) -> list[str]:
     """Names of the repository's interventions; what the cache holds of it when the Hub cannot be reached."""
-    with _explained(place, local_files_only):
+    with explained(place, local_files_only):
         reason: Exception | None = None
         if not local_files_only:
             try:
@@ -131,7 +111,7 @@ def _only(names: list[str], place: Place) -> str:
 
 
 @contextmanager
-def _explained(place: Place, local_files_only: bool) -> Iterator[None]:
+def explained(place: Place, local_files_only: bool) -> Iterator[None]:
     """Turn huggingface_hub's errors into one line each. The order matters: some derive from others."""
     try:
         yield

@@ -13,9 +13,8 @@ import torch
 
 from laai_core import storage
 from laai_core.errors import LaaiError
-from laai_core.hub import SUFFIX, local_file, upload
+from laai_core.hub import local_file
 from laai_core.locate import SITES, Layout
-from lm_eval_laai.hub.card import Scores, model_card
 
 POSITIONS = ("last", "generated", "all")
 OPERATIONS = ("add", "icv")
@@ -92,35 +91,6 @@ class Intervention:
     def save(self, path: str | Path) -> None:
         """Write one .safetensors file (DESIGN: the file), atomically. The same content gives the same bytes."""
         storage.write(Path(path), self.to_bytes())
-
-    def push_to_hub(
-        self,
-        repo: str,
-        file: str | None = None,
-        scores: Scores | None = None,
-        private: bool | None = None,
-        revision: str | None = None,
-    ) -> str:
-        """Upload the file and a model card (README.md, replaced if there is one) in one commit.
-
-        Args:
-            repo: `org/name`, made if it is new.
-            file: name in the repository. Default: the task's name.
-            scores: {task: {metric: value}} for the card, such as `results` of the harness's results file.
-            private: for a new repository; None is the account's default.
-            revision: the branch to commit to.
-
-        Returns:
-            The commit's address.
-
-        Raises:
-            LaaiError: a bad name, not logged in, no right to write, no network.
-        """
-        file = file or f"{self.metadata.get('task') or 'intervention'}{SUFFIX}"
-        if not file.endswith(SUFFIX):
-            raise LaaiError(f"file is {file!r}: expected a name that ends in {SUFFIX}")
-        files = {file: self.to_bytes(), "README.md": model_card(self, repo, file, scores).encode()}
-        return upload(repo, files, f"Upload {file}", private, revision)
 
     def to_bytes(self) -> bytes:
         """The bytes of the file that `save` writes.

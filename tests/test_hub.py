@@ -17,6 +17,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 import laai_core as laai
 from lm_eval_laai.commands import cli
+from lm_eval_laai.hub import push_to_hub
 from lm_eval_laai.model import HFLaai
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,7 +166,7 @@ def test_push_writes_the_file_and_a_card(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     training = {"steps": 200, "stop": "\n", "versions": {"torch": "2"}}
     iv = example(training=training, method="laai")
-    url = iv.push_to_hub("org/new", scores=SCORES)
+    url = push_to_hub(iv, "org/new", scores=SCORES)
     files = hub.repositories["org/new"].commits[hub.repositories["org/new"].branches["main"]]
     assert sorted(files) == ["README.md", "laai_toy.safetensors"]
     assert url == f"{hub.endpoint}/org/new/commit/{hub.repositories['org/new'].branches['main']}"
@@ -199,19 +200,19 @@ def test_push_writes_the_file_and_a_card(hub, monkeypatch):
 
 def test_push_again_replaces_and_to_a_branch_or_privately(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    example(1).push_to_hub("org/new", private=True)
-    example(2).push_to_hub("org/new")
+    push_to_hub(example(1), "org/new", private=True)
+    push_to_hub(example(2), "org/new")
     assert hub.repositories["org/new"].private
     assert laai.Intervention.load("org/new").sha256 == example(2).sha256
     hub.repositories["org/new"].branches["dev"] = hub.repositories["org/new"].branches["main"]
-    example(3).push_to_hub("org/new", file="x.safetensors", revision="dev")
+    push_to_hub(example(3), "org/new", file="x.safetensors", revision="dev")
     assert laai.Intervention.load("org/new:x.safetensors@dev").sha256 == example(3).sha256
     assert laai.Intervention.load("org/new").sha256 == example(2).sha256
 
 
 def test_a_card_tells_nothing_of_the_machine(hub, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    example(base_model=str(tmp_path / "somebody" / "model-7b")).push_to_hub("org/new")
+    push_to_hub(example(base_model=str(tmp_path / "somebody" / "model-7b")), "org/new")
     repository = hub.repositories["org/new"]
     card = repository.commits[repository.branches["main"]]["README.md"].decode()
     assert str(tmp_path) not in card and "| base model | model-7b |" in card and "base_model:" not in card
@@ -222,7 +223,7 @@ def test_push_refusals(hub, monkeypatch):
 
     def refused(repo: str, **arguments) -> str:
         with pytest.raises(laai.LaaiError) as caught:
-            example().push_to_hub(repo, **arguments)
+            push_to_hub(example(), repo, **arguments)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -253,8 +254,9 @@ def test_a_process_with_nothing_but_environment_variables(tmp_path):
     """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, as people set them: push, load, load offline, no network."""
     script = (
         "import sys, torch, laai_core as laai\n"
+        "from lm_eval_laai.hub import push_to_hub\n"
         "iv = laai.Intervention({1: torch.ones(4, 8)}, metadata={'task': 'laai_toy'})\n"
-        "if sys.argv[1] == 'push': iv.push_to_hub('org/new')\n"
+        "if sys.argv[1] == 'push': push_to_hub(iv, 'org/new')\n"
         "try: print(laai.Intervention.load(sys.argv[2]).sha256 == iv.sha256)\n"
         "except laai.LaaiError as error: print(error)\n"
     )

@@ -1,1 +1,5 @@
-"""Interventions on the Hugging Face Hub: the model card."""
+"""Sharing interventions on the Hugging Face Hub: upload with a model card. Finding one there is `laai_core.hub`."""
+
+from lm_eval_laai.hub.push import push_to_hub
+
+__all__ = ["push_to_hub"]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from laai_core.facts import flat
 from laai_core.hub import is_repository
-
-if TYPE_CHECKING:
-    from laai_core.intervention import Intervention
+from laai_core.intervention import Intervention
 
 Scores = Mapping[str, Mapping[str, Any]]
 
