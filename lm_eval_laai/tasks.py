@@ -38,6 +38,14 @@ def list_tasks() -> list[TaskInfo]:
     return [_info(by_name[name], groups.get(name, NO_GROUP)) for name in {**groups, **by_name}]
 
 
+def harness_task(task: str) -> str:
+    """What the harness calls a task, and what an intervention folder's files are called.
+
+    What is behind a colon says which group's opinions: to the harness that is metadata.
+    """
+    return f"laai_{task.partition(':')[0]}"
+
+
 def _info(config: dict[str, Any], group: str) -> TaskInfo:
     return TaskInfo(
         name=config["task"],

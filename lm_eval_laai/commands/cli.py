@@ -12,8 +12,7 @@ from typing import NoReturn
 import torch
 
 from laai_core.errors import LaaiError, WorkFailed
-from lm_eval_laai.commands import compose, data, demo, inspect, judge, paper, sweep, tasks, train
-from lm_eval_laai.gate import check
+from lm_eval_laai.commands import check, compose, data, demo, inspect, judge, paper, sweep, tasks, train
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 

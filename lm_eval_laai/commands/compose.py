@@ -11,8 +11,9 @@ from laai_core.encode import WHITESPACE
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from lm_eval_laai.commands.report import Report, table
-from lm_eval_laai.commands.train import add_model_arguments, harness_task, model_source, output_path
+from lm_eval_laai.commands.train import add_model_arguments, model_source, output_path
 from lm_eval_laai.methods.compose import METHODS, compose
+from lm_eval_laai.tasks import harness_task
 
 
 def add(commands: Any) -> None:

@@ -15,12 +15,13 @@ from laai_core.errors import LaaiError
 from laai_core.train import PENALTY_SCALES, Job, check_arguments
 from lm_eval_laai.commands.paper import check_counts, numbers
 from lm_eval_laai.commands.report import Report, table
-from lm_eval_laai.commands.train import add_model_arguments, check_writable, choose_layer, harness_task, model_source
+from lm_eval_laai.commands.train import add_model_arguments, check_writable, choose_layer, model_source
 from lm_eval_laai.experiments.cells import Store
 from lm_eval_laai.experiments.curves import Sweep, draw, title
 from lm_eval_laai.experiments.run import Plan, Process, run
 from lm_eval_laai.experiments.setting import Setting, software
 from lm_eval_laai.inspection.plot import check_plot
+from lm_eval_laai.tasks import harness_task
 
 ALL = "all"
 

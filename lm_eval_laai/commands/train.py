@@ -24,6 +24,7 @@ from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.experiments.load import DTYPES, ModelSource
 from lm_eval_laai.methods import METHODS, OPTIONS, check, default_layer, fit, select
 from lm_eval_laai.methods.adapters import ADAPTERS, is_adapter, training_record
+from lm_eval_laai.tasks import harness_task
 
 AUTO = "auto"
 
@@ -129,14 +130,6 @@ def choose_layer(layer: int | None, config: Any) -> int:
     if not -count <= layer < count:
         raise LaaiError(f"layer {layer} is out of range: this model has layers 0 to {count - 1}")
     return layer % count
-
-
-def harness_task(task: str) -> str:
-    """What the harness calls a task, and what an intervention folder's files are called.
-
-    What is behind a colon says which group's opinions: to the harness that is metadata.
-    """
-    return f"laai_{task.partition(':')[0]}"
 
 
 def output_path(output: str, task: str) -> Path:

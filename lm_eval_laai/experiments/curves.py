@@ -10,8 +10,8 @@ from typing import Any
 
 from laai_core import storage
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
+from lm_eval_laai.experiments.scores import Entry, result_of
 from lm_eval_laai.experiments.setting import Setting, task_info
-from lm_eval_laai.paper.tables import Entry, result_of
 
 COLOURS = ("#b04a2f", "#2f6fb0", "#4c9a52", "#8258a8", "#b08d2f", "#5b6770")
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from lm_eval_laai.experiments.cells import Fit
 from lm_eval_laai.experiments.curves import Sweep
+from lm_eval_laai.experiments.scores import Entry
 from lm_eval_laai.paper.published import Published
-from lm_eval_laai.paper.tables import Entry, Recipe, Row, Table
+from lm_eval_laai.paper.tables import Recipe, Row, Table
 
 JUDGED = ("1", "2")  # the tables that have GPT-Eval in the paper
 NOT_RUN = "not run"

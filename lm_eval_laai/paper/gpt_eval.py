@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from laai_core.data.tasks import rule_prompt
 from lm_eval_laai.experiments.cells import Store
+from lm_eval_laai.experiments.scores import Entry, result_of
 from lm_eval_laai.judge import Cache, Judge, Sample, judge_samples
-from lm_eval_laai.paper.tables import Entry, Table, result_of
+from lm_eval_laai.paper.tables import Table
 
 _BEFORE, _AFTER = rule_prompt("\0").split("\0")
 

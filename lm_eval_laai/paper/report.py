@@ -15,11 +15,12 @@ from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from lm_eval_laai.experiments.cells import Fit, Store, named
 from lm_eval_laai.experiments.curves import draw
+from lm_eval_laai.experiments.scores import Entry, result_of
 from lm_eval_laai.experiments.setting import Setting, software
 from lm_eval_laai.inspection.plot import heat_map
 from lm_eval_laai.paper import markdown
 from lm_eval_laai.paper.content import FIGURE_1, JUDGED, NOT_RUN, Content, map_name
-from lm_eval_laai.paper.tables import Entry, Recipe, Table, entry, result_of
+from lm_eval_laai.paper.tables import Recipe, Table, entry
 
 
 def write(content: Content, store: Store, folder: Path) -> dict[str, Any]:

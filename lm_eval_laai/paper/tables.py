@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from laai_core.data.survey import TENDENCIES
 from laai_core.data.tasks import COMPOSITIONS, LEXICON_PREFIX, OPINIONQA, SURVEY_PREFIX
-from lm_eval_laai.commands.train import harness_task
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
+from lm_eval_laai.experiments.scores import Entry, result_of
 from lm_eval_laai.experiments.setting import Setting, task_info
 from lm_eval_laai.methods.adapters import ADAPTERS
 from lm_eval_laai.paper.published import PUBLISHED, Published
+from lm_eval_laai.tasks import harness_task
 
 EXAMPLES = 10  # of every method, and the shots: the paper's N
 RULES = {"en_fr": "Eng-Fr", "en_de": "Eng-Ger", "antonym": "Antonym", "synonym": "Synonym"}
@@ -96,22 +96,6 @@ class Table:
         return PUBLISHED.get(int(self.name), {}).get(row.title) if self.name.isdigit() else None
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A table's figure: the scores of the seeds that were drawn, all equal where nothing is drawn."""
-
-    values: list[float]
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values)
-
-    @property
-    def spread(self) -> float | None:
-        """The sample's standard deviation over seeds; None for one seed."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-
 def entry(table: Table, row: Row, task: str, seeds: Sequence[int], store: Store) -> Entry | None:
     """None where a cell is missing."""
     values = []
@@ -121,11 +105,6 @@ def entry(table: Table, row: Row, task: str, seeds: Sequence[int], store: Store)
             return None
         values.append(result["metrics"][table.metric])
     return Entry(values)
-
-
-def result_of(setting: Setting, cell: Cell, store: Store) -> dict[str, Any] | None:
-    """A cell's result, if there is one."""
-    return store.get(cell, setting.cell_identity(cell))
 
 
 def paper_table(number: int, recipes: Sequence[Recipe]) -> Table:

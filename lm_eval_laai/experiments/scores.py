@@ -1,0 +1,31 @@
+"""The scores of finished cells, and their spread over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval_laai.experiments.cells import Cell, Store
+from lm_eval_laai.experiments.setting import Setting
+
+
+def result_of(setting: Setting, cell: Cell, store: Store) -> dict[str, Any] | None:
+    """A cell's result, if there is one."""
+    return store.get(cell, setting.cell_identity(cell))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A table's figure: the scores of the seeds that were drawn, all equal where nothing is drawn."""
+
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float | None:
+        """The sample's standard deviation over seeds; None for one seed."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
