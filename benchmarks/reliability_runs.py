@@ -17,6 +17,8 @@ from lm_eval_laai.methods import default_layer
 from models import REFERENCE_MODEL, reference_model
 from reliability import ROOT, Part, Table, table
 
+LAAI = "import sys; from lm_eval_laai.commands.cli import main; sys.exit(main())"
+
 # --- determinism
 
 
@@ -69,7 +71,7 @@ def _bytes_table(part: Part, times: int, folder: Path) -> Table:
         for number in range(times):
             path = folder / f"{optimizer} {number}" / "x.safetensors"
             argv = ["train", "--model", str(REFERENCE_MODEL), "--task", "lexicon_antonym", "--output", str(path)]
-            command = [sys.executable, "-m", "laai_core", *argv, "--optimizer", optimizer]
+            command = [sys.executable, "-c", LAAI, *argv, "--optimizer", optimizer]
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(number)}
             subprocess.run(command, check=True, capture_output=True, env=environment)
             found.add(path.read_bytes())
