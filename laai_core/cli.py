@@ -47,8 +47,8 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
         return _stop(error, BAD_INPUT)
     except torch.OutOfMemoryError as error:
         return _stop(f"out of memory: {error}", FAILED)
-    except KeyboardInterrupt:
-        return _stop("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        return _stop(str(interrupt) or "interrupted", INTERRUPTED)
     if report is None:  # where several processes were launched, one of them reports
         return DONE
     print(json.dumps(report.facts, indent=2) if arguments.json else report.text)
