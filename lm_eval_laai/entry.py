@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 
 INTERRUPTED = 130  # as in laai_core.cli, which is not imported yet
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Import the command line and run it; returns the exit code."""
     # Where SIGINT is ignored (`nohup`, a shell's background) or handled by a caller it stays so.
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -20,7 +21,7 @@ def main() -> int:
     try:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = laai()
+        code = laai(argv)
     except KeyboardInterrupt:  # a second one, while the first is being reported
         code = INTERRUPTED
     if ours:

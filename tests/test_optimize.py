@@ -312,7 +312,9 @@ def test_a_run_that_is_not_finite_leaves_the_others_as_they_are_alone():
 
     def evaluate(x, active):
         losses, gradients = zip(*(Quadratic(run)(one) for run, one in zip(active, x, strict=True)), strict=True)
-        losses = [math.nan if run == 0 and one.any() else loss for run, one, loss in zip(active, x, losses, strict=True)]
+        losses = [
+            math.nan if run == 0 and one.any() else loss for run, one, loss in zip(active, x, losses, strict=True)
+        ]
         return torch.tensor(losses, dtype=torch.float64), torch.stack(gradients), lambda run: f" (run {run})"
 
     with pytest.raises(NotFinite, match=r"not finite at evaluation 2 \(run 0\)") as stopped:
