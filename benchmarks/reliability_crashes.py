@@ -114,8 +114,8 @@ def _judge(folder: Path, stack: ExitStack) -> list[str]:
 
 
 def interrupts(quick: bool, folder: Path) -> Part:
-    """SIGINT of the commands that train, at moments spread evenly over their run, on the reference model; and of the
-    `laai` command while it imports, in processes that are started one by one.
+    """SIGINT of the commands that train, at moments spread evenly over their run, on the reference model (`paper`, whose
+    smallest table has eight trainings, on a tiny one); and of `laai` while it imports, in processes of its own.
 
     The command must end with exit code 130, no traceback and no report. Every output must be whole or as before;
     `train` may leave `x.partial.safetensors`, which says that it was interrupted; nothing else may be there, not even
@@ -124,27 +124,42 @@ def interrupts(quick: bool, folder: Path) -> Part:
     part, rows = Part(), []
     crashing.preload("lm_eval.evaluator", "lm_eval_laai.model", "matplotlib.figure", "peft")
     model = ["--model", str(REFERENCE_MODEL)]
-    small = ["--limit", "4", "--output", "out"]
+    tiny = str(small_model_folder(folder / "tiny"))
+    small = ["--limit", "2", "--output", "out"]
     old = folder / "old"
     assert crashing.run(crashing.train(REFERENCE_MODEL, seed=1), old).code == 0
     before = {"x.safetensors": (old / "x.safetensors").read_bytes()}
     commands = {
-        "train": crashing.train(REFERENCE_MODEL, steps=100),
+        "train": crashing.train(REFERENCE_MODEL, steps=40),
         "demo": ["demo", *model, "--tasks", "laai_lexicon_antonym", *small],
-        "sweep": ["sweep", *model, "--task", "lexicon_antonym", "--seeds", "2", "--layers", "3,4", *small],
-        "paper": ["paper", *model, "--data", "lexicon", "--tables", "4", "--figures", "", "--seeds", "1", *small],
+        "sweep": ["sweep", *model, "--task", "lexicon_antonym", "--seeds", "1", "--layers", "4", *small],
+        "paper": [
+            "paper",
+            "--model",
+            tiny,
+            "--data",
+            "lexicon",
+            "--tables",
+            "4",
+            "--figures",
+            "",
+            "--seeds",
+            "1",
+            *small,
+        ],
     }
+    many = {"train": 24, "demo": 10, "sweep": 12, "paper": 8}
     for name, argv in commands.items():
         command = crashing.learned(argv, folder / name / "learned")
         if name == "train":
             command.old.update(before)
-        rounds = 1 if quick else 20 if name == "train" else 12
+        rounds = 1 if quick else many[name]
         found = interrupt_at_random_times(command, rounds, folder / name / "rounds", random.Random(0))
         part.faults += [f"{name}, {fault}" for fault in found.faults]
         counts = [found.rounds, found.whole, found.absent, found.partial]
         rows.append([f"`laai {name}`", *counts, *_times(found.seconds), len(found.faults)])
         print(f"{name}: {rows[-1]}", file=sys.stderr, flush=True)
-    found = interrupt_imports(2 if quick else 12, random.Random(0))
+    found = interrupt_imports(2 if quick else 10, random.Random(0))
     part.faults += [f"imports, {fault}" for fault in found.faults]
     rows.append(["`laai`, importing", found.rounds, "-", "-", "-", *_times(found.seconds), len(found.faults)])
     columns = ["command", "interrupted", "outputs whole", "as before", "partial files", "median s to its end"]

@@ -340,9 +340,7 @@ def interrupt_imports(times: int, draw: random.Random) -> Interrupts:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     found, seconds = Interrupts(), None
     while found.rounds < times:
-        process = subprocess.Popen(
-            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
-        )
+        process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
         start = time.monotonic()
