@@ -114,8 +114,8 @@ def _judge(folder: Path, stack: ExitStack) -> list[str]:
 
 
 def interrupts(quick: bool, folder: Path) -> Part:
-    """SIGINT of the commands that train, at moments spread evenly over their run, on the reference model (`paper`, with
-    its eight trainings, on a tiny one); and of `laai` while it imports, in processes of its own.
+    """SIGINT of the commands that train, at moments spread evenly over their run, on the reference model (`paper`,
+    which has eight trainings, on a tiny one); and of `laai` while it imports, in processes of its own.
 
     The command must end with exit code 130, no traceback and no report. Every output must be whole or as before;
     `train` may leave `x.partial.safetensors`, which says that it was interrupted; nothing else may be there, not even

@@ -40,6 +40,7 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal without Δ must not cost the result
     try:
         arguments = parser.parse_args(argv)
+        _check_output(getattr(arguments, "output", None))
         report = arguments.command(arguments)
     except WorkFailed as error:
         return _stop(error, FAILED)
@@ -59,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console entry of the core alone."""
     parser, _ = make_parser("python -m laai_core")
     return run(parser, argv)
+
+
+def _check_output(name: str | None) -> None:
+    """LaaiError for an --output, of any command, that would be the current folder, or a name nobody can type."""
+    if name is not None and (not name.strip() or name.splitlines() != [name]):
+        raise LaaiError(f"--output {name!r:.80}: expected a path, not empty and without line breaks")
 
 
 def _stop(error: object, code: int) -> int:
