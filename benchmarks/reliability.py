@@ -1,4 +1,4 @@
-"""Hostile files, kills, full disks, determinism and long runs, in the numbers that docs/reliability.md has.
+"""Hostile files, kills, Ctrl-C, full disks, determinism and long runs, in the numbers that docs/reliability.md has.
 
 What is done is in tests/ (fuzzing, crashing, repeating, endurance), where the test suite does a few of each. A part
 writes benchmarks/results/reliability/PART.json; the document is made of those there are. A part that finds a fault
@@ -26,6 +26,7 @@ DOCUMENT = ROOT / "docs" / "reliability.md"
 PARTS = {
     "files": ("Hostile files and arguments", "reliability_files"),
     "kills": ("Kills", "reliability_crashes"),
+    "interrupts": ("Ctrl-C", "reliability_crashes"),
     "disks": ("Full disks and several writers", "reliability_crashes"),
     "same": ("Determinism", "reliability_runs"),
     "long": ("Long runs and threads", "reliability_runs"),

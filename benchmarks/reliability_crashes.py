@@ -1,21 +1,23 @@
-"""The parts `kills` and `disks` of reliability.py."""
+"""The parts `kills`, `interrupts` and `disks` of reliability.py."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import statistics
 import sys
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
 import crashing
-from crashing import Command, Kills, kill_at_lines, kill_at_random_times
+from crashing import Command, Kills, interrupt_at_random_times, interrupt_imports, kill_at_lines, kill_at_random_times
 from judge_server import JudgeServer
 from tiny import small_model_folder
 from tqdm import tqdm
 
+from models import REFERENCE_MODEL
 from reliability import Part, table
 
 # --- kills
@@ -106,6 +108,69 @@ def _judge(folder: Path, stack: ExitStack) -> list[str]:
     samples.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     where = ["--base-url", server.url, "--cache", "cache.sqlite", "--output", "verdicts.jsonl"]
     return ["judge", str(samples), "--judge-model", "m", *where]
+
+
+# --- Ctrl-C
+
+
+def interrupts(quick: bool, folder: Path) -> Part:
+    """SIGINT of the commands that train, at moments spread evenly over their run, on the reference model (`paper`,
+    which has eight trainings, on a tiny one); and of `laai` while it imports, in processes of its own.
+
+    The command must end with exit code 130, no traceback and no report. Every output must be whole or as before;
+    `train` may leave `x.partial.safetensors`, which says that it was interrupted; nothing else may be there, not even
+    hidden. The same command, run again, must end with the bytes of an undisturbed run, where runs do not differ.
+    """
+    part, rows = Part(), []
+    crashing.preload("lm_eval.evaluator", "lm_eval_laai.model", "matplotlib.figure", "peft")
+    model = ["--model", str(REFERENCE_MODEL)]
+    tiny = str(small_model_folder(folder / "tiny"))
+    small = ["--limit", "2", "--output", "out"]
+    old = folder / "old"
+    assert crashing.run(crashing.train(REFERENCE_MODEL, seed=1), old).code == 0
+    before = {"x.safetensors": (old / "x.safetensors").read_bytes()}
+    commands = {
+        "train": crashing.train(REFERENCE_MODEL, steps=40),
+        "demo": ["demo", *model, "--tasks", "laai_lexicon_antonym", *small],
+        "sweep": ["sweep", *model, "--task", "lexicon_antonym", "--seeds", "1", "--layers", "4", *small],
+        "paper": [
+            "paper",
+            "--model",
+            tiny,
+            "--data",
+            "lexicon",
+            "--tables",
+            "4",
+            "--figures",
+            "",
+            "--seeds",
+            "1",
+            *small,
+        ],
+    }
+    many = {"train": 24, "demo": 10, "sweep": 12, "paper": 8}
+    for name, argv in commands.items():
+        command = crashing.learned(argv, folder / name / "learned")
+        if name == "train":
+            command.old.update(before)
+        rounds = 1 if quick else many[name]
+        found = interrupt_at_random_times(command, rounds, folder / name / "rounds", random.Random(0))
+        part.faults += [f"{name}, {fault}" for fault in found.faults]
+        counts = [found.rounds, found.whole, found.absent, found.partial]
+        rows.append([f"`laai {name}`", *counts, *_times(found.seconds), len(found.faults)])
+        print(f"{name}: {rows[-1]}", file=sys.stderr, flush=True)
+    found = interrupt_imports(2 if quick else 10, random.Random(0))
+    part.faults += [f"imports, {fault}" for fault in found.faults]
+    rows.append(["`laai`, importing", found.rounds, "-", "-", "-", *_times(found.seconds), len(found.faults)])
+    columns = ["command", "interrupted", "outputs whole", "as before", "partial files", "median s to its end"]
+    columns += ["longest", "over 1 s", "faults"]
+    note = "Times are from the signal to the end of the process, on a machine that was doing other work too."
+    part.tables.append(table("Interrupts survived", columns, rows, note))
+    return part
+
+
+def _times(seconds: list[float]) -> list[str | int]:
+    return [f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}", sum(one > 1 for one in seconds)]
 
 
 # --- full disks and two processes at once

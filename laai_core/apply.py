@@ -184,13 +184,18 @@ class _Steering:
         return self._call.ordinals.shape
 
     def _vector(self, index: int, layer: int, x: torch.Tensor) -> torch.Tensor:
-        """The vector in the activation's dtype, on its device: cast once a device, unless it is being trained."""
+        """The vector in the activation's dtype, on its device: cast once a device, unless it is being trained.
+
+        The activation's dtype is another than the model's under autocast.
+        """
         vector = self._edits[index].vectors[layer]
         if vector.requires_grad:
             return vector.to(x.device, x.dtype)
         key = (index, layer, x.device, x.dtype)
         if key not in self._cast:
             self._cast[key] = vector.to(x.device, x.dtype)
+            if not bool(torch.isfinite(self._cast[key]).all()):
+                raise LaaiError(f"layer {layer}: the intervention's vector is infinite in the activation's {x.dtype}")
         return self._cast[key]
 
     def _input_hook(self, layer: int, site: str) -> Any:

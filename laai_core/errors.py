@@ -1,4 +1,9 @@
-"""The one error type for bad input, and its one kind that is nobody's input."""
+"""The one error type for bad input, its kind that is nobody's input, and what ends a training before its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 LONGEST = 1000  # characters of a message
 
@@ -14,3 +19,23 @@ class LaaiError(Exception):
 
 class WorkFailed(LaaiError):
     """The input was fine and the work still failed: a server, the memory, a loss that is not finite."""
+
+
+# Exceptions, so that a caller who does not know of them stores nothing. `results`: the best so far of every run, in
+# order; a run's `finished` says whether it came to its end before the others were stopped.
+
+
+class NotFinite(WorkFailed):
+    """A loss or a gradient that is not finite ended a training run; the other runs of the batch went to their ends."""
+
+    def __init__(self, message: object, results: Sequence[Any]) -> None:
+        super().__init__(message)
+        self.results = list(results)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended training runs that had begun."""
+
+    def __init__(self, message: str, results: Sequence[Any]) -> None:
+        super().__init__(message)
+        self.results = list(results)

@@ -138,8 +138,13 @@ class Intervention:
                     f"the intervention's vector at layer {layer}, site {self.site}, has shape "
                     f"{tuple(vector.shape)}, this model expects {expected}"
                 )
-            if not bool(torch.isfinite(vector * self.scale).all()):
-                raise LaaiError(f"scale {self.scale:g} makes the intervention's vector at layer {layer} infinite")
+            # What is added is cast to the model's dtype; the rule of `icv` is computed in float32.
+            dtype = layout.model.dtype if self.operation == "add" else torch.float32
+            if not bool(torch.isfinite((vector * self.scale).to(dtype)).all()):
+                name = str(dtype).removeprefix("torch.")
+                raise LaaiError(
+                    f"scale {self.scale:g} makes the intervention's vector at layer {layer} infinite in {name}"
+                )
         return {layer: vector.flatten() for layer, vector in vectors.items()}
 
     def _resolved(self, num_layers: Any) -> dict[int, torch.Tensor]:

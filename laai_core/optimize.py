@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from laai_core.errors import WorkFailed
+from laai_core.errors import Interrupted, NotFinite, WorkFailed
 from laai_core.penalty import Penalty
 
 OPTIMIZERS = ("prox", "adam")
@@ -62,6 +62,7 @@ class Solution:
     first_gradient: torch.Tensor  # [H, d], of the loss at the start
     history: list[Step]
     stopped: str | None  # why it ended before its budget, if it did
+    finished: bool  # not interrupted, and everything finite
 
 
 # x [A, H, d] and the numbers of their runs -> losses [A], gradients [A, H, d], and what to say of a run
@@ -90,14 +91,16 @@ def minimise(
         tolerance: a run ends when the stationarity residual at its best point is at most this share of the first.
         on_steps: called after each round with the steps of the runs that took part.
 
-    A value that is not finite ends its run, Ctrl-C all of them, with the best so far.
-
     Raises:
+        NotFinite: when a value was not finite, which ends its run and no other. Has the solutions of all runs.
+        Interrupted: on Ctrl-C after the first evaluation. Has the solutions so far of all runs.
         WorkFailed: when the start of a run could not be evaluated.
     """
     count = 0
     history: list[list[Step]] = [[] for _ in start]
     stopped: dict[int, str] = {}
+    unfinished: dict[int, str] = {}
+    interrupted = False
     active = list(range(len(start)))
     nothing = torch.full((len(start),), math.inf, dtype=torch.float64)
     best = Points(start, torch.zeros_like(start), nothing, nothing)
@@ -109,8 +112,8 @@ def minimise(
             finite = torch.isfinite(losses) & torch.isfinite(gradients).flatten(1).all(1)
             for run, fine in zip(active, finite.tolist(), strict=True):
                 if not fine:
-                    stopped[run] = f"loss or gradient not finite at evaluation {count}{culprit(run)}"
-            kept = [run for run in active if run not in stopped]
+                    unfinished[run] = f"loss or gradient not finite at evaluation {count}{culprit(run)}"
+            kept = [run for run in active if run not in unfinished]
             # The rows of runs that have ended stay in the tensors, unread.
             loss, gradient = nothing.clone(), torch.zeros_like(start)
             loss[kept], gradient[kept] = losses[finite].double(), gradients[finite]
@@ -140,11 +143,13 @@ def minimise(
     except KeyboardInterrupt:
         if steps is None:
             raise
-        stopped |= {run: f"interrupted after {len(history[run])} evaluations" for run in active}
+        interrupted = True
+        ends = stopped | unfinished
+        unfinished |= {run: f"interrupted after {len(history[run])} evaluations" for run in active if run not in ends}
     for run, taken in enumerate(history):
         if not taken:
-            raise WorkFailed(f"training failed at the start: {stopped[run]}")
-    return [
+            raise WorkFailed(f"training failed at the start: {unfinished[run]}")
+    solutions = [
         Solution(
             best.x[run],
             best.gradient[run],
@@ -152,10 +157,16 @@ def minimise(
             float(best.loss[run]),
             first.gradient[run],
             taken,
-            stopped.get(run),
+            (stopped | unfinished).get(run),
+            run not in unfinished,
         )
         for run, taken in enumerate(history)
     ]
+    if interrupted:
+        raise Interrupted(f"interrupted after {max(map(len, history))} evaluations", solutions)
+    if unfinished:
+        raise NotFinite(next(iter(unfinished.values())), solutions)
+    return solutions
 
 
 def _facts(points: Points, penalties: torch.Tensor, runs: list[int]) -> list[tuple[float, float, float, int, int]]:

@@ -16,7 +16,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from laai_core.encode import WHITESPACE
-from laai_core.errors import LaaiError
+from laai_core.errors import Interrupted, LaaiError, NotFinite
 from laai_core.example import Example
 from laai_core.forward import frozen
 from laai_core.intervention import Intervention
@@ -59,6 +59,7 @@ class TrainResult:
     stationarity: float
     critical_penalty: float
     stopped: str | None  # why training ended before its steps, if it did
+    finished: bool  # False only in what `NotFinite` and `Interrupted` carry
 
 
 def train(
@@ -106,6 +107,8 @@ def train(
 
     Raises:
         LaaiError: on bad arguments or data, before anything runs.
+        NotFinite: when a loss or a gradient was not finite; `results` has the best so far.
+        Interrupted: on Ctrl-C, once there is something to keep; `results` has the best so far.
     """
     (result,) = train_many(
         model,
@@ -144,7 +147,8 @@ def train_many(
 ) -> list[TrainResult]:
     """Train several vectors; those of one layer run as rows of one batch, each with its own optimiser and end.
 
-    Arguments and errors as for `train`; the results are in the order of `jobs`.
+    Arguments and errors as for `train`; the results are in the order of `jobs`. A job that is not finite does not stop
+    the others: `NotFinite` comes when they are done. `Interrupted` has the jobs of the layer it came at.
     """
     if not jobs:
         raise LaaiError("no jobs, expected at least one")
@@ -167,6 +171,7 @@ def train_many(
         for sets, layers in _shared(jobs, at_layer)
     ]
     results: dict[int, TrainResult] = {}
+    failed: NotFinite | None = None
     with ExitStack() as stack:
         stack.enter_context(frozen(layout.model))
         verify_causal(layout)
@@ -183,15 +188,25 @@ def train_many(
                 here = [jobs[number] for number in numbers]
                 start = torch.stack([_start(job, layout, layer, problem.shape(layer)) for job in here]) / unit
                 l1, group, lr = torch.tensor([(job.l1, job.group, job.lr) for job in here]).T.view(3, -1, 1, 1)
-                solutions = problem.minimise(
-                    layer, start, Penalty(l1, group), steps, range(len(here)), optimizer, lr, tolerance, report
-                )
+                unfinished: NotFinite | Interrupted | None = None
+                try:
+                    solutions = problem.minimise(
+                        layer, start, Penalty(l1, group), steps, range(len(here)), optimizer, lr, tolerance, report
+                    )
+                except (NotFinite, Interrupted) as error:
+                    unfinished, solutions = error, error.results
                 facts = {"loss": problem.objective.name, "penalty_scale": penalty_scale}
                 facts |= {"optimizer": optimizer, "stop": stop}
                 for number, solution, rms in zip(numbers, solutions, unit.flatten().tolist(), strict=True):
                     results[number] = _result(layout, layer, site, jobs[number], solution, {**facts, "rms": rms})
+                if isinstance(unfinished, Interrupted):
+                    raise Interrupted(str(unfinished), [results[number] for number in numbers])
+                failed = failed or unfinished
         bar.refresh()  # short runs end between two of its updates
-    return [results[number] for number in range(len(jobs))]
+    in_order = [results[number] for number in range(len(jobs))]
+    if failed is not None:
+        raise NotFinite(failed, in_order)
+    return in_order
 
 
 def _shared(jobs: Sequence[Job], at_layer: dict[int, list[int]]) -> list[tuple[list[list[Example]], list[int]]]:
@@ -228,13 +243,21 @@ def _result(layout: Layout, layer: int, site: str, job: Job, solution: Solution,
         "task_loss": solution.loss,
         "stationarity": residual,
         "sparsity": float((solution.x == 0).float().mean()),
-        **training_facts(layout, job.examples, job.seed),
+        **training_facts(layout, job.examples, job.seed, solution.stopped),
     }
     metadata = {**model_facts(layout, layer), "task": job.task, "method": "laai", "training": training}
     vector = (facts["rms"] * solution.x).view(layout.shape(layer, site))
     intervention = Intervention({layer: vector}, site=site, metadata=metadata)
     critical = float(critical_penalty(solution.first_gradient))
-    return TrainResult(intervention, solution.history, solution.objective, residual, critical, solution.stopped)
+    return TrainResult(
+        intervention,
+        solution.history,
+        solution.objective,
+        residual,
+        critical,
+        solution.stopped,
+        solution.finished,
+    )
 
 
 def model_facts(layout: Layout, layer: int) -> dict[str, Any]:
@@ -252,9 +275,12 @@ def model_facts(layout: Layout, layer: int) -> dict[str, Any]:
     }
 
 
-def training_facts(layout: Layout, examples: Sequence[Example], seed: int) -> dict[str, Any]:
-    """What every method records of its training."""
+def training_facts(
+    layout: Layout, examples: Sequence[Example], seed: int, stopped: str | None = None
+) -> dict[str, Any]:
+    """What every method records of its training; `stopped` is why it ended before its budget, if it did."""
     return {
+        "stopped": stopped,
         "seed": seed,
         "n_train": len(examples),
         "examples_sha256": examples_sha256(examples),

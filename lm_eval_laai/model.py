@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,20 @@ from laai_core.apply import Edit, hooked
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from laai_core.locate import locate, verify_causal
+from lm_eval_laai.finite import named, watched
 from lm_eval_laai.routing import Routing
 from lm_eval_laai.scoring import Row, Scorer
 
 logger = logging.getLogger(__name__)
 
+_Routed = tuple[Edit | None, str]  # a request's edit, and what an error calls the request
+
 
 class _RoutedText(str):
-    """A context that remembers its edit while the harness sorts and batches contexts."""
+    """A context that remembers its edit and its request while the harness sorts and batches contexts."""
 
     edit: Edit | None = None
+    name: str = ""
 
 
 @register_model("hf-laai")
@@ -68,8 +73,8 @@ class HFLaai(HFLM):
             _join_cpu_launch()
         super().__init__(pretrained, **kwargs)
         self._share_requests_between_processes()
-        self._row_edits: list[Edit | None] | None = None  # of the loglikelihood call in progress
-        self._context_edits: list[Edit | None] | None = None  # of the generation batch in progress
+        self._routed_rows: list[_Routed] | None = None  # of the loglikelihood call in progress
+        self._routed_contexts: list[_Routed] | None = None  # of the generation batch in progress
         if self._routing is None:
             return
         if self.backend != "causal":
@@ -116,20 +121,20 @@ class HFLaai(HFLM):
         """Exact per request; several continuations of one context under one intervention share its prompt pass."""
         if self._routing is None:
             return super().loglikelihood(requests, disable_tqdm)
-        self._row_edits = self._routed(requests)
+        self._routed_rows = self._routed(requests)
         try:
             return super().loglikelihood(requests, disable_tqdm)
         finally:
-            self._row_edits = None
+            self._routed_rows = None
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        if self._row_edits is None:
+        if self._routed_rows is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         rows = [
-            Row(prompt, continuation, edit)
-            for (_, prompt, continuation), edit in zip(requests, self._row_edits, strict=True)
+            Row(prompt, continuation, *routed)
+            for (_, prompt, continuation), routed in zip(requests, self._routed_rows, strict=True)
         ]
         return self._score(rows, "loglikelihood", disable_tqdm)
 
@@ -142,7 +147,7 @@ class HFLaai(HFLM):
             return super().loglikelihood_rolling(requests, disable_tqdm)
         rows: list[Row] = []
         counts: list[int] = []
-        for request, edit in zip(requests, self._routed(requests), strict=True):
+        for request, (edit, name) in zip(requests, self._routed(requests), strict=True):
             windows = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
@@ -152,7 +157,7 @@ class HFLaai(HFLM):
             before = len(rows)
             for prompt, continuation in map(utils.make_disjoint_window, windows):
                 here = edit if len(rows) == before else _in_later_windows(edit)
-                rows.append(Row(prompt, continuation, here))
+                rows.append(Row(prompt, continuation, here, name))
             counts.append(len(rows) - before)
         scores = iter(self._score(rows, "loglikelihood_rolling", disable_tqdm))
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
@@ -182,10 +187,10 @@ class HFLaai(HFLM):
         if self._routing is None:
             return super().generate_until(requests, disable_tqdm)
         marked = []
-        for request, edit in zip(requests, self._routed(requests), strict=True):
+        for request, routed in zip(requests, self._routed(requests), strict=True):
             context, *rest = request.args
             text = _RoutedText(context)
-            text.edit = edit
+            text.edit, text.name = routed
             marked.append(copy.copy(request))
             marked[-1].arguments = (text, *rest)
         return super().generate_until(marked, disable_tqdm)
@@ -193,23 +198,30 @@ class HFLaai(HFLM):
     def tok_batch_encode(self, strings: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """HFLM's, noting the contexts' edits for the `_model_generate` that follows."""
         if self._routing is not None:
-            self._context_edits = [s.edit if isinstance(s, _RoutedText) else None for s in strings]
+            self._routed_contexts = [(s.edit, s.name) if isinstance(s, _RoutedText) else (None, "") for s in strings]
         return super().tok_batch_encode([str(s) for s in strings], *args, **kwargs)
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        edits, self._context_edits = self._context_edits, None
+        routed, self._routed_contexts = self._routed_contexts, None
         if self._routing is None:
             return super()._model_generate(context, *args, **kwargs)
-        assert edits is not None and len(edits) == len(context), "the harness batched contexts behind our back"
+        assert routed is not None and len(routed) == len(context), "the harness batched contexts behind our back"
         if self._layout.virtual_tokens:
-            return self._generate_behind_soft_prompt(context, edits, *args, **kwargs)
-        with hooked(self._layout, edits):
+            return self._generate_behind_soft_prompt(context, routed, *args, **kwargs)
+        with self._steered(routed):
             return super()._model_generate(context, *args, **kwargs)
+
+    @contextmanager
+    def _steered(self, routed: Sequence[_Routed]) -> Iterator[None]:
+        """Generation of these contexts under their edits."""
+        names = [None if edit is None else name for edit, name in routed]
+        with hooked(self._layout, [edit for edit, _ in routed]), watched(self._layout.model, names):
+            yield
 
     def _generate_behind_soft_prompt(
         self,
         context: torch.Tensor,
-        edits: list[Edit | None],
+        routed: list[_Routed],
         max_length: int,
         attention_mask: torch.Tensor,
         **kwargs: Any,
@@ -223,7 +235,7 @@ class HFLaai(HFLM):
         answers: list[torch.Tensor] = [context] * len(context)
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero().squeeze(1)
-            with hooked(self._layout, [edits[row] for row in rows.tolist()]):
+            with self._steered([routed[row] for row in rows.tolist()]):
                 tokens = super()._model_generate(
                     context[rows, width - length :],
                     max_length=max_length - width + length,
@@ -235,12 +247,15 @@ class HFLaai(HFLM):
         padding = float(self.tokenizer.pad_token_id)
         return torch.cat([context, pad_sequence(answers, batch_first=True, padding_value=padding)], dim=1)
 
-    def _routed(self, requests: Sequence[Instance]) -> list[Edit | None]:
-        """The edit of each request, by its task."""
+    def _routed(self, requests: Sequence[Instance]) -> list[_Routed]:
+        """The edit of each request, by its task, and its name."""
         assert self._routing is not None
         self._routing.require(request.task_name for request in requests)
         interventions = [self._routing.get(request.task_name) for request in requests]
-        return [None if iv is None else self._edits[id(iv)] for iv in interventions]
+        return [
+            (None if iv is None else self._edits[id(iv)], named(request))
+            for iv, request in zip(interventions, requests, strict=True)
+        ]
 
 
 def _join_cpu_launch() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from laai_core.errors import LaaiError
+from laai_core.hub import PARTIAL, SUFFIX
 from laai_core.intervention import Intervention
 
 UNROUTED = ("error", "none")
@@ -97,9 +98,10 @@ def _finite(scale: Any) -> float:
 
 def _files(folder: Path) -> list[Path]:
     try:
-        files = sorted(folder / name for name in os.listdir(folder) if name.endswith(".safetensors"))
+        names = sorted(os.listdir(folder))
     except OSError as error:
         raise LaaiError(f"cannot read the folder {folder}: {error.strerror}") from None
+    files = [folder / name for name in names if name.endswith(SUFFIX) and not name.endswith(PARTIAL)]
     if not files:
-        raise LaaiError(f"folder {folder} has no .safetensors file: expected <harness task name>.safetensors")
+        raise LaaiError(f"folder {folder} has no {SUFFIX} file: expected <harness task name>{SUFFIX}")
     return files

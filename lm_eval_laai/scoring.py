@@ -21,6 +21,7 @@ from laai_core.cache import model_inputs, padded, selected
 from laai_core.errors import LaaiError
 from laai_core.forward import model_device
 from laai_core.locate import Layout
+from lm_eval_laai.finite import check
 
 # A shared prompt's cache is repeated for its continuations; below this many tokens that is never a memory question.
 _FREE_CACHE_TOKENS = 4096
@@ -30,11 +31,12 @@ Answer = tuple[float, bool]  # log-probability, and whether greedy decoding woul
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One request: token ids of its prompt and continuation, and what is written into it."""
+    """One request: token ids of its prompt and continuation, what is written into it, what an error calls it."""
 
     prompt: list[int]
     continuation: list[int]
     edit: Edit | None
+    name: str
 
 
 @dataclass(eq=False)
@@ -43,6 +45,7 @@ class _Group:
 
     prompt: tuple[int, ...]
     edit: Edit | None
+    name: str  # of the request with the longest continuation
     members: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # request number, continuation
 
     def longest(self) -> tuple[int, ...]:
@@ -79,6 +82,7 @@ class Scorer:
 
         Raises:
             LaaiError: for a continuation longer than the model's window.
+            WorkFailed: for a NaN or infinite logit under an edit.
         """
         answers: list[Answer | None] = [None] * len(rows)
         groups = sorted(self._groups(rows), key=lambda g: -(len(g.prompt) + len(g.longest())))
@@ -87,7 +91,7 @@ class Scorer:
         plain = [g for g, is_linear in zip(groups, linear, strict=True) if is_linear]
         # With virtual tokens a cached prompt could not be continued: PEFT would prepend them again.
         if shared and (self._layout.virtual_tokens or not self._cache_can_be_shared(shared[0])):
-            plain += [_Group(g.prompt, g.edit, [member]) for g in shared for member in g.members]
+            plain += [_Group(g.prompt, g.edit, g.name, [member]) for g in shared for member in g.members]
             plain.sort(key=lambda g: -(len(g.prompt) + len(g.longest())))
             shared = []
         for start in range(0, len(plain), batch_size):
@@ -112,7 +116,10 @@ class Scorer:
                 )
             prompt = tuple(row.prompt[-room:])  # truncated from the left, as the harness does
             key = (prompt, id(row.edit))
-            groups.setdefault(key, _Group(prompt, row.edit)).members.append((number, tuple(row.continuation)))
+            group = groups.setdefault(key, _Group(prompt, row.edit, row.name))
+            if group.members and len(row.continuation) > len(group.longest()):
+                group.name = row.name
+            group.members.append((number, tuple(row.continuation)))
         return list(groups.values())
 
     def _plain(self, groups: Sequence[_Group]) -> Iterator[tuple[int, Answer]]:
@@ -124,7 +131,7 @@ class Scorer:
         logits = logits[:, logits.shape[1] - ids.shape[1] :]
         for row, group in enumerate(groups):
             start = len(group.prompt) - 1
-            span = self._log_softmax(logits[row, start : start + len(group.longest())])
+            span = self._log_softmax(logits[row : row + 1, start : start + len(group.longest())], [group])[0]
             for number, continuation in group.members:
                 yield number, _answer(span[: len(continuation)], continuation)
 
@@ -135,7 +142,7 @@ class Scorer:
         tokens, mask = padded([g.prompt for g in groups], self._device, left=True)  # [G, P]
         with hooked(self._layout, edits, lengths):
             output = self._model(**model_inputs(self._layout, tokens, mask), use_cache=True)
-        first = self._log_softmax(output.logits[:, -1])  # [G, V]
+        first = self._log_softmax(output.logits[:, -1], groups)  # [G, V]
         stems = [(g, stem) for g, group in enumerate(groups) for stem in group.stems()]
         tails: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         size = max(batch_size, _FREE_CACHE_TOKENS // tokens.shape[1])
@@ -150,7 +157,7 @@ class Scorer:
             with hooked(self._layout, [edits[g] for g in owners], [lengths[g] for g in owners]):
                 logits = self._model(**inputs, past_key_values=cache, use_cache=True).logits  # [S, L, V]
             for row, (g, stem) in enumerate(chunk):
-                tails[g, stem] = self._log_softmax(logits[row, : len(stem)])
+                tails[g, stem] = self._log_softmax(logits[row : row + 1, : len(stem)], [groups[g]])[0]
         for g, group in enumerate(groups):
             for number, continuation in group.members:
                 head = first[g].unsqueeze(0)
@@ -168,7 +175,9 @@ class Scorer:
             return False
         return True
 
-    def _log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
+    def _log_softmax(self, logits: torch.Tensor, groups: Sequence[_Group]) -> torch.Tensor:
+        """Of logits [G, ..., V]; WorkFailed where those of a group under an edit are not finite."""
+        check(logits, [None if group.edit is None else group.name for group in groups])
         return F.log_softmax(logits, dim=-1, dtype=self._softmax_dtype)
 
 

@@ -1,7 +1,7 @@
-"""Commands killed in mid-work: started in a process of their own, killed with SIGKILL, judged by what they left.
+"""Commands stopped in mid-work: started in a process of their own, sent SIGKILL or SIGINT, judged by what they left.
 
 A server process imports everything once, and every command runs in a fork of it: a kill then falls into the work and
-not into the imports. test_crash kills a few, benchmarks/reliability.py many.
+not into the imports. test_crash stops a few, benchmarks/reliability.py many.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from typing import Any
 
 from tiny import tiny_model, tiny_tokenizer
 
-from laai_core import storage
+from laai_core import Intervention, storage
 from laai_core.data import fetch
+from laai_core.hub import PARTIAL
 
+INTERRUPTED = 130
 PATIENCE = 120.0  # seconds that a command may take; none takes a tenth of it
 fetch_module = sys.modules[fetch.__module__]
 # The code that writes. Where one of its lines is about to run, what is on disk may just have changed.
@@ -79,6 +81,10 @@ class Running:
     def kill(self) -> None:
         """SIGKILL, if it still runs."""
         os.kill(self._pid, signal.SIGKILL)  # an ended one stays a zombie, and its number its own, until `wait`
+
+    def interrupt(self) -> None:
+        """SIGINT, as by Ctrl-C."""
+        os.kill(self._pid, signal.SIGINT)
 
     def wait(self) -> Ended:
         code = _server().ask(wait=self._pid)
@@ -127,6 +133,7 @@ class _Server:
 def _serve() -> None:
     """The server: starts commands, and says how they ended."""
     importlib.import_module("lm_eval_laai.commands.cli")
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a command unblocks it when it can be interrupted
     for line in sys.stdin:
         ((what, value),) = json.loads(line).items()
         if what == "preload":
@@ -164,7 +171,7 @@ def _command(
     sums: dict[str, str] | None = None,
 ) -> None:
     """The new process."""
-    from lm_eval_laai.commands import cli
+    from lm_eval_laai.commands import entry
 
     code = 99
     try:
@@ -182,7 +189,12 @@ def _command(
         lines = _Lines(at_line)
         if at_line is not None or count_lines:
             sys.settrace(lines)
-        code = cli.main(argv)
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        except KeyboardInterrupt:  # it came before the command began
+            code = INTERRUPTED
+        else:
+            code = entry.main(argv)
         sys.settrace(None)
         if count_lines:
             print(lines.seen, file=sys.stderr)
@@ -259,6 +271,98 @@ def kill_at_random_times(
     return kills
 
 
+@dataclass
+class Interrupts:
+    """What a command did each time it got SIGINT."""
+
+    rounds: int = 0
+    absent: int = 0  # outputs, as for kills
+    whole: int = 0
+    litter: int = 0
+    partial: int = 0  # files that say that their training was stopped
+    late: int = 0  # runs that ended before the signal; they do not count
+    seconds: list[float] = field(default_factory=list)  # from the signal to the end
+    faults: list[str] = field(default_factory=list)
+
+
+def interrupt_at_random_times(
+    command: Command, times: int, folder: Path, draw: random.Random, each: Callable[[], Any] = lambda: None
+) -> Interrupts:
+    """SIGINT `times` times, at moments spread evenly over the time it takes; run it again after each."""
+    found = Interrupts()
+    start = time.monotonic()
+    _finish(command, folder / "first", found, "undisturbed")
+    seconds = time.monotonic() - start
+    while found.rounds < times:
+        _interrupted(command, folder / str(found.rounds + found.late), found, draw.uniform(0, seconds))
+        each()
+    return found
+
+
+def _interrupted(command: Command, folder: Path, found: Interrupts, seconds: float) -> None:
+    old = _put_old(command, folder, found.rounds)
+    running = Running(command.argv, folder, sums=command.sums)
+    time.sleep(seconds)
+    running.interrupt()
+    start = time.monotonic()
+    ended = running.wait()
+    when = f"after {seconds:.3f} s"
+    if ended.code == 0:
+        found.late += 1
+        return
+    found.rounds += 1
+    found.seconds.append(time.monotonic() - start)
+    if ended.code != INTERRUPTED or ended.out or not re.fullmatch("|laai: error: interrupted.*", ended.complaint):
+        found.faults.append(f"{when}: exit {ended.code}, {ended.out}{ended.err[-300:]}")
+    if re.search("Traceback|Exception ignored|KeyboardInterrupt", ended.err):
+        found.faults.append(f"{when}: {ended.err[-300:]}")
+    for path in folder.rglob(f"*{PARTIAL}"):
+        stopped = Intervention.load(path).metadata["training"]["stopped"]
+        if not stopped.startswith("interrupted after "):
+            found.faults.append(f"{when}: {path.name} says it was stopped by {stopped}")
+        found.partial += 1
+        path.unlink()
+    litter = found.litter
+    found.faults += [f"{when}: {fault}" for fault in judged(command, folder, found, old)]
+    if found.litter != litter:
+        found.faults.append(f"{when}: left {[str(p) for p in folder.rglob('.*')]}")
+    _finish(command, folder, found, f"again after SIGINT {when}")
+    shutil.rmtree(folder)
+
+
+def interrupt_imports(times: int, draw: random.Random) -> Interrupts:
+    """SIGINT of `laai` in a process of its own, while it imports: exit code 130, and nothing is printed.
+
+    The first line that the process prints says that Python itself has started.
+    """
+    code = "print(flush=True); import sys; from lm_eval_laai.commands.entry import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "tasks", "--include-path"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found, seconds = Interrupts(), None
+    while found.rounds < times:
+        process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        start = time.monotonic()
+        if seconds is None:
+            process.communicate()
+            seconds = time.monotonic() - start
+            continue
+        moment = draw.uniform(0.05, seconds)
+        time.sleep(moment)
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        out, err = process.communicate()
+        if process.returncode == 0:
+            found.late += 1
+            continue
+        found.rounds += 1
+        found.seconds.append(time.monotonic() - start)
+        if (process.returncode, out) != (INTERRUPTED, "") or err.strip() not in ("", "laai: error: interrupted"):
+            found.faults.append(f"after {moment:.3f} s: exit {process.returncode}, {out}{err[-300:]}")
+    return found
+
+
 def kill_at_lines(
     command: Command, times: int | None, folder: Path, draw: random.Random, each: Callable[[], Any] = lambda: None
 ) -> Kills:
@@ -275,10 +379,7 @@ def kill_at_lines(
 
 
 def _killed(command: Command, folder: Path, kills: Kills, seconds: float | None = None, **how: Any) -> None:
-    old = command.old if kills.kills % 2 else {}
-    for name, content in old.items():
-        (folder / name).parent.mkdir(parents=True)
-        (folder / name).write_bytes(content)
+    old = _put_old(command, folder, kills.kills)
     running = Running(command.argv, folder, sums=command.sums, **how)
     if seconds is not None:
         time.sleep(seconds)
@@ -296,7 +397,16 @@ def _killed(command: Command, folder: Path, kills: Kills, seconds: float | None 
     shutil.rmtree(folder)
 
 
-def judged(command: Command, folder: Path, kills: Kills, old: dict[str, bytes]) -> Iterator[str]:
+def _put_old(command: Command, folder: Path, number: int) -> dict[str, bytes]:
+    """What lies there before a run: in every second one older outputs."""
+    old = command.old if number % 2 else {}
+    for name, content in old.items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(content)
+    return old
+
+
+def judged(command: Command, folder: Path, kills: Kills | Interrupts, old: dict[str, bytes]) -> Iterator[str]:
     """Every output is whole or as before; whatever else there is, is hidden or says that it is a part."""
     for name, whole in command.whole.items():
         content = (folder / name).read_bytes() if (folder / name).exists() else None
@@ -313,7 +423,7 @@ def judged(command: Command, folder: Path, kills: Kills, old: dict[str, bytes]) 
                 yield f"{path.relative_to(folder)} was left"
 
 
-def _finish(command: Command, folder: Path, kills: Kills, when: str) -> None:
+def _finish(command: Command, folder: Path, kills: Kills | Interrupts, when: str) -> None:
     """Run it to its end, whatever lies there: every output must be there and whole."""
     ended = run(command.argv, folder, sums=command.sums)
     if ended.code != 0:

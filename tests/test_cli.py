@@ -197,6 +197,11 @@ def test_plot_refusals(
         (["--device", "cuda:99"], "cuda:99"),
         (["--task", "antonym"], "laai data fetch"),
         (["--output", "no-suffix"], ".safetensors"),
+        (["--output", ""], "--output '': expected a path"),
+        (["--output", "a\nb.safetensors"], "--output 'a\\nb.safetensors': expected a path"),
+        (["--output", "a.safetensors\n"], "expected a path"),
+        (["--method", "lora", "--output", " "], "expected a path"),
+        (["--seed", "-1"], "seed is -1; expected a whole number, 0 or above"),
         (["--unknown"], "--unknown"),
         ([], "no model folder"),
     ],
@@ -333,6 +338,10 @@ def test_bad_files(spoil: Any, said: str, trained: Path, tmp_path: Path, refused
     spoil(path)
     error = refused("inspect", path)
     assert said in error and str(path) in error
+
+
+def test_no_folder_of_data(tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert f"--data {tmp_path}/no: no such folder" in refused("data", "--data", tmp_path / "no")
 
 
 def test_no_command(refused: Callable[..., str]) -> None:

@@ -1,6 +1,6 @@
 """Killed at any moment, on a full disk, or in two processes at once: what is there is whole, and a rerun succeeds.
 
-A few of the kills of `benchmarks/reliability.py`.
+A few of the kills and interrupts of `benchmarks/reliability.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import crashing
 import pytest
-from crashing import Command, Kills, kill_at_lines, kill_at_random_times, run
+from crashing import Command, Kills, interrupt_at_random_times, kill_at_lines, kill_at_random_times, run
 
 from laai_core import Intervention
 from laai_core.errors import WorkFailed
@@ -64,6 +64,31 @@ def test_killed_fetch(how, fetching, tmp_path):
     kills = how(fetching, 4, tmp_path, random.Random(0))
     assert kills.faults == []
     assert kills.absent + kills.whole == 4 * len(fetching.whole)
+
+
+# Ctrl-C
+
+
+def test_interrupted_training(training, tmp_path):
+    interrupts = interrupt_at_random_times(training, 3, tmp_path, random.Random(0))
+    assert interrupts.faults == []
+    assert interrupts.rounds == interrupts.absent + interrupts.whole == 3
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["sweep", "--task", "lexicon_antonym", "--seeds", "1", "--layers", "0"],
+        ["demo", "--tasks", "laai_lexicon_antonym"],
+        ["paper", "--data", "lexicon", "--tables", "4", "--figures", "", "--seeds", "1", "--quick"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_interrupted(argv, small, tmp_path):
+    crashing.preload("lm_eval.evaluator", "lm_eval_laai.model")
+    command = crashing.learned([*argv, "--model", str(small), "--limit", "2", "--output", "out"], tmp_path / "learned")
+    interrupts = interrupt_at_random_times(command, 1, tmp_path / "rounds", random.Random(0))
+    assert interrupts.faults == []
 
 
 def test_what_is_half_or_gone_or_left_would_be_noticed(training, trained, tmp_path):

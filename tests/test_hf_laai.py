@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import random
 import string
 
@@ -13,9 +15,10 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from test_apply import EVERY, intervention, spec
-from tiny import MAX_POSITIONS, tiny_model, tiny_tokenizer
+from tiny import HEADS, MAX_POSITIONS, head_dim, tiny_model, tiny_tokenizer
 
 import laai_core as laai
+from laai_core.errors import LaaiError, WorkFailed
 from lm_eval_laai.model import HFLaai
 
 TOLERANCE = 1e-4
@@ -210,11 +213,11 @@ def test_left_truncation_and_windows():
     # (continuation length, what is left of the prompt): of 8 + 1 tokens the last ones stay.
     for count, left in ((1, 8), (3, 6), (8, 1)):
         continuation = [token + 5 + i for i in range(count)]
-        lm._row_edits = [next(iter(lm._edits.values()))]
+        lm._routed_rows = [(next(iter(lm._edits.values())), "")]
         try:
             got = lm._loglikelihood_tokens([(("", ""), prompt, continuation)], disable_tqdm=True)
         finally:
-            lm._row_edits = None
+            lm._routed_rows = None
         assert_same(got, [slow_reference.loglikelihood(lm.model, prompt[-left:], continuation, spec("Llama"))])
     with pytest.raises(laai.LaaiError, match="continuation of 9 tokens does not fit"):
         lm.loglikelihood(requests("loglikelihood", [("a", "b" * 9)]), disable_tqdm=True)
@@ -319,7 +322,73 @@ def test_random_batches_equal_the_reference(rows, share, batch_size, scale):
         rows = [(rows[0][0], continuation, which) for _, continuation, which in rows]
     with torch.no_grad():
         got = Scorer(_MODEL, layout, 64, None).score(
-            [Row(p, c, None if w is None else edits[w]) for p, c, w in rows], batch_size
+            [Row(p, c, None if w is None else edits[w], "") for p, c, w in rows], batch_size
         )
     want = [slow_reference.loglikelihood(_MODEL, p, c, None if w is None else specs[w]) for p, c, w in rows]
     assert_same(got, want)
+
+
+# A NaN or infinite logit
+
+
+CALLS = {
+    "loglikelihood": [("ab", " cd"), ("ef", " gh"), ("ef", " gx")],
+    "loglikelihood_rolling": [("ab cd",), ("ef gh ij",)],
+    "generate_until": [("ab", {"until": ["\n"], "max_gen_toks": 1}), ("ef", {"until": ["\n"], "max_gen_toks": 1})],
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("logit", [math.nan, math.inf, -math.inf])
+def test_a_logit_that_is_not_finite_names_the_request(kind, batch_size, logit):
+    """The second document alone, whatever else is in its batch."""
+    lm = harness_model("Llama", intervention("Llama", "heads", "last"), batch_size)
+    arguments = CALLS[kind]
+    (mark,) = lm.tok_encode("ef"[0], add_special_tokens=False)[:1]
+
+    def spoil(module, args, kwargs, output):
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        output.logits[(tokens == mark).any(1), :, 5] = logit
+
+    handle = lm.model.register_forward_hook(spoil, with_kwargs=True)
+    with pytest.raises(WorkFailed, match="^task task, document 1, request 0, which ends in 'ef.*': .*NaN or infinite"):
+        getattr(lm, kind)(requests(kind, arguments), disable_tqdm=True)
+    handle.remove()
+    getattr(lm, kind)(requests(kind, arguments), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_without_an_intervention_such_a_logit_is_as_in_hf(kind, tmp_path):
+    """A task that its folder leaves untouched, beside one that is steered."""
+    folder = folder_of(tmp_path, {"other": intervention("Llama", "heads", "last")})
+    lm = harness_model("Llama", folder, 4, unrouted="none")
+
+    def spoil(module, args, kwargs, output):
+        output.logits[..., 5] = math.inf
+
+    handle = lm.model.register_forward_hook(spoil, with_kwargs=True)
+    getattr(lm, kind)(requests(kind, CALLS[kind]), disable_tqdm=True)
+    handle.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", CALLS)
+def test_a_scale_that_overflows_is_no_score(kind, dtype):
+    """The vector itself, which is refused at once, or what the model makes of it."""
+    model = copy.deepcopy(tiny_model("Llama")).to(dtype)
+    ones = laai.Intervention({2: torch.ones(HEADS, head_dim("Llama"))})
+    arguments = {"pretrained": model, "tokenizer": tiny_tokenizer(bos=True), "batch_size": 2, "intervention": ones}
+    lm = HFLaai(**arguments, scale=0.9 * torch.finfo(dtype).max)
+    with pytest.raises(WorkFailed, match="^task task, document [012], .*NaN or infinite under the intervention in"):
+        getattr(lm, kind)(requests(kind, CALLS[kind]), disable_tqdm=True)
+    with pytest.raises(LaaiError, match=f"layer 2 infinite in {str(dtype).removeprefix('torch.')}$"):
+        HFLaai(**arguments, scale=1.1 * torch.finfo(dtype).max)
+
+
+def test_a_vector_that_overflows_under_autocast_alone():
+    """Float32 weights, whose activation is another at the place where the vector is added."""
+    ones = laai.Intervention({2: torch.ones(HEADS, head_dim("Llama"))}, scale=1e5)
+    lm = harness_model("Llama", ones, 2, mixed_precision_dtype="float16")
+    with pytest.raises(LaaiError, match="layer 2: the intervention's vector is infinite in .*float16"):
+        lm.loglikelihood(requests("loglikelihood", CALLS["loglikelihood"]), disable_tqdm=True)

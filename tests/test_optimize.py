@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from laai_core import LaaiError
+from laai_core.errors import Interrupted, NotFinite
 from laai_core.optimize import OPTIMIZERS, minimise
 from laai_core.penalty import Penalty
 
@@ -221,7 +222,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(optimizer, bad):
             gradient[1, 2] = float(number)
         return loss, gradient
 
-    best = solve(evaluate, budget=50, optimizer=optimizer)
+    with pytest.raises(NotFinite, match="not finite at evaluation 4") as stopped:
+        solve(evaluate, budget=50, optimizer=optimizer)
+    (best,) = stopped.value.results
+    assert not best.finished
     assert quadratic.calls == 4
     assert len(best.history) == 3
     assert "evaluation 4" in best.stopped
@@ -286,6 +290,37 @@ def test_an_interrupt_keeps_the_best_so_far(optimizer):
             raise KeyboardInterrupt
         return quadratic(x)
 
-    best = solve(evaluate, budget=50, optimizer=optimizer)
-    assert best.stopped == "interrupted after 6 evaluations"
+    with pytest.raises(Interrupted, match="^interrupted after 6 evaluations$") as stopped:
+        solve(evaluate, budget=50, optimizer=optimizer)
+    (best,) = stopped.value.results
+    assert best.stopped == "interrupted after 6 evaluations" and not best.finished
     assert best.objective == min(step.objective for step in best.history)
+
+
+def test_an_interrupt_before_anything_was_evaluated_has_nothing_to_keep():
+    def evaluate(x):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        solve(evaluate)
+    assert not isinstance(stopped.value, Interrupted)
+
+
+def test_a_run_that_is_not_finite_leaves_the_others_as_they_are_alone():
+    """And those that ended by themselves are told from those that did not."""
+    start = torch.zeros(2, *SHAPE)
+
+    def evaluate(x, active):
+        losses, gradients = zip(*(Quadratic(run)(one) for run, one in zip(active, x, strict=True)), strict=True)
+        losses = [
+            math.nan if run == 0 and one.any() else loss for run, one, loss in zip(active, x, losses, strict=True)
+        ]
+        return torch.tensor(losses, dtype=torch.float64), torch.stack(gradients), lambda run: f" (run {run})"
+
+    with pytest.raises(NotFinite, match=r"not finite at evaluation 2 \(run 0\)") as stopped:
+        minimise(evaluate, start, Penalty(0.05, 0.05), 300, "prox", 0.05, 1e-3)
+    failed, fine = stopped.value.results
+    assert (failed.finished, len(failed.history)) == (False, 1)
+    assert fine.finished and "stationary" in fine.stopped
+    alone = solve(Quadratic(1), (0.05, 0.05), 300, "prox", 0.05, 1e-3)
+    assert fine.objective == pytest.approx(alone.objective, rel=1e-6)

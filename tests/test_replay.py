@@ -9,6 +9,7 @@ from tiny import HEADS, HIDDEN, head_dim, tiny_model, tiny_tokenizer
 
 import laai_core as laai
 from laai_core.encode import encode_examples
+from laai_core.errors import NotFinite
 from laai_core.forward import PlainForward
 from laai_core.locate import locate
 from laai_core.objective import Objective
@@ -206,7 +207,10 @@ def test_a_loss_that_is_not_finite_names_the_example():
         return output
 
     handle = model.model.norm.register_forward_hook(later)
-    result = laai.train(model, TOKENIZER, examples, layer=1, steps=20)
+    with pytest.raises(NotFinite, match="not finite at evaluation") as stopped:
+        laai.train(model, TOKENIZER, examples, layer=1, steps=20)
     handle.remove()
+    (result,) = stopped.value.results
+    assert result.intervention.metadata["training"]["stopped"] == result.stopped
     assert "not finite at evaluation" in result.stopped and "(example 1)" in result.stopped
     assert result.objective == min(step.objective for step in result.history)

@@ -33,7 +33,7 @@ def split_items(
     """Draw `n_train` training items from the pool; the test items are all outside it, in the order given.
 
     `key` gives an item's input; keys must be distinct. `name` is the task's, for the error.
-    Raises LaaiError when n_train is below 1 or above the size of the pool.
+    Raises LaaiError when n_train is below 1 or above the size of the pool, or seed is below 0.
     """
     items = list(items)
     pool = {item_key(key(item)): item for item in items if in_training_pool(key(item))}
@@ -41,8 +41,8 @@ def split_items(
         raise LaaiError(
             f"task {name}: n_train is {n_train}; expected a whole number from 1 to {len(pool)}, its training pool"
         )
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise LaaiError(f"task {name}: seed is {seed!r}; expected a whole number")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:  # random.Random draws alike for -1 and 1
+        raise LaaiError(f"task {name}: seed is {seed!r}; expected a whole number, 0 or above")
     # Sorted, so that the draw does not depend on the order of the file.
     drawn = random.Random(seed).sample(sorted(pool), n_train)
     return [pool[k] for k in drawn], [item for item in items if not in_training_pool(key(item))]

@@ -40,6 +40,7 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal without Δ must not cost the result
     try:
         arguments = parser.parse_args(argv)
+        _check_output(getattr(arguments, "output", None))
         report = arguments.command(arguments)
     except WorkFailed as error:
         return _stop(error, FAILED)
@@ -47,8 +48,8 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
         return _stop(error, BAD_INPUT)
     except torch.OutOfMemoryError as error:
         return _stop(f"out of memory: {error}", FAILED)
-    except KeyboardInterrupt:
-        return _stop("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        return _stop(str(interrupt) or "interrupted", INTERRUPTED)
     if report is None:  # where several processes were launched, one of them reports
         return DONE
     print(json.dumps(report.facts, indent=2) if arguments.json else report.text)
@@ -58,6 +59,12 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `laai ...`; returns the exit code."""
     return run(make_parser(), argv)
+
+
+def _check_output(name: str | None) -> None:
+    """LaaiError for an --output, of any command, that would be the current folder, or a name nobody can type."""
+    if name is not None and (not name.strip() or name.splitlines() != [name]):
+        raise LaaiError(f"--output {name!r:.80}: expected a path, not empty and without line breaks")
 
 
 def _stop(error: object, code: int) -> int:

@@ -36,6 +36,8 @@ def add(commands: Any) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> Report:
+    if arguments.data is not None and not data_folder(arguments.data).is_dir():
+        raise LaaiError(f"--data {arguments.data}: no such folder; expected one that has data sets")
     rows, _ = read_lexicon()
     sets = [_state(name, arguments.data) for name in SHA256]
     folder = str(data_folder(arguments.data))

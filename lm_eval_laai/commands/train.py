@@ -13,10 +13,10 @@ from typing import Any
 
 from laai_core.data import load_task
 from laai_core.encode import WHITESPACE
-from laai_core.errors import LaaiError
+from laai_core.errors import Interrupted, LaaiError, NotFinite, WorkFailed
 from laai_core.example import Example, Split
 from laai_core.facts import flat
-from laai_core.hub import SUFFIX
+from laai_core.hub import PARTIAL, SUFFIX
 from laai_core.intervention import Intervention
 from laai_core.optimize import OPTIMIZERS
 from laai_core.train import PATHS, PENALTY_SCALES, TrainResult, check_arguments, train
@@ -200,16 +200,21 @@ def _train(arguments: argparse.Namespace, split: Split) -> Report:
     model, tokenizer = source.load()
     start = time.perf_counter()
     layer, tried = _cross_validated(model, tokenizer, split.train, layer, options)
-    result = train(
-        model,
-        tokenizer,
-        split.train,
-        layer=layer,
-        seed=arguments.seed,
-        task=f"laai_{arguments.task}",
-        progress=True,
-        **options,
-    )
+    try:
+        result = train(
+            model,
+            tokenizer,
+            split.train,
+            layer=layer,
+            seed=arguments.seed,
+            task=f"laai_{arguments.task}",
+            progress=True,
+            **options,
+        )
+    except Interrupted as stopped:
+        raise KeyboardInterrupt(_kept(stopped, path)) from None
+    except NotFinite as stopped:
+        raise WorkFailed(_kept(stopped, path)) from None
     seconds = time.perf_counter() - start
     result.intervention.save(path)
     facts = {
@@ -223,6 +228,13 @@ def _train(arguments: argparse.Namespace, split: Split) -> Report:
         "seconds": seconds,
     }
     return Report(facts, _text(facts))
+
+
+def _kept(stopped: Interrupted | NotFinite, path: Path) -> str:
+    """Write the best so far beside the file that a finished training writes; what to say of it."""
+    partial = path.with_suffix(PARTIAL)
+    stopped.results[0].intervention.save(partial)
+    return f"{stopped}: the best so far is in {partial}, {path} was not written"
 
 
 def _train_baseline(arguments: argparse.Namespace, split: Split) -> Report:

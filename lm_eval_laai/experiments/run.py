@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from laai_core.errors import LaaiError
+from laai_core.errors import LaaiError, NotFinite
 from laai_core.intervention import Intervention
 from laai_core.train import Job, train_many
 from lm_eval_laai import methods
@@ -127,8 +127,16 @@ class _Worker:
         if batch[0].method == "laai":
             scale = batch[0].penalty_scale
             assert scale is not None
-            results = train_many(model, tokenizer, list(map(self._job, batch)), penalty_scale=scale)
-            new = [(path, r.intervention) for path, r in zip(paths, results, strict=True) if not path.exists()]
+            try:
+                results = train_many(model, tokenizer, list(map(self._job, batch)), penalty_scale=scale)
+            except NotFinite as error:
+                results = error.results
+            new = []
+            for fit, path, result in zip(batch, paths, results, strict=True):
+                if not result.finished:
+                    logger.error("%s: %s", named(fit), result.stopped)
+                elif not path.exists():
+                    new.append((path, result.intervention))
             return lambda: _save(new)
         (fit,) = batch
         methods.fit(

@@ -261,8 +261,13 @@ def _save(wrapped: Any, folder: Path, facts: dict[str, Any]) -> None:
             (new / FACTS).write_text(json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
             # safetensors makes private files; an adapter is an ordinary one
             (new / peft.utils.SAFETENSORS_WEIGHTS_NAME).chmod((new / FACTS).stat().st_mode)
-            if folder.exists():
-                os.replace(folder, Path(scratch, "old"))
-            os.replace(new, folder)
+            old = Path(scratch, "old")
+            try:
+                if folder.exists():
+                    os.replace(folder, old)
+                os.replace(new, folder)
+            finally:  # Ctrl-C between the two
+                if old.exists() and not folder.exists():
+                    os.replace(old, folder)
     except OSError as error:
         raise LaaiError(f"cannot write {folder}: {error.strerror or error}") from None
