@@ -17,6 +17,9 @@ from laai_core.errors import Interrupted, NotFinite, WorkFailed
 from laai_core.penalty import Penalty
 
 OPTIMIZERS = ("prox", "adam")
+RECENT = 3  # accepted objectives a trial of `prox` may lie below the largest of
+GROWTH = 4.0  # of a step of `prox` over the one before
+FIRST_SHARE = 0.1  # of the start's length: the first step of `prox`
 
 
 @dataclass(frozen=True)
@@ -177,21 +180,29 @@ def _facts(points: Points, penalties: torch.Tensor, runs: list[int]) -> list[tup
 
 
 def _prox(penalty: Penalty, point: Points) -> Optimizer:
-    """Proximal gradient with Barzilai-Borwein steps and a non-monotone line search (SpaRSA: Wright, Nowak &
-    Figueiredo 2009). Every iterate is the output of the proximal operator, so zeros are exact at all times."""
-    # The first step moves by length one; after it the curvature along the last step sets the size.
-    step = 1 / point.gradient.norm(dim=(1, 2)).double().clamp_min(1e-12)
-    recent = point.objective.unsqueeze(1).repeat(1, 5)
+    """Proximal gradient with short Barzilai-Borwein steps and a line search over the last RECENT objectives (SpaRSA:
+    Wright, Nowak & Figueiredo 2009). Every iterate is the output of the proximal operator, so zeros are exact.
+
+    The short step <s, y> / <y, y> (Barzilai & Borwein 1988, eq. 6) and the bound on its growth keep a run from the
+    jumps that the long step makes where the curvature changes: docs/benchmarks.md has both on real models.
+    """
+    # The first step has length one, or a share of the start's length; after it the curvature along a step sets the size.
+    length = (FIRST_SHARE * point.x.norm(dim=(1, 2)).double()).clamp_min(1)
+    step = length / point.gradient.norm(dim=(1, 2)).double().clamp_min(1e-12)
+    recent = point.objective.unsqueeze(1).repeat(1, RECENT)
     while True:
         wide = step.to(point.x.dtype).view(-1, 1, 1)
         x = penalty.prox(point.x - wide * point.gradient, wide)
         trial = yield x, (x == point.x).flatten(1).all(1)
-        moved = trial.x - point.x
-        length = moved.square().sum((1, 2)).double()
-        accepted = trial.objective <= recent.amax(1) - 1e-4 / (2 * step) * length
-        curvature = (moved * (trial.gradient - point.gradient)).sum((1, 2)).double()
-        spectral = torch.where(curvature > 1e-12 * length, length / curvature, 4 * step).clamp(1e-8, 1e8)
-        step = torch.where(accepted, spectral, step / 2)
+        moved, change = trial.x - point.x, trial.gradient - point.gradient
+        square, curvature = moved.square().sum((1, 2)).double(), (moved * change).sum((1, 2)).double()
+        accepted = trial.objective <= recent.amax(1) - 1e-4 / (2 * step) * square
+        short = curvature / change.square().sum((1, 2)).double().clamp_min(1e-30)
+        grown = GROWTH * step
+        spectral = torch.where(curvature > 1e-12 * square, torch.minimum(short, grown), grown).clamp(1e-8, 1e8)
+        # After a rejected trial its own curvature says how far too long the step was.
+        shorter = torch.where(curvature > 0, short.clamp(step / 10, step / 2), step / 2)
+        step = torch.where(accepted, spectral, shorter)
         later = torch.cat([recent[:, 1:], trial.objective.unsqueeze(1)], 1)
         recent = torch.where(accepted.unsqueeze(1), later, recent)
         point = trial.where(accepted, point)
