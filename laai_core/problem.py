@@ -10,7 +10,7 @@ import torch
 
 from laai_core.encode import encode_examples
 from laai_core.example import Example
-from laai_core.forward import Forward, PlainForward, max_positions
+from laai_core.forward import Forward, PlainForward
 from laai_core.locate import Layout
 from laai_core.objective import Objective
 from laai_core.optimize import Solution, minimise
@@ -52,7 +52,7 @@ class Problem:
             layout.shape(layer, site)
         examples = [example for part in sets for example in part]
         self._owners = [run for run, part in enumerate(sets) for _ in part]
-        self._batch = encode_examples(tokenizer, examples, stop, max_positions(layout), whitespace, self._owners)
+        self._batch = encode_examples(tokenizer, examples, stop, layout.max_positions, whitespace, self._owners)
         self.objective = Objective(examples)
         self._layout, self._site, self._batch_size = layout, site, batch_size
         self._relative, self._highest = penalty_scale == "relative", max(layers)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from laai_core.encode import WHITESPACE
 from laai_core.errors import Interrupted, LaaiError, NotFinite
 from laai_core.example import Example
-from laai_core.forward import frozen
+from laai_core.hooks import frozen
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate, verify_causal
 from laai_core.objective import SMOOTHING

@@ -15,7 +15,7 @@ import torch
 
 from laai_core.errors import LaaiError
 from laai_core.example import Example
-from laai_core.forward import frozen
+from laai_core.hooks import frozen
 from laai_core.locate import Layout, locate, verify_causal
 from laai_core.penalty import Penalty, critical_penalty
 from laai_core.problem import Problem
