@@ -135,7 +135,7 @@ def trainings_timed(
     for name, path in (("replay", "auto"), ("plain hook", "plain")):
 
         def ours(path: str = path) -> None:
-            laai.train(model, tokenizer, examples, layer, optimizer="adam", steps=steps, stop="", path=path)
+            laai.train(model, tokenizer, examples, layer, optimizer="adam", steps=steps, stop="", forward=path)
 
         cases[name] = ours
     for name in PEERS[1:]:

@@ -10,13 +10,15 @@ import itertools
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
 from laai_core.errors import Interrupted, NotFinite, WorkFailed
 from laai_core.penalty import Penalty
 
-OPTIMIZERS = ("prox", "adam")
+OptimizerName = Literal["prox", "adam"]
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def minimise(
     start: torch.Tensor,
     penalty: Penalty,
     budget: int,
-    optimizer: str = "prox",
+    optimizer: OptimizerName = "prox",
     lr: float | torch.Tensor = 0.05,
     tolerance: float | None = None,
     on_steps: Callable[[list[Step]], None] = lambda steps: None,

@@ -25,7 +25,7 @@ from laai_core.example import Example
 from laai_core.hooks import frozen
 from laai_core.locate import Layout, locate
 from laai_core.objective import Objective
-from laai_core.train import model_facts, training_facts
+from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.places import attention_inputs, down_projection, first_attention, is_transposed
 
 ADAPTERS = ("lora", "ia3", "soft_prompt")

@@ -21,7 +21,7 @@ from laai_core.hooks import frozen
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate, verify_causal
 from laai_core.objective import SMOOTHING, Objective
-from laai_core.train import training_facts
+from laai_core.record import training_facts
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from laai_core.example import Example, few_shot_prompt
 from laai_core.hooks import attached, frozen, recorded
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
-from laai_core.train import model_facts, training_facts
+from laai_core.record import model_facts, training_facts
 
 # The numbers of the authors' code.
 SHOTS = 10

@@ -20,7 +20,7 @@ from laai_core.example import Example
 from laai_core.hooks import frozen, hidden_of, recorded
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
-from laai_core.train import model_facts, training_facts
+from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.places import first_attention
 
 STEP = 0.1  # the paper's and the authors' README's
