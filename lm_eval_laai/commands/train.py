@@ -13,7 +13,6 @@ from typing import Any, get_args, get_type_hints
 from laai_core.data import load_task
 from laai_core.errors import Interrupted, LaaiError, NotFinite, WorkFailed
 from laai_core.example import Example, Split
-from laai_core.facts import flat
 from laai_core.hub import PARTIAL, SUFFIX
 from laai_core.intervention import Intervention
 from laai_core.settings import Job, Settings
@@ -21,6 +20,7 @@ from laai_core.settings import check as check_field
 from laai_core.train import TrainResult, train
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.experiments.load import DTYPES, ModelSource
+from lm_eval_laai.facts import flat
 from lm_eval_laai.methods import METHODS, OPTIONS, check, default_layer, fit, select
 from lm_eval_laai.methods.adapters import ADAPTERS, is_adapter, training_record
 from lm_eval_laai.tasks import harness_task
