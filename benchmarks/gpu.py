@@ -14,7 +14,7 @@ import torch
 
 import laai_core as laai
 from laai_core.encode import encode_examples
-from laai_core.forward import frozen
+from laai_core.hooks import frozen
 from laai_core.locate import locate
 from laai_core.objective import Objective
 from laai_core.replay import ReplayForward

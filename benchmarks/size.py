@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from laai_core.encode import encode_examples
-from laai_core.forward import PlainForward, frozen
+from laai_core.forward import PlainForward
+from laai_core.hooks import frozen
 from laai_core.locate import locate
 from laai_core.objective import Objective
 from laai_core.replay import ReplayForward

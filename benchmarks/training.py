@@ -22,7 +22,8 @@ from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 
 import laai_core as laai
 from laai_core.encode import Batch, encode_examples
-from laai_core.forward import PlainForward, frozen
+from laai_core.forward import PlainForward
+from laai_core.hooks import frozen
 from laai_core.locate import locate
 from laai_core.objective import Objective
 from laai_core.replay import ReplayForward
@@ -134,7 +135,7 @@ def trainings_timed(
     for name, path in (("replay", "auto"), ("plain hook", "plain")):
 
         def ours(path: str = path) -> None:
-            laai.train(model, tokenizer, examples, layer, optimizer="adam", steps=steps, stop="", path=path)
+            laai.train(model, tokenizer, examples, layer, optimizer="adam", steps=steps, stop="", forward=path)
 
         cases[name] = ours
     for name in PEERS[1:]:

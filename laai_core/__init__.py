@@ -5,7 +5,8 @@ from laai_core.data import load_task
 from laai_core.errors import LaaiError
 from laai_core.example import Example, Split
 from laai_core.intervention import Intervention
-from laai_core.train import Job, TrainResult, train, train_many
+from laai_core.settings import Job
+from laai_core.train import TrainResult, train, train_many
 
 __all__ = [
     "Example",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from laai_core.errors import LaaiError
+from laai_core.hooks import attached, hidden_of, with_hidden
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
 from laai_core.positions import Call, Generation, PositionTracker, repeated
@@ -76,10 +77,7 @@ def hooked(
     layout: Layout, rows: Edit | Sequence[Edit | None], prompt_lengths: Sequence[int] | None = None
 ) -> Iterator[None]:
     """`apply` for edits: rows that share one Edit object share its indices."""
-    steering = _Steering(layout, rows, prompt_lengths)
-    with ExitStack() as stack:
-        stack.callback(steering.remove)
-        steering.attach()
+    with attached(_Steering(layout, rows, prompt_lengths).hooks()):
         yield
 
 
@@ -98,30 +96,21 @@ class _Steering:
             raise LaaiError(f"{len(self._row_edits)} interventions for {len(lengths)} prompt_lengths: one a row")
         self._tracker = PositionTracker(layout.virtual_tokens, lengths)
         self._parameters = _forward_parameters(layout.decoder)
-        self._handles: list[Any] = []
         self._call: Call | None = None
         self._hits: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
         self._cast: dict[tuple[int, int, torch.device, torch.dtype], torch.Tensor] = {}
 
-    def attach(self) -> None:
-        """Register every hook and watch `generate`."""
+    def hooks(self) -> Iterator[Any]:
+        """Register every hook and watch `generate`, one at a time."""
         layout = self._layout
-        self._handles.append(layout.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
-        places = {(layer, edit.site) for edit in self._edits for layer in edit.vectors}
-        for layer, site in sorted(places):
+        yield layout.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
+        for layer, site in sorted({(layer, edit.site) for edit in self._edits for layer in edit.vectors}):
             module = layout.module(layer, site)
             if site == "heads":
-                handle = module.register_forward_pre_hook(self._input_hook(layer, site))
+                yield module.register_forward_pre_hook(self._input_hook(layer, site))
             else:
-                handle = module.register_forward_hook(self._output_hook(layer, site))
-            self._handles.append(handle)
-        self._handles.append(_WatchedGenerate(layout.model, self._tracker))
-
-    def remove(self) -> None:
-        """Take every hook off; the model is as it was."""
-        for handle in reversed(self._handles):
-            handle.remove()
-        self._handles.clear()
+                yield module.register_forward_hook(self._output_hook(layer, site))
+        yield _WatchedGenerate(layout.model, self._tracker)
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note where this call's prompts end. On the decoder, so that `model.model(...)` is seen too."""
@@ -206,10 +195,7 @@ class _Steering:
 
     def _output_hook(self, layer: int, site: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            # Decoder blocks return a bare tensor in transformers 5 and a tuple in 4; MoE blocks may return a tuple.
-            if isinstance(output, tuple):
-                return (self._edited(output[0], layer, site), *output[1:])
-            return self._edited(output, layer, site)
+            return with_hidden(output, self._edited(hidden_of(output), layer, site))
 
         return hook
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 
-WHITESPACE = ("refuse", "loglikelihood", "generation")
+Whitespace = Literal["refuse", "loglikelihood", "generation"]
+WHITESPACE: tuple[Whitespace, ...] = get_args(Whitespace)
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -26,7 +27,9 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text)
 
 
-def encode_pair(tokenizer: Any, prompt: str, target: str, whitespace: str = "refuse") -> tuple[list[int], list[int]]:
+def encode_pair(
+    tokenizer: Any, prompt: str, target: str, whitespace: Whitespace = "refuse"
+) -> tuple[list[int], list[int]]:
     """Ids of a prompt and of the target behind it.
 
     Args:
@@ -83,7 +86,7 @@ def encode_examples(
     examples: Sequence[Example],
     stop: str = "\n",
     max_length: int | None = None,
-    whitespace: str = "refuse",
+    whitespace: Whitespace = "refuse",
     runs: Sequence[int] | None = None,
 ) -> Batch:
     """All examples in one batch. A target gets `stop` appended (so that generation ends there), options do not.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from laai_core.apply import Edit, hooked
 from laai_core.encode import Batch
 from laai_core.errors import LaaiError
+from laai_core.hooks import hidden_of, recorded
 from laai_core.locate import Layout
 from laai_core.objective import Objective
 
@@ -50,7 +50,7 @@ class Forward(ABC):
 
     def __init__(self, layout: Layout, batch: Batch, layer: int, site: str, batch_size: int | None = None) -> None:
         self._layout, self._layer, self._site = layout, layer, site
-        self._batch = batch.to(model_device(layout))
+        self._batch = batch.to(layout.device)
         self._batch_size = batch_size or len(batch.prompt_lengths)
         self._cut: tuple[Any, list[Part]] = (None, [])
 
@@ -188,20 +188,10 @@ class Forward(ABC):
 
     def _mean_squares(self, part: Part, vectors: torch.Tensor) -> torch.Tensor:
         """Of the site's activation at a part's last prompt tokens: [rows]."""
-        seen: list[torch.Tensor] = []
-        keep = seen.append
-        module = self._layout.module(self._layer, self._site)
-        if self._site == "heads":
-            handle = module.register_forward_pre_hook(lambda module, args: keep(args[0]))
-        else:
-            handle = module.register_forward_hook(
-                lambda module, args, output: keep(output[0] if isinstance(output, tuple) else output)
-            )
-        try:
+        module = {self._layer: self._layout.module(self._layer, self._site)}
+        with recorded(module, keep=hidden_of, inputs=self._site == "heads") as seen:
             self._logits(part, self._edit(vectors))
-        finally:
-            handle.remove()
-        value = seen[-1]  # a replay's first run has its prefixes run before, which are other rows
+        value = seen[self._layer][-1]  # a replay's first run has its prefixes run before, which are other rows
         activation = value.reshape(len(part.rows), -1, value.shape[-1])  # OPT's feed-forward sees one long row
         ends = part.end.to(value.device)
         return activation[torch.arange(len(ends)), ends].float().square().mean(1).cpu()
@@ -253,31 +243,3 @@ class PlainForward(Forward):
         with hooked(self._layout, edit, part.lengths):
             logits = self._layout.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits[part.row.to(logits.device), part.column.to(logits.device)]
-
-
-def model_device(layout: Layout) -> torch.device:
-    """Where the model takes its tokens."""
-    device = layout.model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate moves the inputs
-
-
-def max_positions(layout: Layout) -> int | None:
-    """The most tokens a text of this model may have, if its configuration says so."""
-    return getattr(layout.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
-@contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """Evaluation mode and no gradients for the weights, put back as they were at the end."""
-    training = [m for m in model.modules() if m.training]
-    learning = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in learning:
-            parameter.requires_grad_(True)

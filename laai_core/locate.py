@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -18,8 +18,10 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from laai_core.errors import LaaiError
+from laai_core.hooks import recorded
 
-SITES = ("heads", "residual", "mlp")
+Site = Literal["heads", "residual", "mlp"]
+SITES: tuple[Site, ...] = get_args(Site)
 
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _PROJECTION_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "attention_out")
@@ -38,6 +40,17 @@ class Layout:
     num_heads: int
     hidden_size: int
     virtual_tokens: int  # PEFT prompt learning puts this many in front of every row
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its tokens; the CPU for an offloaded embedding, whose inputs accelerate moves."""
+        device = self.model.get_input_embeddings().weight.device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens a text may have, if the model's configuration says so."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     def layer(self, index: int) -> int:
         """`index` counted from the front, or LaaiError when the model has no such layer."""
@@ -109,36 +122,17 @@ def verify_causal(layout: Layout) -> None:
         LaaiError: when the first position sees the second token (the model is not causal), or when an output
             projection does not run exactly once (a hook there would miss, or act twice).
     """
-    calls = [0] * len(layout.blocks)
-
-    def count(index: int) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            calls[index] += 1
-
-        return hook
-
-    hooks = [
-        module.register_forward_pre_hook(count(i))
-        for i, module in enumerate(layout.projections)
-        if isinstance(module, nn.Module)
-    ]
-    device = layout.model.get_input_embeddings().weight.device
-    if device.type == "meta":  # offloaded: accelerate's hooks move the inputs
-        device = torch.device("cpu")
-    try:
-        with torch.no_grad():
-            logits = layout.model(torch.tensor([[1, 1], [1, 2]], device=device)).logits[:, 0].float()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    projections = {i: module for i, module in enumerate(layout.projections) if isinstance(module, nn.Module)}
+    with torch.no_grad(), recorded(projections, keep=lambda x: None, inputs=True) as calls:
+        logits = layout.model(torch.tensor([[1, 1], [1, 2]], device=layout.device)).logits[:, 0].float()
     name = type(layout.model).__name__
     # A causal model gives equal numbers here but for the rounding of quantised and half-precision layers.
     tolerance = 1e-5 if layout.model.dtype == torch.float32 else 1e-3
     if (logits[0] - logits[1]).abs().max() > tolerance * logits.abs().max():
         raise LaaiError(f"{name}'s first position sees later tokens: expected a causal language model")
-    for i, module in enumerate(layout.projections):
-        if isinstance(module, nn.Module) and calls[i] != 1:
-            raise LaaiError(f"{name}: layer {i}'s output projection ran {calls[i]} times in a forward, expected once")
+    for i, seen in calls.items():
+        if len(seen) != 1:
+            raise LaaiError(f"{name}: layer {i}'s output projection ran {len(seen)} times in a forward, expected once")
 
 
 def _find_blocks(model: Any, count: int) -> tuple[nn.Module, tuple[nn.Module, ...]]:

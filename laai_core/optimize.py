@@ -10,13 +10,15 @@ import itertools
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
 from laai_core.errors import Interrupted, NotFinite, WorkFailed
 from laai_core.penalty import Penalty
 
-OPTIMIZERS = ("prox", "adam")
+OptimizerName = Literal["prox", "adam"]
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 RECENT = 3  # accepted objectives a trial of `prox` may lie below the largest of
 GROWTH = 4.0  # of a step of `prox` over the one before
 FIRST_SHARE = 0.1  # of the start's length: the first step of `prox`
@@ -81,7 +83,7 @@ def minimise(
     start: torch.Tensor,
     penalty: Penalty,
     budget: int,
-    optimizer: str = "prox",
+    optimizer: OptimizerName = "prox",
     lr: float | torch.Tensor = 0.05,
     tolerance: float | None = None,
     on_steps: Callable[[list[Step]], None] = lambda steps: None,

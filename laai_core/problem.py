@@ -10,12 +10,13 @@ import torch
 
 from laai_core.encode import encode_examples
 from laai_core.example import Example
-from laai_core.forward import Forward, PlainForward, max_positions
+from laai_core.forward import Forward, PlainForward
 from laai_core.locate import Layout
 from laai_core.objective import Objective
 from laai_core.optimize import Solution, minimise
 from laai_core.penalty import Penalty
 from laai_core.replay import Prefixes, ReplayForward
+from laai_core.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class Problem:
     Args:
         sets: the examples of each run.
         layers: those that will be asked for.
-        others: as for `laai_core.train.train`.
+        settings: their `steps`, `optimizer`, `tolerance` and `projection` are the caller's business.
 
     Raises:
         LaaiError: on bad data, before anything runs.
@@ -41,24 +42,20 @@ class Problem:
         tokenizer: Any,
         sets: Sequence[Sequence[Example]],
         layers: Sequence[int],
-        penalty_scale: str = "relative",
-        stop: str = "\n",
-        site: str = "heads",
-        whitespace: str = "refuse",
-        batch_size: int | None = None,
-        path: str = "auto",
+        settings: Settings,
     ) -> None:
         for layer in layers:
-            layout.shape(layer, site)
+            layout.shape(layer, settings.site)
         examples = [example for part in sets for example in part]
         self._owners = [run for run, part in enumerate(sets) for _ in part]
-        self._batch = encode_examples(tokenizer, examples, stop, max_positions(layout), whitespace, self._owners)
+        self._batch = encode_examples(
+            tokenizer, examples, settings.stop, layout.max_positions, settings.whitespace, self._owners
+        )
         self.objective = Objective(examples)
-        self._layout, self._site, self._batch_size = layout, site, batch_size
-        self._relative, self._highest = penalty_scale == "relative", max(layers)
+        self.layout, self._settings, self._highest = layout, settings, max(layers)
         self._prefixes = Prefixes(layout, self._batch, layers)
-        self._replay: bool | None = True if path == "replay" else None  # None: not known yet
-        if path == "plain" or layout.virtual_tokens:
+        self._replay: bool | None = True if settings.forward == "replay" else None  # None: not known yet
+        if settings.forward == "plain" or layout.virtual_tokens:
             self._replay = False
         self._known: dict[int, tuple[Forward, torch.Tensor]] = {}
 
@@ -68,7 +65,7 @@ class Problem:
 
     def shape(self, layer: int) -> tuple[int, ...]:
         """Of one x, [H, d]; without heads the whole vector is one group."""
-        shape = self._layout.shape(layer, self._site)
+        shape = self.layout.shape(layer, self._settings.site)
         return shape if len(shape) == 2 else (1, *shape)
 
     def minimise(
@@ -94,27 +91,27 @@ class Problem:
 
     def _at(self, layer: int) -> tuple[Forward, torch.Tensor]:
         if layer not in self._known:
-            forward = self._forward(layer)
-            unit = forward.activation_rms() if self._relative else [1.0] * (self._owners[-1] + 1)
+            forward, relative = self._forward(layer), self._settings.penalty_scale == "relative"
+            unit = forward.activation_rms() if relative else [1.0] * (self._owners[-1] + 1)
             self._known[layer] = forward, torch.tensor(unit).view(-1, 1, 1)
         return self._known[layer]
 
     def _forward(self, layer: int) -> Forward:
         """The fast path where it gives the plain one's numbers on this model, else the plain one."""
-        place = self._layout, self._batch, layer, self._site, self._batch_size
         if self._replay is None:
             self._replay = self._replayable()
-        return ReplayForward(*place, self._prefixes) if self._replay else PlainForward(*place)
+        arguments = self.layout, self._batch, layer, self._settings.site, self._settings.batch_size
+        return ReplayForward(*arguments, self._prefixes) if self._replay else PlainForward(*arguments)
 
     def _replayable(self) -> bool:
         """Tried at the highest layer: what enters it has gone through the blocks below, replayed."""
-        place = self._layout, self._batch, self._highest, self._site, self._batch_size
-        difference = ReplayForward(*place, self._prefixes).difference_from(PlainForward(*place))
+        arguments = self.layout, self._batch, self._highest, self._settings.site, self._settings.batch_size
+        difference = ReplayForward(*arguments, self._prefixes).difference_from(PlainForward(*arguments))
         if not isinstance(difference, str):
-            if difference <= (1e-3 if self._layout.model.dtype == torch.float32 else 0.2):
+            if difference <= (1e-3 if self.layout.model.dtype == torch.float32 else 0.2):
                 return True
             difference = f"log-probabilities differ by {difference:.2g}"
-        name = type(self._layout.model).__name__
+        name = type(self.layout.model).__name__
         logger.warning("%s cannot be replayed (%s): training by full forwards", name, difference)
         return False
 

@@ -19,7 +19,8 @@ from torch import nn
 from laai_core.apply import Edit, hooked
 from laai_core.cache import model_inputs, padded, read_only, selected
 from laai_core.encode import Batch
-from laai_core.forward import Forward, Part, model_device
+from laai_core.forward import Forward, Part
+from laai_core.hooks import attached, recorded, with_hidden
 from laai_core.locate import Layout
 
 # What other people's model code raises when it is called in a way it does not know.
@@ -133,7 +134,7 @@ class ReplayForward(Forward):
 
 def _run(layout: Layout, texts: Sequence[Text], layers: Sequence[int]) -> _Suffixes:
     """Run the prefixes, then the suffixes once for what enters `layers`; what is there twice runs once."""
-    device = model_device(layout)
+    device = layout.device
     distinct = list(dict.fromkeys(texts))
     prefixes = list(dict.fromkeys(ids[: prompt - 1] for prompt, ids in distinct))
     number = {prefix: row for row, prefix in enumerate(prefixes)}
@@ -156,19 +157,11 @@ def _run(layout: Layout, texts: Sequence[Text], layers: Sequence[int]) -> _Suffi
 
 def _entering(layout: Layout, inputs: dict[str, Any], layers: Sequence[int]) -> dict[int, Any]:
     """What the blocks below `layers` return; there is none below layer 0, which the embedding feeds."""
-    found: dict[int, Any] = {}
-
-    def keep(layer: int) -> Any:
-        return lambda module, args, output: found.update({layer: output})
-
-    handles = [layout.blocks[layer - 1].register_forward_hook(keep(layer)) for layer in set(layers) if layer]
-    try:
-        if handles:
+    below = {layer: layout.blocks[layer - 1] for layer in set(layers) if layer}
+    with recorded(below) as outputs:
+        if below:
             layout.model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    return {layer: output for layer, (output,) in outputs.items()}
 
 
 def _taken(output: Any, rows: torch.Tensor) -> Any:
@@ -186,11 +179,8 @@ def _read_at(layout: Layout, part: Part) -> Iterator[None]:
         hidden = args[0]
         return (hidden[part.row.to(hidden.device), part.column.to(hidden.device)].unsqueeze(0), *args[1:])
 
-    handle = layout.model.get_output_embeddings().register_forward_pre_hook(places)
-    try:
+    with attached([layout.model.get_output_embeddings().register_forward_pre_hook(places)]):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -198,7 +188,7 @@ def _standing_in(layout: Layout, layer: int, entering: Any) -> Iterator[None]:
     """Blocks below `layer` return what they got, the last of them what it gave before: no work, no gradients."""
 
     def passed_on(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden, *entering[1:]) if isinstance(entering, tuple) else hidden
+        return with_hidden(entering, hidden)
 
     below = layout.blocks[:layer]
     before = [block.__dict__.get("forward") for block in below]

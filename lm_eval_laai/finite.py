@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 from torch import nn
 
 from laai_core.errors import WorkFailed
+from laai_core.hooks import attached
 
 SHOWN = 40  # characters of a prompt's end
 
@@ -43,8 +44,5 @@ def watched(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         beams = len(output.logits) // len(names)
         check(output.logits[:, -1], [name for name in names for _ in range(beams)])
 
-    handle = model.register_forward_hook(look)
-    try:
+    with attached([model.register_forward_hook(look)]):
         yield
-    finally:
-        handle.remove()

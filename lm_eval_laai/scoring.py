@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from laai_core.apply import Edit, hooked
 from laai_core.cache import model_inputs, padded, selected
 from laai_core.errors import LaaiError
-from laai_core.forward import model_device
 from laai_core.locate import Layout
 from lm_eval_laai.finite import check
 
@@ -73,7 +72,7 @@ class Scorer:
     def __init__(self, model: Any, layout: Layout, max_length: int, softmax_dtype: torch.dtype | None) -> None:
         self._model, self._layout = model, layout
         self._max_length, self._softmax_dtype = max_length, softmax_dtype
-        self._device = model_device(layout)
+        self._device = layout.device
 
     def score(
         self, rows: Sequence[Row], batch_size: int, done: Callable[[int], object] = lambda count: None

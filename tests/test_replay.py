@@ -130,7 +130,7 @@ def test_the_model_is_left_as_it_was():
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         before = model(ids).logits
-        laai.train(model, TOKENIZER, rules(RAGGED), layer=2, steps=3, path="replay")
+        laai.train(model, TOKENIZER, rules(RAGGED), layer=2, steps=3, forward="replay")
         assert torch.equal(model(ids).logits, before)
     assert not any("forward" in vars(m) for m in model.modules())
 
@@ -138,8 +138,10 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.parametrize("optimizer", ["prox", "adam"])
 def test_both_paths_train_the_same_vector(optimizer):
     results = [
-        laai.train(tiny_model("Qwen2"), TOKENIZER, rules(RAGGED), layer=1, steps=15, optimizer=optimizer, path=path)
-        for path in ("plain", "replay", "auto")
+        laai.train(
+            tiny_model("Qwen2"), TOKENIZER, rules(RAGGED), layer=1, steps=15, optimizer=optimizer, forward=forward
+        )
+        for forward in ("plain", "replay", "auto")
     ]
     for result in results[1:]:
         assert result.objective == pytest.approx(results[0].objective, rel=1e-3)
@@ -172,15 +174,15 @@ def test_a_model_that_cannot_be_replayed_says_so_once_and_trains(caplog):
     with caplog.at_level("WARNING"):
         result = laai.train(model, TOKENIZER, examples, layer=1, steps=5)
     assert [r.message for r in caplog.records if "cannot be replayed" in r.message].__len__() == 1
-    plain = laai.train(model, TOKENIZER, examples, layer=1, steps=5, path="plain")
+    plain = laai.train(model, TOKENIZER, examples, layer=1, steps=5, forward="plain")
     assert result.objective == plain.objective
 
 
-@pytest.mark.parametrize("path", ["plain", "replay"])
-def test_running_out_of_memory_splits_the_batch_and_changes_nothing(path, caplog):
+@pytest.mark.parametrize("forward", ["plain", "replay"])
+def test_running_out_of_memory_splits_the_batch_and_changes_nothing(forward, caplog):
     """More than two rows at once do not fit: as on a GPU, where PyTorch raises this error."""
     model, examples = tiny_model("Llama"), rules(RAGGED)
-    whole = laai.train(model, TOKENIZER, examples, layer=1, steps=6, path=path, penalty_scale="absolute")
+    whole = laai.train(model, TOKENIZER, examples, layer=1, steps=6, forward=forward, penalty_scale="absolute")
 
     def limited(module, args, kwargs):
         if len(kwargs.get("input_ids", ())) > 2:
@@ -188,7 +190,7 @@ def test_running_out_of_memory_splits_the_batch_and_changes_nothing(path, caplog
 
     handle = model.register_forward_pre_hook(limited, with_kwargs=True)
     with caplog.at_level("WARNING"):
-        split = laai.train(model, TOKENIZER, examples, layer=1, steps=6, path=path, penalty_scale="absolute")
+        split = laai.train(model, TOKENIZER, examples, layer=1, steps=6, forward=forward, penalty_scale="absolute")
     handle.remove()
     assert [r.message for r in caplog.records] == ["memory ran out: going on with 2 rows a forward"]
     assert split.objective == pytest.approx(whole.objective, rel=1e-5)

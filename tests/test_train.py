@@ -486,7 +486,7 @@ def test_the_model_is_left_as_it_was_after_an_exception(calls):
     handle = model.get_submodule("model.layers.2").register_forward_hook(fail)
     before = state(model)
     with pytest.raises(RuntimeError, match="out of memory"):
-        train(model=model, path="plain")
+        train(model=model, forward="plain")
     assert count == calls
     assert_unchanged(before, state(model))
     handle.remove()

@@ -13,12 +13,12 @@ from laai_core.apply import Edit
 from laai_core.data import load_task
 from laai_core.encode import encode_text
 from laai_core.errors import LaaiError
-from laai_core.facts import flat
 from laai_core.hub import local_file
 from laai_core.intervention import Intervention
 from laai_core.locate import locate
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.commands.train import add_model_arguments, model_source
+from lm_eval_laai.facts import flat
 from lm_eval_laai.inspection.plot import check_plot, heat_map
 from lm_eval_laai.inspection.vocabulary import written
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from laai_core.errors import LaaiError
-from laai_core.train import Job
+from laai_core.settings import Job
 from lm_eval_laai.commands.demo import reference_model
 from lm_eval_laai.commands.judge import add_judge_arguments, judge_from
 from lm_eval_laai.commands.report import Report

@@ -12,7 +12,7 @@ from typing import Any
 from laai_core import storage
 from laai_core.data import task_names
 from laai_core.errors import LaaiError
-from laai_core.train import PENALTY_SCALES, Job, check_arguments
+from laai_core.settings import PENALTY_SCALES, Job, check
 from lm_eval_laai.commands.paper import check_counts, numbers
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.commands.train import add_model_arguments, check_writable, choose_layer, model_source
@@ -104,7 +104,7 @@ def _penalties(arguments: argparse.Namespace) -> tuple[tuple[float, float], ...]
     count = max(len(l1), len(group))
     pairs = list(zip(l1 * count if len(l1) == 1 else l1, group * count if len(group) == 1 else group, strict=True))
     for pair in pairs:
-        check_arguments(l1=pair[0], group=pair[1], penalty_scale=arguments.penalty_scale)
+        check(Job, l1=pair[0], group=pair[1])
     return tuple(dict.fromkeys(pairs))
 
 

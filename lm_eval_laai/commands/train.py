@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from laai_core.data import load_task
-from laai_core.encode import WHITESPACE
 from laai_core.errors import Interrupted, LaaiError, NotFinite, WorkFailed
 from laai_core.example import Example, Split
-from laai_core.facts import flat
 from laai_core.hub import PARTIAL, SUFFIX
 from laai_core.intervention import Intervention
-from laai_core.optimize import OPTIMIZERS
-from laai_core.train import PATHS, PENALTY_SCALES, TrainResult, check_arguments, train
+from laai_core.settings import Job, Settings
+from laai_core.settings import check as check_field
+from laai_core.train import TrainResult, train
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.experiments.load import DTYPES, ModelSource
+from lm_eval_laai.facts import flat
 from lm_eval_laai.methods import METHODS, OPTIONS, check, default_layer, fit, select
 from lm_eval_laai.methods.adapters import ADAPTERS, is_adapter, training_record
 from lm_eval_laai.tasks import harness_task
@@ -37,22 +36,14 @@ def _layer(text: str) -> int | str:
     return text if text == AUTO else int(text)
 
 
-# The arguments of `train` that are flags of the same name; their defaults are told there and nowhere else.
-_NUMBERS: dict[str, tuple[Any, str]] = {
-    "l1": (_weight, "weight of the sum of absolute values, the paper's gamma; auto cross-validates"),
-    "group": (_weight, "weight of the sum of the heads' norms, the paper's lambda; auto cross-validates"),
-    "steps": (int, "model evaluations"),
-    "lr": (float, "learning rate of adam; prox finds its own step sizes"),
-    "tolerance": (float, "stop early, at this share of the first stationarity residual"),
-    "batch_size": (int, "rows per forward; default all. Changes memory, not the result"),
-    "projection": (str, "module path of the attention output projection, {} for the layer's number"),
+# Fields of Job and Settings that are flags of the same name: their kinds, defaults and helps are told there.
+_FLAGS = {
+    one.name: one
+    for kind in (Job, Settings)
+    for one in fields(kind)
+    if "help" in one.metadata and one.name not in ("stop", "site")
 }
-_WORDS = {
-    "penalty_scale": (PENALTY_SCALES, "whether penalties are relative to the size of the activation"),
-    "optimizer": (OPTIMIZERS, "prox gives exact zeros"),
-    "path": (PATHS, "full forwards, or only what depends on the vector: the same result, faster"),
-    "whitespace": (WHITESPACE, "a prompt that ends in whitespace: tokenise it as the harness does for these requests"),
-}
+_PENALTIES = ("l1", "group")
 
 
 def add(commands: Any) -> None:
@@ -105,20 +96,27 @@ def add_layer_argument(parser: argparse.ArgumentParser, kind: Any = int, more: s
 
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Without defaults, so that it can be told what was given; `_training_options` fills them in."""
-    for name, (kind, text) in _NUMBERS.items():
-        default = _default(name)
-        parser.add_argument(_flag(name), type=kind, help=text + ("" if default is None else f" (default: {default})"))
-    for name, (choices, text) in _WORDS.items():
-        parser.add_argument(_flag(name), choices=choices, help=f"{text} (default: {_default(name)})")
+    for name, one in _FLAGS.items():
+        text = one.metadata["help"] + ("; auto cross-validates" if name in _PENALTIES else "")
+        text += "" if one.default is None else f" (default: {one.default})"
+        parser.add_argument(_flag(name), type=_kind(name), choices=one.metadata.get("choices"), help=text)
+
+
+def _kind(name: str) -> Any:
+    """What a flag's text becomes: the type in the field's annotation, or also `auto` for a penalty."""
+    if name in _PENALTIES:
+        return _weight
+    hint = {**get_type_hints(Job), **get_type_hints(Settings)}[name]
+    return next((kind for kind in (int, float) if kind in (hint, *get_args(hint))), str)
 
 
 def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for `train`, checked."""
-    given = {name: getattr(arguments, name) for name in (*_NUMBERS, *_WORDS)}
-    options = {name: _default(name) if value is None else value for name, value in given.items()}
-    fixed: dict[str, Any] = {name: 0.0 if value == AUTO else value for name, value in options.items()}
-    fixed["path"] = options["path"]  # whose `auto` is its own
-    check_arguments(**{name: value for name, value in fixed.items() if name != "projection"})
+    given = {name: getattr(arguments, name) for name in _FLAGS}
+    options = {name: _FLAGS[name].default if value is None else value for name, value in given.items()}
+    fixed = {name: None if name in _PENALTIES and value == AUTO else value for name, value in options.items()}
+    check_field(Job, **fixed)
+    check_field(Settings, **fixed)
     return options
 
 
@@ -240,7 +238,7 @@ def _kept(stopped: Interrupted | NotFinite, path: Path) -> str:
 def _train_baseline(arguments: argparse.Namespace, split: Split) -> Report:
     """`fit`, after everything that can be told to be wrong before the model is loaded."""
     method = arguments.method
-    _refuse(arguments, [name for name in (*_NUMBERS, *_WORDS, "heads") if name not in OPTIONS[method]])
+    _refuse(arguments, [name for name in (*_FLAGS, "heads") if name not in OPTIONS[method]])
     if arguments.layer == AUTO:
         raise LaaiError(f"--layer auto is of the method laai; {method} takes a number, or its own default")
     if method in ADAPTERS:
@@ -276,11 +274,11 @@ def _cross_validated(
     model: Any, tokenizer: Any, examples: Sequence[Example], layer: int | str, options: dict[str, Any]
 ) -> tuple[int, list[select.Tried]]:
     """The layer, and what was tried for it and for the penalties; puts the chosen penalties into `options`."""
-    shared = {name: options[name] for name in ("penalty_scale", "whitespace", "projection", "batch_size", "path")}
+    shared = {name: options[name] for name in ("penalty_scale", "whitespace", "projection", "batch_size", "forward")}
     tried: list[select.Tried] = []
     if isinstance(layer, str):
         # The layer first, under penalties that are given or usual; then the penalties at that layer.
-        usual = {n: _default(n) if options[n] == AUTO else options[n] for n in ("l1", "group")}
+        usual = {n: _FLAGS[n].default if options[n] == AUTO else options[n] for n in ("l1", "group")}
         choice = select.choose_layer(model, tokenizer, examples, **usual, **shared)
         layer, tried = choice.layer, choice.tried
     if AUTO in (options["l1"], options["group"]):
@@ -312,10 +310,6 @@ def _text(facts: dict[str, Any]) -> str:
             ("evaluations", f"{facts['evaluations']} in {facts['seconds']:.1f} s{stopped}"),
         ]
     )
-
-
-def _default(name: str) -> Any:
-    return inspect.signature(train).parameters[name].default
 
 
 def _flag(name: str) -> str:

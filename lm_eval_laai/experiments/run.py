@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from laai_core.errors import LaaiError, NotFinite
 from laai_core.intervention import Intervention
-from laai_core.train import Job, train_many
+from laai_core.settings import Job
+from laai_core.train import train_many
 from lm_eval_laai import methods
 from lm_eval_laai.experiments.cells import Cell, Fit, Store, named
 from lm_eval_laai.experiments.setting import Setting

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from laai_core.facts import flat
 from laai_core.hub import is_repository
 from laai_core.intervention import Intervention
+from lm_eval_laai.facts import flat
 
 Scores = Mapping[str, Mapping[str, Any]]
 

@@ -13,18 +13,18 @@ and transposed ones are nothing special. An effect through later layers is not i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from laai_core.apply import Edit
 from laai_core.errors import LaaiError
-from laai_core.forward import frozen, model_device
+from laai_core.hooks import attached, frozen, hidden_of, with_hidden
 from laai_core.locate import Layout
 
 
@@ -67,13 +67,14 @@ def _on_one_prompt(layout: Layout, edit: Edit, prompt: Sequence[int]) -> dict[in
     """{layer: (effects [G, V], mean square of the site's activation)} at the prompt's last token."""
     probes = {layer: _Probe(layout, edit, layer) for layer in edit.vectors}
     entry = torch.zeros(layout.hidden_size, requires_grad=True)  # where the residual stream leaves the last block
-    tokens = torch.tensor([list(prompt)], device=model_device(layout))
-    with ExitStack() as stack:
+    tokens = torch.tensor([list(prompt)], device=layout.device)
+
+    def hooks() -> Iterator[RemovableHandle]:
         for probe in probes.values():
-            for handle in probe.hooks():
-                stack.callback(handle.remove)
-        last = layout.blocks[-1].register_forward_hook(lambda module, args, output: _plus_at_end(output, entry))
-        stack.callback(last.remove)
+            yield from probe.hooks()
+        yield layout.blocks[-1].register_forward_hook(lambda module, args, output: _plus_at_end(output, entry))
+
+    with attached(hooks()):
         logits = layout.model(input_ids=tokens, use_cache=False).logits[0, -1]
     return {
         layer: (_pushed(logits, entry, probe.directions).float().cpu(), probe.mean_square)
@@ -94,19 +95,17 @@ class _Probe:
         self.directions = torch.empty(0)
         self.mean_square = 0.0
 
-    def hooks(self) -> list[Any]:
+    def hooks(self) -> Iterator[RemovableHandle]:
         """Register all; in this order, for block and site are one module at `residual`."""
         layer = self._layer
-        handles = [self._layout.module(layer, self._site).register_forward_hook(self._at_site)]
+        yield self._layout.module(layer, self._site).register_forward_hook(self._at_site)
         if self._site == "heads":
             # The feed-forward that reads what attention wrote is no part of the direct path.
-            feed_forward = self._layout.module(layer, "mlp")
-            handles.append(feed_forward.register_forward_pre_hook(_cut_off, with_kwargs=True))
-        handles.append(self._layout.blocks[layer].register_forward_hook(self._after_block))
-        return handles
+            yield self._layout.module(layer, "mlp").register_forward_pre_hook(_cut_off, with_kwargs=True)
+        yield self._layout.blocks[layer].register_forward_hook(self._after_block)
 
     def _at_site(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        activation = args[0] if self._site == "heads" else _value(output)
+        activation = args[0] if self._site == "heads" else hidden_of(output)
         self.mean_square = float(_end(activation).float().square().mean())
         if self._site == "heads":
             # By the module's own forward, less its bias: packed, quantised and transposed weights are all the same.
@@ -116,8 +115,8 @@ class _Probe:
         return _plus_at_end(output, self._entry)
 
     def _after_block(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self.directions = _pushed(_end(_value(output)), self._entry, self._groups).float()
-        return _replaced(output, _value(output).detach())
+        self.directions = _pushed(_end(hidden_of(output)), self._entry, self._groups).float()
+        return with_hidden(output, hidden_of(output).detach())
 
 
 def _pushed(output: torch.Tensor, source: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
@@ -145,22 +144,14 @@ def _groups(vector: torch.Tensor, count: int) -> torch.Tensor:
 
 def _plus_at_end(output: Any, entry: torch.Tensor) -> Any:
     """A module's output with `entry` added at the last token."""
-    value = _value(output)
+    value = hidden_of(output)
     tokens = value.reshape(-1, value.shape[-1])  # one prompt: some feed-forwards (OPT's) have no batch dimension
     changed = torch.cat([tokens[:-1], (tokens[-1] + entry.to(tokens)).unsqueeze(0)])
-    return _replaced(output, changed.view(value.shape))
+    return with_hidden(output, changed.view(value.shape))
 
 
 def _end(value: torch.Tensor) -> torch.Tensor:
     return value.reshape(-1, value.shape[-1])[-1]
-
-
-def _value(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _replaced(output: Any, value: torch.Tensor) -> Any:
-    return (value, *output[1:]) if isinstance(output, tuple) else value
 
 
 def _cut_off(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:

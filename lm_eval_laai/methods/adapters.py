@@ -22,10 +22,10 @@ from tqdm.auto import tqdm
 from laai_core.encode import Batch, encode_examples
 from laai_core.errors import LaaiError, WorkFailed
 from laai_core.example import Example
-from laai_core.forward import frozen, max_positions, model_device
+from laai_core.hooks import frozen
 from laai_core.locate import Layout, locate
 from laai_core.objective import Objective
-from laai_core.train import model_facts, training_facts
+from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.places import attention_inputs, down_projection, first_attention, is_transposed
 
 ADAPTERS = ("lora", "ia3", "soft_prompt")
@@ -155,7 +155,7 @@ class _Data:
 
     def __init__(self, layout: Layout, tokenizer: Any, examples: Sequence[Example]) -> None:
         self._tokenizer, self._examples = tokenizer, examples
-        self._limit, self._device = max_positions(layout), model_device(layout)
+        self._limit, self._device = layout.max_positions, layout.device
         self.loss = Objective(examples).name
         self.everything = list(range(len(examples)))
         folds = [self.everything[start::FOLDS] for start in range(min(FOLDS, len(examples)))]
@@ -220,7 +220,7 @@ def _wrapped(layout: Layout, config: Any, seed: int) -> Iterator[Any]:
     children = [(module, dict(module._modules)) for module in model.modules()]
     attributes = set(vars(model))  # PEFT adds `peft_config`
     settings = dict(vars(model.config))  # PEFT sets `pretraining_tp`
-    device = model_device(layout)
+    device = layout.device
     with frozen(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:

@@ -16,11 +16,12 @@ from laai_core.apply import Edit
 from laai_core.encode import Batch, encode_examples
 from laai_core.errors import LaaiError, WorkFailed
 from laai_core.example import Example
-from laai_core.forward import Forward, PlainForward, frozen, max_positions
+from laai_core.forward import Forward, PlainForward
+from laai_core.hooks import frozen
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate, verify_causal
 from laai_core.objective import SMOOTHING, Objective
-from laai_core.train import training_facts
+from laai_core.record import training_facts
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def compose(
             raise LaaiError("method fit needs a model, its tokenizer and examples of the composed task")
         layout = locate(model, projection)
         total.for_model(layout)  # refuses what does not fit the model
-        batch = encode_examples(tokenizer, examples, stop, max_positions(layout), whitespace)
+        batch = encode_examples(tokenizer, examples, stop, layout.max_positions, whitespace)
         forward = _WeightedForward(layout, batch, stacks, total, batch_size)
         factors, training = _fit(layout, forward, Objective(examples), factors, progress)
         training |= {"stop": stop, **training_facts(layout, examples, seed)}

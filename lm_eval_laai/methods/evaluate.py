@@ -10,7 +10,8 @@ import torch
 from laai_core.encode import encode_examples
 from laai_core.errors import LaaiError
 from laai_core.example import Example
-from laai_core.forward import PlainForward, frozen
+from laai_core.forward import PlainForward
+from laai_core.hooks import frozen
 from laai_core.intervention import Intervention
 from laai_core.locate import locate
 from laai_core.objective import Objective

@@ -20,10 +20,10 @@ from laai_core.cache import model_inputs, padded, read_only, selected
 from laai_core.encode import encode_pair
 from laai_core.errors import LaaiError
 from laai_core.example import Example, few_shot_prompt
-from laai_core.forward import frozen, max_positions, model_device
+from laai_core.hooks import attached, frozen, recorded
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
-from laai_core.train import model_facts, training_facts
+from laai_core.record import model_facts, training_facts
 
 # The numbers of the authors' code.
 SHOTS = 10
@@ -130,29 +130,15 @@ def few_shot_prompts(
 
 def mean_head_outputs(layout: Layout, prompts: Sequence[Prompt], bar: Any) -> dict[int, torch.Tensor]:
     """{layer: [H, d]} the mean input of the output projection at the prompts' last token, float32, on its device."""
-    sums: dict[int, torch.Tensor] = {}
-
-    def add(layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            sums[layer] = sums.get(layer, 0) + args[0][:, -1].float().sum(0)  # rows are padded on the left
-
-        return hook
-
-    handles = [
-        projection.register_forward_pre_hook(add(layer))
-        for layer, projection in enumerate(layout.projections)
-        if isinstance(projection, nn.Module)
-    ]
-    try:
+    projections = {layer: module for layer, module in enumerate(layout.projections) if isinstance(module, nn.Module)}
+    # The last column is each prompt's last token: rows are padded on the left.
+    with recorded(projections, keep=lambda outputs: outputs[:, -1].float().sum(0), inputs=True) as sums:
         for start in range(0, len(prompts), PROMPT_ROWS):
             part = prompts[start : start + PROMPT_ROWS]
-            tokens, mask = padded([prompt.ids for prompt in part], model_device(layout), left=True)
+            tokens, mask = padded([prompt.ids for prompt in part], layout.device, left=True)
             layout.model(**model_inputs(layout, tokens, mask), use_cache=False, logits_to_keep=1)
             bar.update(len(part))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {layer: (total / len(prompts)).view(layout.shape(layer, "heads")) for layer, total in sums.items()}
+    return {layer: (sum(parts) / len(prompts)).view(layout.shape(layer, "heads")) for layer, parts in sums.items()}
 
 
 def indirect_effects(
@@ -183,7 +169,7 @@ def indirect_effects(
 
 def _last_tokens(layout: Layout, prompts: Sequence[Prompt], copies: int) -> dict[str, Any]:
     """The model's arguments for every prompt's last token, `copies` rows a prompt, behind the cached rest."""
-    device = model_device(layout)
+    device = layout.device
     tokens, mask = padded([prompt.ids[:-1] for prompt in prompts], device, left=True)
     owner = torch.arange(len(prompts), device=device).repeat_interleave(copies)
     cached = layout.model(**model_inputs(layout, tokens, mask), use_cache=True, logits_to_keep=1).past_key_values
@@ -213,11 +199,8 @@ def _replaced(layout: Layout, layer: int, mean: torch.Tensor, prompts: int) -> I
         outputs[:, each, each] = mean.to(outputs)
         return (outputs.view_as(args[0]), *args[1:])
 
-    handle = layout.module(layer, "heads").register_forward_pre_hook(hook)
-    try:
+    with attached([layout.module(layer, "heads").register_forward_pre_hook(hook)]):
         yield
-    finally:
-        handle.remove()
 
 
 def _written(layout: Layout, means: dict[int, torch.Tensor], chosen: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -239,7 +222,7 @@ def _written(layout: Layout, means: dict[int, torch.Tensor], chosen: Sequence[tu
 
 
 def _refuse_long(layout: Layout, prompts: Sequence[Prompt]) -> None:
-    limit = max_positions(layout)
+    limit = layout.max_positions
     longest = max(len(prompt.ids) for prompt in prompts)
     if limit is not None and longest > limit:
         raise LaaiError(f"a prompt of several examples has {longest} tokens, the model takes {limit}")

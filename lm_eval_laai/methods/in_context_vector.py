@@ -11,17 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from laai_core.cache import model_inputs, padded
 from laai_core.data.tasks import rule_prompt
 from laai_core.encode import encode_text
 from laai_core.errors import LaaiError
 from laai_core.example import Example
-from laai_core.forward import frozen, model_device
+from laai_core.hooks import frozen, hidden_of, recorded
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
-from laai_core.train import model_facts, training_facts
+from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.places import first_attention
 
 STEP = 0.1  # the paper's and the authors' README's
@@ -82,21 +81,11 @@ def output_text(example: Example) -> str:
 
 def hidden_states(layout: Layout, rows: Sequence[list[int]]) -> list[torch.Tensor]:
     """Of each row's last token: the embedding, then every block's output; [N, width] each, float32 on the CPU."""
-    seen: list[torch.Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        seen.append(hidden[:, -1].float().cpu())  # rows are padded on the left
-
-    modules = [layout.model.get_input_embeddings(), *layout.blocks]
-    handles = [module.register_forward_hook(keep) for module in modules]
-    try:
-        tokens, mask = padded(rows, model_device(layout), left=True)
+    modules = dict(enumerate([layout.model.get_input_embeddings(), *layout.blocks]))
+    tokens, mask = padded(rows, layout.device, left=True)
+    with recorded(modules, keep=lambda output: hidden_of(output)[:, -1].float().cpu()) as seen:  # padded on the left
         layout.model(**model_inputs(layout, tokens, mask), use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+    return [value for values in seen.values() for value in values]
 
 
 def shift(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -15,11 +15,11 @@ import torch
 
 from laai_core.errors import LaaiError
 from laai_core.example import Example
-from laai_core.forward import frozen
+from laai_core.hooks import frozen
 from laai_core.locate import Layout, locate, verify_causal
 from laai_core.penalty import Penalty, critical_penalty
 from laai_core.problem import Problem
-from laai_core.train import Job, check_arguments
+from laai_core.settings import Job, Settings, check
 
 # Shares of the smallest penalty under which zero is the answer.
 SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
@@ -54,23 +54,22 @@ def choose_penalty(
     layer: int,
     l1: float | None = None,
     group: float | None = None,
-    projection: str | None = None,
-    **options: Any,
+    **settings: Any,
 ) -> Choice:
     """Choose l1 and group, or the one that is None, at one layer.
 
     Args:
         l1, group: fixed where given.
-        projection: see `laai_core.locate.locate`.
-        options: of `laai_core.problem.Problem`: penalty_scale, stop, site, path, ...
+        settings: fields of `laai_core.settings.Settings`: penalty_scale, projection, stop, site, forward, ...
 
     Raises:
         LaaiError: with fewer than two examples, and as `train` does.
     """
-    check_arguments(l1=l1, group=group, **options)
-    layout = locate(model, projection)
+    check(Job, l1=l1, group=group)
+    shared = Settings(**settings)
+    layout = locate(model, shared.projection)
     layer = layout.layer(layer)
-    folds = _CrossValidation(layout, tokenizer, examples, [layer], options)
+    folds = _CrossValidation(layout, tokenizer, examples, [layer], shared)
     tried = []
     with folds.ready():
         critical = folds.critical_penalty(layer)
@@ -89,17 +88,17 @@ def choose_layer(
     l1: float = Job.l1,
     group: float = Job.group,
     layers: Sequence[int] | None = None,
-    projection: str | None = None,
-    **options: Any,
+    **settings: Any,
 ) -> Choice:
     """Choose among `layers` (default: all) under one penalty, by default relative to each layer's activation.
 
     Arguments and errors as for `choose_penalty`.
     """
-    check_arguments(l1=l1, group=group, **options)
-    layout = locate(model, projection)
+    check(Job, l1=l1, group=group)
+    shared = Settings(**settings)
+    layout = locate(model, shared.projection)
     candidates = [layout.layer(layer) for layer in (range(len(layout.blocks)) if layers is None else layers)]
-    folds = _CrossValidation(layout, tokenizer, examples, candidates, options)
+    folds = _CrossValidation(layout, tokenizer, examples, candidates, shared)
     with folds.ready():
         tried = [
             Tried(layer, l1, group, folds.validated(layer, folds.zeros(layer), l1, group)[1]) for layer in candidates
@@ -116,13 +115,13 @@ class _CrossValidation:
         tokenizer: Any,
         examples: Sequence[Example],
         layers: Sequence[int],
-        options: dict[str, Any],
+        settings: Settings,
     ) -> None:
         left_out = _folds(examples)
         trained_on = [[e for n, e in enumerate(examples) if n not in fold] for fold in left_out]
         sets = [*trained_on, *([examples[n] for n in fold] for fold in left_out), examples]
         self._layout, self._count = layout, len(left_out)
-        self._problem = Problem(layout, tokenizer, sets, layers, **options)
+        self._problem = Problem(layout, tokenizer, sets, layers, settings)
 
     @contextmanager
     def ready(self) -> Iterator[None]:

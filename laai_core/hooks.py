@@ -1,0 +1,71 @@
+"""Temporary changes to a live model, undone however their block ends: hooks, recordings, frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+Key = TypeVar("Key")
+
+
+@contextmanager
+def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end of the block, last first; from a generator also those registered before it failed."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def recorded(
+    modules: Mapping[Key, nn.Module], keep: Callable[[Any], Any] = lambda value: value, inputs: bool = False
+) -> Iterator[dict[Key, list[Any]]]:
+    """Within the block, `keep` of what every call of each module returns, or with `inputs` of its first argument.
+
+    Yields {key: one entry per call, in order}.
+    """
+    seen: dict[Key, list[Any]] = {key: [] for key in modules}
+
+    def recorder(key: Key) -> Callable[..., None]:
+        return lambda module, args, *output: seen[key].append(keep(args[0] if inputs else output[0]))
+
+    def register(module: nn.Module) -> Callable[..., RemovableHandle]:
+        return module.register_forward_pre_hook if inputs else module.register_forward_hook
+
+    with attached(register(module)(recorder(key)) for key, module in modules.items()):
+        yield seen
+
+
+# Decoder blocks return a bare tensor in transformers 5 and a tuple in 4; mixtures of experts may return a tuple.
+
+
+def hidden_of(output: Any) -> Any:
+    """The hidden states in a module's output."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_hidden(output: Any, hidden: Any) -> Any:
+    """A module's output with other hidden states in it."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients for the weights, put back as they were at the end."""
+    training = [m for m in model.modules() if m.training]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in learning:
+            parameter.requires_grad_(True)

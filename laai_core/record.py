@@ -1,0 +1,60 @@
+"""What a file records of how it was made: the model, the examples, the software."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from laai_core.example import Example
+from laai_core.locate import Layout
+
+
+def model_facts(layout: Layout, layer: int) -> dict[str, Any]:
+    """The model's name and dimensions; head_dim is that of `layer`."""
+    config = layout.model.config
+    name = getattr(config, "_name_or_path", "") or type(layout.model).__name__
+    return {
+        # The path of a local model says nothing to anyone else, and would make equal trainings unequal files.
+        "base_model": Path(name).resolve().name if Path(name).exists() else name,
+        "model_type": config.model_type,
+        "num_hidden_layers": len(layout.blocks),
+        "num_attention_heads": layout.num_heads,
+        "head_dim": layout.shape(layer, "heads")[1],
+        "hidden_size": layout.hidden_size,
+    }
+
+
+def training_facts(
+    layout: Layout, examples: Sequence[Example], seed: int, stopped: str | None = None
+) -> dict[str, Any]:
+    """What every method records of its training; `stopped` is why it ended before its budget, if it did."""
+    return {
+        "stopped": stopped,
+        "seed": seed,
+        "n_train": len(examples),
+        "examples_sha256": examples_sha256(examples),
+        "dtype": str(layout.model.dtype).removeprefix("torch."),
+        "versions": versions(),
+    }
+
+
+def examples_sha256(examples: Sequence[Example]) -> str:
+    """Identity of the training examples, in order."""
+    rows = [[e.prompt, e.target, e.options, e.distribution] for e in examples]
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the software that decides a training's numbers."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,97 @@
+"""The settings of a training: default, range and help of each are in its field, and flags are made of the fields."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from laai_core.encode import WHITESPACE, Whitespace
+from laai_core.errors import LaaiError
+from laai_core.example import Example
+from laai_core.intervention import Intervention
+from laai_core.locate import SITES, Site
+from laai_core.optimize import OPTIMIZERS, OptimizerName
+
+PenaltyScale = Literal["relative", "absolute"]
+PENALTY_SCALES: tuple[PenaltyScale, ...] = get_args(PenaltyScale)
+ForwardName = Literal["auto", "plain", "replay"]
+FORWARDS: tuple[ForwardName, ...] = get_args(ForwardName)
+
+_COUNT = {"fits": lambda value: value >= 1, "expected": "at least one"}
+_WEIGHT = {"fits": lambda value: 0 <= value < math.inf, "expected": "a finite number, 0 or above"}
+_POSITIVE = {"fits": lambda value: 0 < value < math.inf, "expected": "a finite number above 0"}
+
+
+def _setting(default: Any, text: str, **limits: Any) -> Any:
+    return field(default=default, metadata={"help": text, **limits})
+
+
+def check(kind: type, **values: Any) -> None:
+    """LaaiError for a value that no field of `kind`, Settings or Job, can have; None is not checked."""
+    for one in fields(kind):
+        value, limits = values.get(one.name), one.metadata
+        if value is None:
+            continue
+        if value not in limits.get("choices", (value,)):
+            raise LaaiError(f"unknown {one.name} {value!r}: expected one of {', '.join(limits['choices'])}")
+        if "fits" in limits and not limits["fits"](value):
+            raise LaaiError(f"{one.name} is {value}: expected {limits['expected']}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all jobs of one `train_many` share. Raises LaaiError for a value out of range.
+
+    The penalty scale `absolute` penalises Δ itself, as the paper does. `relative` writes Δ = rms * x and penalises x,
+    rms being the root mean square of the site's activation at the last prompt tokens, so that one setting fits any
+    model. `steps` are spent exactly, unless there is a tolerance or `prox` has nothing left to gain in float32.
+    """
+
+    steps: int = _setting(100, "model evaluations", **_COUNT)
+    tolerance: float | None = _setting(
+        None, "stop early, at this share of the first stationarity residual", **_POSITIVE
+    )
+    batch_size: int | None = _setting(None, "rows per forward; default all. Changes memory, not the result", **_COUNT)
+    projection: str | None = _setting(
+        None, "module path of the attention output projection, {} for the layer's number"
+    )
+    penalty_scale: PenaltyScale = _setting(
+        "relative", "whether penalties are relative to the size of the activation", choices=PENALTY_SCALES
+    )
+    optimizer: OptimizerName = _setting("prox", "prox gives exact zeros", choices=OPTIMIZERS)
+    forward: ForwardName = _setting(
+        "auto", "full forwards, or only what depends on the vector: the same result, faster", choices=FORWARDS
+    )
+    whitespace: Whitespace = _setting(
+        "refuse",
+        "a prompt that ends in whitespace: tokenise it as the harness does for these requests",
+        choices=WHITESPACE,
+    )
+    stop: str = _setting("\n", "appended to every target, so that generation ends where the answer ends")
+    site: Site = _setting("heads", "the activation that the vector is added to", choices=SITES)
+
+    def __post_init__(self) -> None:
+        check(Settings, **vars(self))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One vector to train: its examples, its layer (0-based, negative from the end) and its own settings.
+
+    Raises LaaiError for a value out of range. Training draws no random numbers: `seed`, which drew the examples, and
+    `task` are recorded in the file.
+    """
+
+    examples: Sequence[Example]
+    layer: int
+    l1: float = _setting(0.0001, "weight of the sum of absolute values, the paper's gamma", **_WEIGHT)
+    group: float = _setting(0.0001, "weight of the sum of the heads' norms, the paper's lambda", **_WEIGHT)
+    lr: float = _setting(0.05, "learning rate of adam; prox finds its own step sizes", **_POSITIVE)
+    seed: int = 0
+    task: str | None = None
+    start: Intervention | None = None  # where to begin; default: zero
+
+    def __post_init__(self) -> None:
+        check(Job, **vars(self))
