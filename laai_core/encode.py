@@ -74,6 +74,7 @@ class Batch:
     continuation: torch.Tensor
     example: torch.Tensor  # [C]: the example of each continuation
     run_of_example: torch.Tensor  # [N]
+    share: torch.Tensor  # [N]: of each example in the mean loss of its run; 0 where it is held out
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
@@ -88,10 +89,12 @@ def encode_examples(
     max_length: int | None = None,
     whitespace: Whitespace = "refuse",
     runs: Sequence[int] | None = None,
+    held_out: Sequence[bool] | None = None,
 ) -> Batch:
     """All examples in one batch. A target gets `stop` appended (so that generation ends there), options do not.
 
-    `runs` numbers the vector each example is under, from 0; default: one for all.
+    `runs` numbers the vector each example is under, from 0; default: one for all. Examples `held_out` are scored and
+    count for nothing in the mean loss of their run; default: none.
 
     Raises:
         LaaiError: no example, an example that cannot be tokenised, or one longer than `max_length` tokens.
@@ -127,6 +130,8 @@ def encode_examples(
         input_ids[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = 1
     rows_of, columns, tokens, continuations = torch.tensor(scored).T
+    run = torch.tensor(list(runs))
+    trained = torch.ones(len(run)) if held_out is None else 1 - torch.tensor(list(held_out)).float()
     return Batch(
         input_ids,
         mask,
@@ -137,7 +142,8 @@ def encode_examples(
         tokens,
         continuations,
         torch.tensor(owners),
-        torch.tensor(list(runs)),
+        run,
+        trained / torch.bincount(run, trained)[run],
     )
 
 

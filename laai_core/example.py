@@ -27,6 +27,14 @@ class Example:
     options: Sequence[str] | None = None
     distribution: Sequence[float] | None = None
 
+    @property
+    def answer(self) -> str:
+        """The target, or the option with the largest share: the text that solves the example in a few-shot prompt."""
+        if self.target is not None:
+            return self.target
+        assert self.options is not None and self.distribution is not None
+        return self.options[max(range(len(self.options)), key=self.distribution.__getitem__)]
+
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise LaaiError(f"Example: prompt is {self.prompt!r}; expected non-empty text")
@@ -83,7 +91,4 @@ class Split:
 
 def few_shot_prompt(examples: Sequence[Example], prompt: str) -> str:
     """The solved examples in order, each followed by a blank line, then the prompt: what the harness builds too."""
-    for example in examples:
-        if example.target is None:
-            example._refuse("it has no target, so it cannot be shown as a solved example", "a target")
-    return "".join(f"{example.prompt}{example.target}\n\n" for example in examples) + prompt
+    return "".join(f"{example.prompt}{example.answer}\n\n" for example in examples) + prompt

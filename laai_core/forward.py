@@ -203,10 +203,10 @@ class Forward(ABC):
         return total.index_add(0, self._batch.continuation[scored].to(found.device), found)
 
     def _run_means(self, per_example: torch.Tensor) -> torch.Tensor:
-        """Losses [N] to means by run [runs]."""
-        run = self._batch.run_of_example.to(per_example.device)
-        counts = torch.bincount(run)
-        return per_example.new_zeros(len(counts)).index_add(0, run, per_example) / counts
+        """Losses [N] to means by run [runs], over the examples that are not held out."""
+        run, share = (tensor.to(per_example.device) for tensor in (self._batch.run_of_example, self._batch.share))
+        shares = torch.where(share > 0, share * per_example, 0)  # a held-out loss may be infinite
+        return per_example.new_zeros(int(run.max()) + 1).index_add(0, run, shares)
 
 
 class _Logprobs(torch.autograd.Function):

@@ -86,7 +86,7 @@ def minimise(
     optimizer: OptimizerName = "prox",
     lr: float | torch.Tensor = 0.05,
     tolerance: float | None = None,
-    on_steps: Callable[[list[Step]], None] = lambda steps: None,
+    on_steps: Callable[[dict[int, Step]], bool | None] = lambda steps: None,
 ) -> list[Solution]:
     """Run all rows of `start` [R, H, d] to their ends, each round's points evaluated together.
 
@@ -94,7 +94,7 @@ def minimise(
         budget: evaluations of each run; spent exactly, unless a tolerance or a lack of precision ends it before.
         lr: Adam's learning rate, a number or [R, 1, 1]; `prox` finds its own step sizes.
         tolerance: a run ends when the stationarity residual at its best point is at most this share of the first.
-        on_steps: called after each round with the steps of the runs that took part.
+        on_steps: called after each round with {run: its step}; True ends all runs, which are then finished.
 
     Raises:
         NotFinite: when a value was not finite, which ends its run and no other. Has the solutions of all runs.
@@ -125,10 +125,13 @@ def minimise(
             penalties = penalty.value(x).double()
             point = Points(x, gradient, loss, loss + penalties)
             best = point.where(point.objective < best.objective, best)
-            done = [Step(count, *values) for values in _facts(point, penalties, kept)]
-            for run, step in zip(kept, done, strict=True):
+            facts = _facts(point, penalties, kept)
+            done = {run: Step(count, *values) for run, values in zip(kept, facts, strict=True)}
+            for run, step in done.items():
                 history[run].append(step)
-            on_steps(done)
+            if on_steps(done):
+                stopped |= dict.fromkeys(kept, f"ended by its caller after {count} evaluations")
+                break
             if steps is None:
                 first = point
                 steps = _prox(penalty, point) if optimizer == "prox" else _adam(penalty, point, lr)
@@ -188,7 +191,7 @@ def _prox(penalty: Penalty, point: Points) -> Optimizer:
     The short step <s, y> / <y, y> (Barzilai & Borwein 1988, eq. 6) and the bound on its growth keep a run from the
     jumps that the long step makes where the curvature changes: docs/benchmarks.md has both on real models.
     """
-    # The first step has length one, or a share of the start's length; after it the curvature along a step sets the size.
+    # The first step has length one, or a share of the start's length. After it the curvature sets the size.
     length = (FIRST_SHARE * point.x.norm(dim=(1, 2)).double()).clamp_min(1)
     step = length / point.gradient.norm(dim=(1, 2)).double().clamp_min(1e-12)
     recent = point.objective.unsqueeze(1).repeat(1, RECENT)

@@ -30,6 +30,7 @@ class Problem:
     Args:
         sets: the examples of each run.
         layers: those that will be asked for.
+        held_out: for every example of every set, whether its loss is only watched; default: none is.
         settings: their `steps`, `optimizer`, `tolerance` and `projection` are the caller's business.
 
     Raises:
@@ -43,13 +44,20 @@ class Problem:
         sets: Sequence[Sequence[Example]],
         layers: Sequence[int],
         settings: Settings,
+        held_out: Sequence[Sequence[bool]] | None = None,
     ) -> None:
         for layer in layers:
             layout.shape(layer, settings.site)
         examples = [example for part in sets for example in part]
         self._owners = [run for run, part in enumerate(sets) for _ in part]
         self._batch = encode_examples(
-            tokenizer, examples, settings.stop, layout.max_positions, settings.whitespace, self._owners
+            tokenizer,
+            examples,
+            settings.stop,
+            layout.max_positions,
+            settings.whitespace,
+            self._owners,
+            None if held_out is None else [watched for part in held_out for watched in part],
         )
         self.objective = Objective(examples)
         self.layout, self._settings, self._highest = layout, settings, max(layers)
@@ -69,15 +77,27 @@ class Problem:
         return shape if len(shape) == 2 else (1, *shape)
 
     def minimise(
-        self, layer: int, start: torch.Tensor, penalty: Penalty, budget: int, runs: Sequence[int], *options: Any
+        self,
+        layer: int,
+        start: torch.Tensor,
+        penalty: Penalty,
+        budget: int,
+        runs: Sequence[int],
+        *options: Any,
+        on_losses: Callable[[torch.Tensor], None] = lambda losses: None,
     ) -> list[Solution]:
-        """`laai_core.optimize.minimise` over x [len(runs), H, d] of some runs, with Δ = unit * x."""
+        """`laai_core.optimize.minimise` over x [len(runs), H, d] of some runs, with Δ = unit * x.
+
+        `on_losses` is called at every evaluation, before the steps are reported, with the losses [N] of all examples
+        of all sets, held out or not; those of runs that are not evaluated are meaningless.
+        """
         forward, unit = self._at(layer)
 
         def evaluate(x: torch.Tensor, active: list[int]) -> tuple[torch.Tensor, torch.Tensor, Callable[[int], str]]:
             numbers = [runs[i] for i in active]
             units = unit[numbers]
             losses, gradients, per_example = forward.loss_and_gradient((units * x).flatten(1), self.objective, numbers)
+            on_losses(per_example)
             gradients = units * gradients.cpu().view_as(x)
             return losses.cpu(), gradients, lambda i: self._culprit(per_example, runs[i])
 

@@ -18,6 +18,8 @@ PenaltyScale = Literal["relative", "absolute"]
 PENALTY_SCALES: tuple[PenaltyScale, ...] = get_args(PenaltyScale)
 ForwardName = Literal["auto", "plain", "replay"]
 FORWARDS: tuple[ForwardName, ...] = get_args(ForwardName)
+StartName = Literal["icl", "zero"]
+STARTS: tuple[StartName, ...] = get_args(StartName)
 
 _COUNT = {"fits": lambda value: value >= 1, "expected": "at least one"}
 _WEIGHT = {"fits": lambda value: 0 <= value < math.inf, "expected": "a finite number, 0 or above"}
@@ -91,7 +93,20 @@ class Job:
     lr: float = _setting(0.05, "learning rate of adam; prox finds its own step sizes", **_POSITIVE)
     seed: int = 0
     task: str | None = None
-    start: Intervention | None = None  # where to begin; default: zero
+    start: StartName | Intervention | None = _setting(
+        None,
+        "where training begins: icl, the mean difference that the other examples as a few-shot prompt make to the "
+        "activation, or zero, the paper's; default: icl where there are at least two examples",
+    )
 
     def __post_init__(self) -> None:
         check(Job, **vars(self))
+        if not isinstance(self.start, Intervention) and self.start not in (None, *STARTS):
+            raise LaaiError(f"unknown start {self.start!r}: expected one of {', '.join(STARTS)}, or an intervention")
+
+    @property
+    def begin(self) -> StartName | Intervention:
+        """The start, or the default one."""
+        if self.start is None:
+            return "icl" if len(self.examples) > 1 else "zero"
+        return self.start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any
@@ -21,6 +21,7 @@ from laai_core.penalty import Penalty, critical_penalty
 from laai_core.problem import Problem
 from laai_core.record import model_facts, training_facts
 from laai_core.settings import Job, Settings
+from laai_core.start import in_context_starts
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,20 @@ def train_many(
             tqdm(total=shared.steps * len(jobs), desc="train", disable=not progress, leave=False)
         )
 
-        def report(done: list[Step]) -> None:
+        def report(done: dict[int, Step]) -> None:
             if done:
-                bar.set_postfix(objective=f"{done[-1].objective:.4f}", heads=done[-1].active_heads, refresh=False)
+                *_, last = done.values()
+                bar.set_postfix(objective=f"{last.objective:.4f}", heads=last.active_heads, refresh=False)
             bar.update(len(done))
 
         for problem, layers in problems:
-            for layer in layers:
-                numbers = at_layer[layer]
-                found, unfinished = _at_layer(problem, layer, [jobs[n] for n in numbers], shared, report)
+            theirs = {layer: [jobs[number] for number in at_layer[layer]] for layer in layers}
+            starts = _starts(layout, tokenizer, theirs, shared)
+            for layer, here in theirs.items():
+                found, unfinished = _at_layer(problem, layer, here, starts[layer], shared, report)
                 if isinstance(unfinished, Interrupted):
                     raise Interrupted(str(unfinished), found)
-                results |= zip(numbers, found, strict=True)
+                results |= zip(at_layer[layer], found, strict=True)
                 failed = failed or unfinished
         bar.refresh()  # short runs end between two of its updates
     in_order = [results[number] for number in range(len(jobs))]
@@ -134,11 +137,16 @@ def _same_examples(jobs: Sequence[Job], at_layer: dict[int, list[int]]) -> list[
 
 
 def _at_layer(
-    problem: Problem, layer: int, jobs: Sequence[Job], settings: Settings, report: Callable[[list[Step]], None]
+    problem: Problem,
+    layer: int,
+    jobs: Sequence[Job],
+    starts: torch.Tensor,
+    settings: Settings,
+    report: Callable[[dict[int, Step]], None],
 ) -> tuple[list[TrainResult], NotFinite | Interrupted | None]:
     """The results of the jobs of one layer, and what ended some of them before their time."""
     unit = problem.unit(layer)
-    start = torch.stack([_start(job, problem.layout, layer, problem.shape(layer)) for job in jobs]) / unit
+    start = starts.view(len(jobs), *problem.shape(layer)) / unit
     l1, group, lr = torch.tensor([(job.l1, job.group, job.lr) for job in jobs]).T.view(3, -1, 1, 1)
     options = settings.steps, range(len(jobs)), settings.optimizer, lr, settings.tolerance, report
     unfinished: NotFinite | Interrupted | None = None
@@ -150,11 +158,27 @@ def _at_layer(
     return [_result(problem, layer, settings, *each) for each in zip(jobs, solutions, rms, strict=True)], unfinished
 
 
-def _start(job: Job, layout: Layout, layer: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Where a job begins: Δ [H, d]."""
-    if job.start is None:
-        return torch.zeros(shape)
-    return (job.start.scale * job.start.for_model(layout)[layer]).view(shape)
+def _starts(
+    layout: Layout, tokenizer: Any, jobs: Mapping[int, Sequence[Job]], settings: Settings
+) -> dict[int, torch.Tensor]:
+    """{layer: Δ [J, *shape of the site]} where the J jobs of each layer begin; job i has the same examples at all."""
+    first, *_ = jobs.values()
+    in_context = [number for number in range(len(first)) if any(here[number].begin == "icl" for here in jobs.values())]
+    known: dict[int, torch.Tensor] = {}
+    if in_context:
+        sets = [first[number].examples for number in in_context]
+        known = in_context_starts(layout, tokenizer, sets, list(jobs), settings.site, settings.whitespace)
+
+    def start(job: Job, number: int, layer: int) -> torch.Tensor:
+        begin, shape = job.begin, layout.shape(layer, settings.site)
+        if isinstance(begin, Intervention):
+            return (begin.scale * begin.for_model(layout)[layer]).view(shape)
+        return known[layer][in_context.index(number)] if begin == "icl" else torch.zeros(shape)
+
+    return {
+        layer: torch.stack([start(job, number, layer) for number, job in enumerate(here)])
+        for layer, here in jobs.items()
+    }
 
 
 def _result(problem: Problem, layer: int, settings: Settings, job: Job, solution: Solution, rms: float) -> TrainResult:
@@ -171,6 +195,7 @@ def _result(problem: Problem, layer: int, settings: Settings, job: Job, solution
         "optimizer": settings.optimizer,
         "lr": job.lr if settings.optimizer == "adam" else None,
         "stop": settings.stop,
+        "start": job.begin.sha256 if isinstance(job.begin, Intervention) else job.begin,
         "steps": len(solution.history),
         "objective": solution.objective,
         "task_loss": solution.loss,

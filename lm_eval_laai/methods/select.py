@@ -1,7 +1,14 @@
-"""Choose penalties, or the layer, by cross-validation on the training examples alone: no test item is ever looked at.
+"""Choose layer, penalties and number of evaluations by cross-validation on the training examples alone.
 
-Every fold leaves some of the N examples out, trains on the others and is scored on those left out. The folds of one
-setting are rows of one batch. Penalties go from strong to weak, each fold starting from its own last vector.
+Every fold holds some of the N examples out, computes its own start from the others, trains on the others, and is
+scored on those held out at every evaluation. The folds are rows of one batch, and the tokens before the vector run once
+for all folds and layers. No test item is ever looked at.
+
+Layers first, from coarse to fine: COARSE of them, evenly spread over the depth where vectors of tasks act, then the
+neighbours of the best half a gap away. Then the penalties, at the best layer. Every setting begins at the in-context
+start, so that a few evaluations say how good it gets; a setting ends when its held-out loss has not fallen for
+PATIENCE evaluations. The number of evaluations is the one at which the mean held-out loss of the chosen setting is
+smallest.
 """
 
 from __future__ import annotations
@@ -12,102 +19,113 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 from laai_core.hooks import frozen
 from laai_core.locate import Layout, locate, verify_causal
-from laai_core.penalty import Penalty, critical_penalty
+from laai_core.optimize import Step
+from laai_core.penalty import Penalty
 from laai_core.problem import Problem
-from laai_core.settings import Job, Settings, check
+from laai_core.settings import Job, Settings
+from laai_core.start import in_context_starts
 
-# Shares of the smallest penalty under which zero is the answer.
-SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
-STEPS = 40  # evaluations a fold and setting; warm starts make them few
-MAX_FOLDS = 10
+FOLDS = 3
+COARSE = 5  # layers tried first
+DEPTHS = (0.15, 0.75)  # shares of the depth between which these lie
+EVALUATIONS = 24  # at most, of a setting
+PATIENCE = 6  # evaluations without a smaller held-out loss
+PENALTIES = (1e-2, 1e-3)  # of l1 and group, relative to the activation; layers are compared under the last
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One setting, and the mean task loss of examples left out of the training."""
+    """One setting: the smallest mean loss of held-out examples, and after how many evaluations."""
 
     layer: int
     l1: float
     group: float
-    validation_loss: float
+    steps: int
+    held_out_loss: float
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The setting with the smallest validation loss, and all that were tried."""
+    """The setting with the smallest held-out loss, and all that were tried."""
 
     layer: int
     l1: float
     group: float
+    steps: int
     tried: list[Tried]
 
 
-def choose_penalty(
+def choose(
     model: Any,
     tokenizer: Any,
     examples: Sequence[Example],
-    layer: int,
+    layer: int | None = None,
     l1: float | None = None,
     group: float | None = None,
+    steps: int | None = None,
+    *,
+    lr: float = Job.lr,
+    start: str | None = None,
+    progress: bool = False,
     **settings: Any,
 ) -> Choice:
-    """Choose l1 and group, or the one that is None, at one layer.
+    """Choose what is None of layer, l1, group and steps.
 
     Args:
-        l1, group: fixed where given.
-        settings: fields of `laai_core.settings.Settings`: penalty_scale, projection, stop, site, forward, ...
+        layer, l1, group, steps: fixed where given; with all four nothing is tried.
+        lr, start: as `laai_core.settings.Job` has them.
+        progress: show a tqdm bar on stderr.
+        settings: the other fields of `laai_core.settings.Settings`.
 
     Raises:
-        LaaiError: with fewer than two examples, and as `train` does.
+        LaaiError: with fewer than two examples; with the penalty scale absolute, where l1 and group must be given;
+            and as `train` does.
     """
-    check(Job, l1=l1, group=group)
-    shared = Settings(**settings)
+    if None not in (layer, l1, group, steps):
+        return Choice(locate(model, settings.get("projection")).layer(layer), l1, group, steps, [])  # type: ignore[arg-type]
+    shared = Settings(steps=steps or EVALUATIONS, **settings)
+    if shared.penalty_scale == "absolute" and None in (l1, group):
+        raise LaaiError("penalty_scale absolute: penalties to choose from are relative, expected l1 and group")
+    if len(examples) < 2:
+        raise LaaiError(
+            f"cross-validation needs at least two examples, got {len(examples)}: give layer, l1, group and steps"
+        )
     layout = locate(model, shared.projection)
-    layer = layout.layer(layer)
-    folds = _CrossValidation(layout, tokenizer, examples, [layer], shared)
-    tried = []
-    with folds.ready():
-        critical = folds.critical_penalty(layer)
-        x = folds.zeros(layer)
-        for share in SHARES:
-            setting = (share * critical if l1 is None else l1, share * critical if group is None else group)
-            x, loss = folds.validated(layer, x, *setting)
-            tried.append(Tried(layer, *setting, loss))
-    return _best(tried)
+    coarse, gap = _coarse(len(layout.blocks)) if layer is None else ([layout.layer(layer)], 0)
+    fine = [near for one in coarse for near in (one - gap, one + gap) if gap and 0 <= near < len(layout.blocks)]
+    *others, usual = dict.fromkeys((p if l1 is None else l1, p if group is None else group) for p in PENALTIES)
+    folds = _Folds(layout, tokenizer, examples, sorted({*coarse, *fine}), shared, lr, start)
+    tried: list[Tried] = []
+    with folds.ready(), tqdm(desc="cross-validate", unit=" evaluations", disable=not progress, leave=False) as bar:
+
+        def try_all(settings: Sequence[tuple[int, tuple[float, float]]]) -> Tried:
+            for at, penalties in settings:
+                bar.set_postfix(layer=at, l1=penalties[0], refresh=False)
+                tried.append(folds.tried(at, *penalties, bar))
+            return min(tried, key=lambda one: one.held_out_loss)
+
+        best = try_all([(at, usual) for at in coarse])
+        best = try_all([(at, usual) for at in fine if abs(at - best.layer) == gap])
+        best = try_all([(best.layer, penalties) for penalties in others])
+    return Choice(best.layer, best.l1, best.group, steps or best.steps, tried)
 
 
-def choose_layer(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    l1: float = Job.l1,
-    group: float = Job.group,
-    layers: Sequence[int] | None = None,
-    **settings: Any,
-) -> Choice:
-    """Choose among `layers` (default: all) under one penalty, by default relative to each layer's activation.
-
-    Arguments and errors as for `choose_penalty`.
-    """
-    check(Job, l1=l1, group=group)
-    shared = Settings(**settings)
-    layout = locate(model, shared.projection)
-    candidates = [layout.layer(layer) for layer in (range(len(layout.blocks)) if layers is None else layers)]
-    folds = _CrossValidation(layout, tokenizer, examples, candidates, shared)
-    with folds.ready():
-        tried = [
-            Tried(layer, l1, group, folds.validated(layer, folds.zeros(layer), l1, group)[1]) for layer in candidates
-        ]
-    return _best(tried)
+def _coarse(count: int) -> tuple[list[int], int]:
+    """The layers to try first of `count`, and how far from the best its neighbours are that are tried next."""
+    low, high = (share * count for share in DEPTHS)
+    layers = sorted({int(low + number * (high - low) / (COARSE - 1)) for number in range(COARSE)})
+    gap = min((after - before for before, after in zip(layers, layers[1:], strict=False)), default=0)
+    return layers, gap // 2
 
 
-class _CrossValidation:
-    """One problem with every fold twice, its training examples and what it leaves out, and then all examples."""
+class _Folds:
+    """One problem whose runs are the folds: each has all examples, some of them held out."""
 
     def __init__(
         self,
@@ -116,48 +134,74 @@ class _CrossValidation:
         examples: Sequence[Example],
         layers: Sequence[int],
         settings: Settings,
+        lr: float,
+        start: str | None,
     ) -> None:
-        left_out = _folds(examples)
-        trained_on = [[e for n, e in enumerate(examples) if n not in fold] for fold in left_out]
-        sets = [*trained_on, *([examples[n] for n in fold] for fold in left_out), examples]
-        self._layout, self._count = layout, len(left_out)
-        self._problem = Problem(layout, tokenizer, sets, layers, settings)
+        count = min(len(examples), FOLDS)
+        self._held_out = torch.tensor([[n % count == fold for n in range(len(examples))] for fold in range(count)])
+        self._trained_on = [
+            [e for e, out in zip(examples, fold, strict=True) if not out] for fold in self._held_out.tolist()
+        ]
+        self._layout, self._tokenizer, self._layers, self._settings = layout, tokenizer, layers, settings
+        self._lr, self._start = lr, start
+        self._problem = Problem(
+            layout, tokenizer, [examples] * count, layers, settings, held_out=self._held_out.tolist()
+        )
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """The model as everything else needs it."""
+        """The model as everything else needs it, and every fold's start at every layer."""
         with frozen(self._layout.model):
             verify_causal(self._layout)
+            shape = len(self._trained_on), *self._problem.shape(self._layers[0])
+            # With two examples a fold is left with one, from which no few-shot prompt can be made.
+            in_context = self._start != "zero" and min(map(len, self._trained_on)) > 1
+            self._starts = {layer: torch.zeros(shape) for layer in self._layers}
+            if in_context:
+                options = self._settings.site, self._settings.whitespace
+                found = in_context_starts(self._layout, self._tokenizer, self._trained_on, self._layers, *options)
+                self._starts = {layer: found[layer].view(shape) for layer in self._layers}
             yield
 
-    def critical_penalty(self, layer: int) -> float:
-        """With all examples, by one evaluation at zero: where the path begins."""
-        start, everything = self.zeros(layer)[:1], [2 * self._count]
-        (solution,) = self._problem.minimise(layer, start, Penalty(0.0, 0.0), 1, everything)
-        return float(critical_penalty(solution.first_gradient))
-
-    def zeros(self, layer: int) -> torch.Tensor:
-        """x of all folds [K, H, d] to start from."""
-        return torch.zeros(self._count, *self._problem.shape(layer))
-
-    def validated(self, layer: int, x: torch.Tensor, l1: float, group: float) -> tuple[torch.Tensor, float]:
-        """Each fold's x after training on from `x`, and the mean loss of the examples left out."""
-        runs = range(self._count)
-        solutions = self._problem.minimise(layer, x, Penalty(l1, group), STEPS, runs)
-        x = torch.stack([solution.x for solution in solutions])
-        vectors = self._problem.unit(layer)[: self._count] * x
-        losses = self._problem.losses(layer, vectors, range(self._count, 2 * self._count))
-        return x, float(losses.mean())
-
-
-def _folds(examples: Sequence[Example]) -> list[list[int]]:
-    """Numbers of the examples each fold leaves out: one each up to ten examples, then ten folds."""
-    if len(examples) < 2:
-        raise LaaiError(f"cross-validation needs at least two examples, got {len(examples)}: give the setting itself")
-    count = min(len(examples), MAX_FOLDS)
-    return [list(range(start, len(examples), count)) for start in range(count)]
+    def tried(self, layer: int, l1: float, group: float, bar: Any) -> Tried:
+        """Train every fold in one setting."""
+        curve = _Curve(self._held_out, bar)
+        start = self._starts[layer] / self._problem.unit(layer)
+        self._problem.minimise(
+            layer,
+            start,
+            Penalty(l1, group),
+            self._settings.steps,
+            range(len(start)),
+            self._settings.optimizer,
+            self._lr,
+            self._settings.tolerance,
+            curve.add,
+            on_losses=curve.see,
+        )
+        loss, steps = min((loss, number) for number, loss in enumerate(curve.losses, 1))
+        return Tried(layer, l1, group, steps, loss)
 
 
-def _best(tried: list[Tried]) -> Choice:
-    best = min(tried, key=lambda one: one.validation_loss)
-    return Choice(best.layer, best.l1, best.group, tried)
+class _Curve:
+    """The mean loss of held-out examples by evaluations, every fold at the best objective it has seen."""
+
+    def __init__(self, held_out: torch.Tensor, bar: Any) -> None:
+        self._held_out, self._bar = held_out, bar  # [F, N]
+        self._now = torch.empty(0)
+        self._objectives = [float("inf")] * len(held_out)
+        self._sums = [float("inf")] * len(held_out)
+        self.losses: list[float] = []
+
+    def see(self, per_example: torch.Tensor) -> None:
+        """Losses [F * N] at the points in evaluation."""
+        self._now = (per_example.cpu().view_as(self._held_out) * self._held_out).sum(1)
+
+    def add(self, steps: dict[int, Step]) -> bool:
+        """The steps of the folds that were evaluated; whether the loss has stopped falling."""
+        for fold, step in steps.items():
+            if step.objective < self._objectives[fold]:
+                self._objectives[fold], self._sums[fold] = step.objective, float(self._now[fold])
+        self.losses.append(sum(self._sums) / self._held_out.shape[1])
+        self._bar.update()
+        return min(self.losses) not in self.losses[-PATIENCE:]

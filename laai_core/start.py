@@ -1,0 +1,106 @@
+"""The in-context start: a vector that knows the task before training, read off the model's own few-shot prompts.
+
+For every example, the site's activation at the last prompt token behind the solved others (a leave-one-out few-shot
+prompt), minus the activation at the same token of the bare prompt. The mean over examples and SHUFFLES orders of the
+others is the start. Not in the paper, whose start is zero. Hendel, Geva & Globerson 2023 ("In-context learning creates
+task vectors") and Todd et al. 2024 ("Function vectors") read a task off the same activations.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from laai_core.cache import model_inputs, padded
+from laai_core.encode import Whitespace, encode_text
+from laai_core.errors import LaaiError
+from laai_core.example import Example, few_shot_prompt
+from laai_core.hooks import hidden_of, recorded
+from laai_core.locate import Layout
+
+SHUFFLES = 2  # orders of the other examples, for each example
+ROWS = 32  # prompts in one forward
+
+
+@torch.no_grad()
+def in_context_starts(
+    layout: Layout,
+    tokenizer: Any,
+    sets: Sequence[Sequence[Example]],
+    layers: Sequence[int],
+    site: str = "heads",
+    whitespace: Whitespace = "refuse",
+) -> dict[int, torch.Tensor]:
+    """{layer: [len(sets), *shape of the site]} the in-context start of every set, float32 on the CPU.
+
+    The orders are drawn with fixed seeds: equal examples in equal order give equal starts. Where a few-shot prompt is
+    longer than the model takes, it has as many of the solved examples as fit.
+
+    Raises:
+        LaaiError: for a set of fewer than two examples.
+    """
+    for examples in sets:
+        if len(examples) < 2:
+            raise LaaiError(f"start icl needs at least two examples, got {len(examples)}: expected start zero")
+    wanted = [pair for examples in sets for pair in _prompts(layout, tokenizer, examples, whitespace)]
+    distinct = {tokens: row for row, tokens in enumerate(dict.fromkeys(t for pair in wanted for t in pair))}
+    found = _last_activations(layout, list(distinct), layers, site)
+    few_shot, bare = (torch.tensor([distinct[pair[side]] for pair in wanted]) for side in (0, 1))
+    sizes = [SHUFFLES * len(examples) for examples in sets]
+    return {
+        layer: torch.stack([part.mean(0) for part in (rows[few_shot] - rows[bare]).split(sizes)]).view(
+            len(sets), *layout.shape(layer, site)
+        )
+        for layer, rows in found.items()
+    }
+
+
+Tokens = tuple[int, ...]
+
+
+def _prompts(
+    layout: Layout, tokenizer: Any, examples: Sequence[Example], whitespace: Whitespace
+) -> list[tuple[Tokens, Tokens]]:
+    """(tokens of a leave-one-out few-shot prompt, tokens of the same example's bare prompt), SHUFFLES each."""
+
+    def encoded(text: str) -> Tokens:
+        return tuple(encode_text(tokenizer, text.rstrip() if whitespace == "loglikelihood" else text))
+
+    limit = layout.max_positions
+    pairs = []
+    for shuffle in range(SHUFFLES):
+        draw = random.Random(shuffle)
+        for number, example in enumerate(examples):
+            shots = [other for place, other in enumerate(examples) if place != number]
+            draw.shuffle(shots)
+            few_shot = encoded(few_shot_prompt(shots, example.prompt))
+            while limit is not None and len(few_shot) > limit and shots:
+                shots.pop(0)
+                few_shot = encoded(few_shot_prompt(shots, example.prompt))
+            pairs.append((few_shot, encoded(example.prompt)))
+    return pairs
+
+
+def _last_activations(
+    layout: Layout, rows: Sequence[Tokens], layers: Sequence[int], site: str
+) -> dict[int, torch.Tensor]:
+    """{layer: [len(rows), width]} the site's activation at the last token of every row, float32 on the CPU."""
+    in_order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # rows of like length share a forward
+    modules = {layer: layout.module(layer, site) for layer in layers}
+
+    def last(value: Any) -> torch.Tensor:
+        hidden = hidden_of(value)
+        # Rows are padded on the left. OPT's feed-forward sees all rows as one.
+        return hidden.reshape(count, -1, hidden.shape[-1])[:, -1].float().cpu()
+
+    with recorded(modules, last, inputs=site == "heads") as seen:
+        for begin in range(0, len(rows), ROWS):
+            part = [rows[row] for row in in_order[begin : begin + ROWS]]
+            count = len(part)
+            tokens, mask = padded(part, layout.device, left=True)
+            layout.model(**model_inputs(layout, tokens, mask), use_cache=False, logits_to_keep=1)
+    places = torch.tensor(in_order).argsort()
+    return {layer: torch.cat(parts)[places] for layer, parts in seen.items()}
