@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from laai_core.hooks import attached, hidden_of, with_hidden
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
 from laai_core.positions import Call, Generation, PositionTracker, repeated
+
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: tensors have no truth value
@@ -43,7 +46,7 @@ class Edit:
 
 @contextmanager
 def apply(
-    model: Any,
+    model: PreTrainedModel,
     intervention: Intervention | Sequence[Intervention | None],
     prompt_lengths: Sequence[int] | None = None,
     projection: str | None = None,
@@ -207,10 +210,10 @@ class _WatchedGenerate:
     instance attribute shadows the method and is removed with the hooks.
     """
 
-    def __init__(self, model: Any, tracker: PositionTracker) -> None:
+    def __init__(self, model: PreTrainedModel, tracker: PositionTracker) -> None:
         self._model = model
         self._before = model.__dict__.get("generate")
-        original = model.generate
+        original: Any = model.generate
 
         def generate(*args: Any, **kwargs: Any) -> Any:
             outer, tracker.generation = tracker.generation, Generation(_prompt_mask(model, args, kwargs))
@@ -257,7 +260,7 @@ def _forward_parameters(module: nn.Module) -> list[str]:
     return [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
 
 
-def _prompt_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def _prompt_mask(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """[R, P] mask of what `generate` was given, 1 where a token is real."""
     prompt = kwargs.get("input_ids")
     for other in (args[0] if args else None, kwargs.get("inputs"), kwargs.get("inputs_embeds")):

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedTokenizerBase
+
 Whitespace = Literal["refuse", "loglikelihood", "generation"]
 WHITESPACE: tuple[Whitespace, ...] = get_args(Whitespace)
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids; no special tokens are added to a text that already begins with the prefix token (HFLM.tok_encode)."""
     prefix = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
     if prefix and text.startswith(prefix):
@@ -28,7 +31,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_pair(
-    tokenizer: Any, prompt: str, target: str, whitespace: Whitespace = "refuse"
+    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, whitespace: Whitespace = "refuse"
 ) -> tuple[list[int], list[int]]:
     """Ids of a prompt and of the target behind it.
 
@@ -83,7 +86,7 @@ class Batch:
 
 
 def encode_examples(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     stop: str = "\n",
     max_length: int | None = None,

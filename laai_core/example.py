@@ -66,7 +66,7 @@ class Example:
             self._refuse(f"distribution is {distribution!r}", "finite numbers, none below 0")
         if abs(sum(shares) - 1) > SUM_TOLERANCE:
             self._refuse(f"distribution sums to {sum(shares):g}", "1")
-        # Frozen, so this is the one place that may write: tuples make the example hashable and immune to its caller.
+        # Tuples make the example hashable and immune to its caller; object.__setattr__, because the class is frozen.
         object.__setattr__(self, "options", tuple(options))
         object.__setattr__(self, "distribution", shares)
 

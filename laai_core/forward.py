@@ -24,20 +24,21 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)  # a part is itself alone: what is worked out for it hangs on it
+@dataclass(frozen=True)
 class Part:
-    """Some rows of a batch, which go through the model together, and what is read off them."""
+    """Some rows of a batch that go through the model together, and the logits that are read from them.
 
-    rows: list[int]
-    lengths: list[int]  # of the rows' prompts
-    end: torch.Tensor  # [rows]: the column of each one's last prompt token, as the model is given them
-    owner: torch.Tensor  # [rows]: which of the active runs' vectors they are under
-    # Where logits are wanted [u]: numbers within `rows`, and columns as the model is given them.
-    row: torch.Tensor
-    column: torch.Tensor
-    # The scored tokens [m]: their numbers in the batch, and which of those places predicts each.
-    scored: torch.Tensor
-    place: torch.Tensor
+    Columns count from the first token that the model is given.
+    """
+
+    inputs: Any  # of the model, as `Forward._inputs` made them
+    lengths: list[int]  # [rows] tokens of each prompt
+    end: torch.Tensor  # [rows] the column of each prompt's last token
+    owner: torch.Tensor  # [rows] index among the active runs
+    row: torch.Tensor  # [u] the row of each logit that is read
+    column: torch.Tensor  # [u] its column
+    scored: torch.Tensor  # [m] indices of scored tokens in the batch
+    logit: torch.Tensor  # [m] index in [u] of the logit that predicts each
 
 
 class Forward(ABC):
@@ -52,15 +53,19 @@ class Forward(ABC):
         self._layout, self._layer, self._site = layout, layer, site
         self._batch = batch.to(layout.device)
         self._batch_size = batch_size or len(batch.prompt_lengths)
-        self._cut: tuple[Any, list[Part]] = (None, [])
+        self._last: tuple[Any, list[Part]] = (None, [])
 
     @abstractmethod
     def _first(self, lengths: torch.Tensor) -> torch.Tensor:
         """The first column [rows] of a batch's rows that the model is given, for prompts of `lengths` [rows]."""
 
     @abstractmethod
+    def _inputs(self, rows: list[int]) -> Any:
+        """What `_logits` gives the model for some rows of the batch."""
+
+    @abstractmethod
     def _logits(self, part: Part, edit: Edit) -> torch.Tensor:
-        """Logits [u, V] at the places of a part, its rows under an edit."""
+        """Logits [u, V] that are read from a part, its rows under an edit."""
 
     def _edit(self, vectors: torch.Tensor) -> Edit:
         """What vectors [rows, D], one for each row of a part, write."""
@@ -153,15 +158,17 @@ class Forward(ABC):
         return values
 
     def _parts(self, active: Sequence[int]) -> list[Part]:
-        """The rows of the active runs, `batch_size` at a time. Kept: the same runs are asked for again and again."""
+        """The rows of the active runs, `batch_size` at a time. Kept until a step has other runs or fewer rows."""
         key = (tuple(active), self._batch_size)
-        if self._cut[0] != key:
+        if self._last[0] != key:
+            self._last = (None, [])  # frees its inputs before others are made
             wanted = set(active)
             rows = [row for row, run in enumerate(self._batch.run_of_row) if run in wanted]
             size = self._batch_size
-            self._cut = key, [self._part(rows[start : start + size], active) for start in range(0, len(rows), size)]
-        return self._cut[1]
+            self._last = key, [self._part(rows[start : start + size], active) for start in range(0, len(rows), size)]
+        return self._last[1]
 
+    @torch.no_grad()
     def _part(self, rows: list[int], active: Sequence[int]) -> Part:
         batch = self._batch
         lengths = torch.tensor(batch.prompt_lengths)[rows]
@@ -172,18 +179,18 @@ class Forward(ABC):
         scored = (row >= 0).nonzero().squeeze(1)
         row = row[scored]
         column = batch.column.cpu()[scored] - first[row]
-        # One-token options of an example are predicted at one place: its logits are made once.
-        places, place = torch.stack([row, column]).unique(dim=1, return_inverse=True)
+        # One logit predicts all one-token options of an example.
+        logits, logit = torch.stack([row, column]).unique(dim=1, return_inverse=True)
         number = {run: i for i, run in enumerate(active)}
         owner = torch.tensor([number[batch.run_of_row[row]] for row in rows])
-        tensors = [t.to(batch.row.device) for t in (lengths - 1 - first, owner, *places, scored, place)]
-        return Part(rows, lengths.tolist(), *tensors)
+        tensors = [t.to(batch.row.device) for t in (lengths - 1 - first, owner, *logits, scored, logit)]
+        return Part(self._inputs(rows), lengths.tolist(), *tensors)
 
     def _token_logprobs(self, deltas: torch.Tensor, part: Part) -> torch.Tensor:
         """Log-probabilities of a part's scored tokens [m], float32."""
         logits = self._logits(part, self._edit(deltas[part.owner]))
         token = self._batch.token[part.scored]
-        logprobs: torch.Tensor = _Logprobs.apply(logits, part.place.to(logits.device), token.to(logits.device))
+        logprobs: torch.Tensor = _Logprobs.apply(logits, part.logit.to(logits.device), token.to(logits.device))
         return logprobs
 
     def _mean_squares(self, part: Part, vectors: torch.Tensor) -> torch.Tensor:
@@ -191,8 +198,8 @@ class Forward(ABC):
         module = {self._layer: self._layout.module(self._layer, self._site)}
         with recorded(module, keep=hidden_of, inputs=self._site == "heads") as seen:
             self._logits(part, self._edit(vectors))
-        value = seen[self._layer][-1]  # a replay's first run has its prefixes run before, which are other rows
-        activation = value.reshape(len(part.rows), -1, value.shape[-1])  # OPT's feed-forward sees one long row
+        (value,) = seen[self._layer]
+        activation = value.reshape(len(part.lengths), -1, value.shape[-1])  # OPT's feed-forward sees one long row
         ends = part.end.to(value.device)
         return activation[torch.arange(len(ends)), ends].float().square().mean(1).cpu()
 
@@ -210,26 +217,26 @@ class Forward(ABC):
 
 
 class _Logprobs(torch.autograd.Function):
-    """Float32 log-probabilities [m] of tokens [m] at places [m] of logits [u, V].
+    """Float32 log-probabilities [m] of tokens [m] by the rows [m] of logits [u, V] that predict them.
 
-    The derivative takes the place of the one table that is kept. Autograd's own makes two more of that size, which
+    The derivative is written over the one table [u, V] that is kept. Autograd's own makes two more of that size, which
     takes as long as some layers where rows are many and the model is small.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, place: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, row: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         logprobs = logits.float().log_softmax(-1)
-        ctx.save_for_backward(logprobs, place, token)
+        ctx.save_for_backward(logprobs, row, token)
         ctx.dtype = logits.dtype
-        return logprobs[place, token]
+        return logprobs[row, token]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weights: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        logprobs, place, token = ctx.saved_tensors
-        of_place = weights.new_zeros(len(logprobs)).index_add(0, place, weights)
-        derivative = logprobs.exp_().mul_(-of_place.unsqueeze(1))
-        return derivative.index_put_((place, token), weights, accumulate=True).to(ctx.dtype), None, None
+        logprobs, row, token = ctx.saved_tensors
+        of_row = weights.new_zeros(len(logprobs)).index_add(0, row, weights)
+        derivative = logprobs.exp_().mul_(-of_row.unsqueeze(1))
+        return derivative.index_put_((row, token), weights, accumulate=True).to(ctx.dtype), None, None
 
 
 class PlainForward(Forward):
@@ -238,8 +245,11 @@ class PlainForward(Forward):
     def _first(self, lengths: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(lengths)
 
+    def _inputs(self, rows: list[int]) -> dict[str, Any]:
+        ids, mask = self._batch.input_ids[rows], self._batch.attention_mask[rows]
+        return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+
     def _logits(self, part: Part, edit: Edit) -> torch.Tensor:
-        ids, mask = self._batch.input_ids[part.rows], self._batch.attention_mask[part.rows]
         with hooked(self._layout, edit, part.lengths):
-            logits = self._layout.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits = self._layout.model(**part.inputs).logits
         return logits[part.row.to(logits.device), part.column.to(logits.device)]

@@ -36,7 +36,7 @@ _SECONDS = 10.0  # to wait for an answer that is a list of names
 
 
 @dataclass(frozen=True)
-class Place:
+class HubPath:
     """`org/repo[:file][@revision]`."""
 
     repo: str
@@ -68,23 +68,25 @@ def local_file(source: str | Path, local_files_only: bool = False) -> Path:
     match = _SPEC.fullmatch(source) if isinstance(source, str) else None
     if match is None or os.path.exists(source) or match["repo"].endswith(SUFFIX):
         return Path(source)
-    place = Place(match["repo"], match["file"], match["revision"])
-    file = place.file or _only(_files(place, local_files_only), place)
-    with explained(Place(place.repo, file, place.revision), local_files_only):
+    hub_path = HubPath(match["repo"], match["file"], match["revision"])
+    file = hub_path.file or _only(_files(hub_path, local_files_only), hub_path)
+    with explained(HubPath(hub_path.repo, file, hub_path.revision), local_files_only):
         path = hf_hub_download(
-            place.repo, file, revision=place.revision, local_files_only=local_files_only, library_name="laai"
+            hub_path.repo, file, revision=hub_path.revision, local_files_only=local_files_only, library_name="laai"
         )
     return Path(path)
 
 
-def _files(place: Place, local_files_only: bool) -> list[str]:
+def _files(hub_path: HubPath, local_files_only: bool) -> list[str]:
     """Names of the repository's interventions; what the cache holds of it when the Hub cannot be reached."""
-    with explained(place, local_files_only):
+    with explained(hub_path, local_files_only):
         reason: Exception | None = None
         if not local_files_only:
             try:
                 # Not list_repo_files: that one retries for half a minute when there is no network.
-                info = HfApi(library_name="laai").model_info(place.repo, revision=place.revision, timeout=_SECONDS)
+                info = HfApi(library_name="laai").model_info(
+                    hub_path.repo, revision=hub_path.revision, timeout=_SECONDS
+                )
                 return _interventions(sibling.rfilename for sibling in info.siblings or ())
             except HfHubHTTPError as error:
                 if error.response.status_code < 500:
@@ -93,7 +95,7 @@ def _files(place: Place, local_files_only: bool) -> list[str]:
             except (HTTPError, OSError) as error:
                 reason = error
         try:
-            folder = Path(snapshot_download(place.repo, revision=place.revision, local_files_only=True))
+            folder = Path(snapshot_download(hub_path.repo, revision=hub_path.revision, local_files_only=True))
         except LocalEntryNotFoundError as error:
             raise error from reason
     return _interventions(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
@@ -103,43 +105,43 @@ def _interventions(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if name.endswith(SUFFIX))
 
 
-def _only(names: list[str], place: Place) -> str:
+def _only(names: list[str], hub_path: HubPath) -> str:
     if len(names) == 1:
         return names[0]
     if not names:
-        raise LaaiError(f"{place} holds no {SUFFIX} file")
-    raise LaaiError(f"{place} holds {', '.join(names)}: name one, as in {place.repo}:{names[0]}")
+        raise LaaiError(f"{hub_path} holds no {SUFFIX} file")
+    raise LaaiError(f"{hub_path} holds {', '.join(names)}: name one, as in {hub_path.repo}:{names[0]}")
 
 
 @contextmanager
-def explained(place: Place, local_files_only: bool) -> Iterator[None]:
+def explained(hub_path: HubPath, local_files_only: bool) -> Iterator[None]:
     """Turn huggingface_hub's errors into one line each. The order matters: some derive from others."""
     try:
         yield
     except GatedRepoError:
-        raise LaaiError(f"{place.repo} is gated: ask for access on its page, then `hf auth login`") from None
+        raise LaaiError(f"{hub_path.repo} is gated: ask for access on its page, then `hf auth login`") from None
     except RepositoryNotFoundError:
         raise LaaiError(
-            f"{place.repo} is neither a local file nor a repository on {constants.ENDPOINT}; "
+            f"{hub_path.repo} is neither a local file nor a repository on {constants.ENDPOINT}; "
             f"if it is private: `hf auth login`"
         ) from None
     except RevisionNotFoundError:
-        raise LaaiError(f"{place.repo} has no revision {place.revision!r}") from None
+        raise LaaiError(f"{hub_path.repo} has no revision {hub_path.revision!r}") from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         if local_files_only or constants.HF_HUB_OFFLINE:
-            raise LaaiError(f"{place} is not in the cache, and the Hub is switched off (offline mode)") from None
-        raise LaaiError(f"{_unreachable(error)}, and {place} is not in the cache") from None
+            raise LaaiError(f"{hub_path} is not in the cache, and the Hub is switched off (offline mode)") from None
+        raise LaaiError(f"{_unreachable(error)}, and {hub_path} is not in the cache") from None
     except EntryNotFoundError:
-        others = ", ".join(_files(place, local_files_only)) or "none"
-        raise LaaiError(f"{place.repo} has no file {place.file!r}; its {SUFFIX} files: {others}") from None
+        others = ", ".join(_files(hub_path, local_files_only)) or "none"
+        raise LaaiError(f"{hub_path.repo} has no file {hub_path.file!r}; its {SUFFIX} files: {others}") from None
     except HFValidationError as error:
-        raise LaaiError(f"{place.repo} is no repository name: {_one_line(error)}") from None
+        raise LaaiError(f"{hub_path.repo} is no repository name: {_one_line(error)}") from None
     except HfHubHTTPError as error:
-        raise LaaiError(f"the Hub refused {place} ({error.response.status_code}): {_one_line(error)}") from None
+        raise LaaiError(f"the Hub refused {hub_path} ({error.response.status_code}): {_one_line(error)}") from None
     except (HTTPError, OSError) as error:
         raise LaaiError(_unreachable(error)) from None
     except ValueError as error:  # how huggingface_hub reports a model card that the Hub does not accept
-        raise LaaiError(f"the Hub refused {place}: {_one_line(error)}") from None
+        raise LaaiError(f"the Hub refused {hub_path}: {_one_line(error)}") from None
 
 
 def _unreachable(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The value everything turns around: vectors at one site of one or more layers, with arithmetic."""
+"""Intervention: vectors at one site of one or more layers, with arithmetic, checks, and a file format."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Intervention:
             raise LaaiError(f"{path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Write one .safetensors file (DESIGN: the file), atomically. The same content gives the same bytes."""
+        """Write one .safetensors file (see `laai_core.storage`), atomically. Equal content gives equal bytes."""
         storage.write(Path(path), self.to_bytes())
 
     def to_bytes(self) -> bytes:

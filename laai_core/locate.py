@@ -1,6 +1,6 @@
 """Find decoder blocks, attention output projections and feed-forward modules by structure, never by model name.
 
-The rule (DESIGN: finding the site) reads the module tree only: the decoder's module list of length
+The rule reads the module tree only: the decoder's module list of length
 `num_hidden_layers`, in a block its attention child, in that the one output-projection leaf. Widths come from the
 modules, never from the config: several families have heads x head_dim != hidden_size.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from laai_core.errors import LaaiError
 from laai_core.hooks import recorded
+
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel
 
 Site = Literal["heads", "residual", "mlp"]
 SITES: tuple[Site, ...] = get_args(Site)
@@ -33,7 +36,7 @@ _FEED_FORWARD_NAMES = ("mlp", "ffn", "feed_forward", "feedforward", "block_spars
 class Layout:
     """Where one causal language model can be intervened on. Made by `locate`."""
 
-    model: Any  # the causal LM itself, without a PEFT wrapper
+    model: PreTrainedModel  # the causal LM itself, without a PEFT wrapper
     decoder: nn.Module  # its forward receives the tokens, the mask and the cache
     blocks: tuple[nn.Module, ...]
     projections: tuple[nn.Module | str, ...]  # per layer: the module, or why there is none
@@ -44,8 +47,8 @@ class Layout:
     @property
     def device(self) -> torch.device:
         """Where the model takes its tokens; the CPU for an offloaded embedding, whose inputs accelerate moves."""
-        device = self.model.get_input_embeddings().weight.device
-        return torch.device("cpu") if device.type == "meta" else device
+        embedding: Any = self.model.get_input_embeddings()
+        return torch.device("cpu") if embedding.weight.is_meta else embedding.weight.device
 
     @property
     def max_positions(self) -> int | None:
@@ -81,7 +84,7 @@ class Layout:
         return (self.num_heads, _in_features(self.module(layer, site)) // self.num_heads)
 
 
-def locate(model: Any, projection: str | None = None) -> Layout:
+def locate(model: PreTrainedModel, projection: str | None = None) -> Layout:
     """Describe `model`'s blocks and sites.
 
     Args:
@@ -93,11 +96,11 @@ def locate(model: Any, projection: str | None = None) -> Layout:
         LaaiError: when it is not such a model, or when none or several modules fit; names those considered.
     """
     virtual_tokens = 0
-    if hasattr(model, "get_base_model"):  # PEFT
-        peft_config = model.active_peft_config
-        if peft_config.is_prompt_learning:
-            virtual_tokens = peft_config.num_virtual_tokens
-        model = model.get_base_model()
+    if hasattr(model, "get_base_model"):
+        adapted: Any = model  # a PeftModel, a type of a package that the core does not import
+        if adapted.active_peft_config.is_prompt_learning:
+            virtual_tokens = adapted.active_peft_config.num_virtual_tokens
+        model = adapted.get_base_model()
     if not (hasattr(model, "config") and hasattr(model, "named_modules")):
         raise LaaiError(f"expected a transformers model, got {type(model).__name__}")
     config = model.config.get_text_config(decoder=True)
@@ -135,7 +138,7 @@ def verify_causal(layout: Layout) -> None:
             raise LaaiError(f"{name}: layer {i}'s output projection ran {len(seen)} times in a forward, expected once")
 
 
-def _find_blocks(model: Any, count: int) -> tuple[nn.Module, tuple[nn.Module, ...]]:
+def _find_blocks(model: PreTrainedModel, count: int) -> tuple[nn.Module, tuple[nn.Module, ...]]:
     """The innermost module around the decoder blocks that receives the tokens, and the blocks."""
     # get_decoder() first: it leads past vision towers. It is wrong for a few types, hence the wider looks.
     roots = [model.get_decoder()] if hasattr(model, "get_decoder") else []
@@ -158,7 +161,7 @@ def _find_blocks(model: Any, count: int) -> tuple[nn.Module, tuple[nn.Module, ..
     )
 
 
-def _refuse_sharded(model: Any, blocks: Iterable[nn.Module]) -> None:
+def _refuse_sharded(model: PreTrainedModel, blocks: Iterable[nn.Module]) -> None:
     """A tensor-parallel layer holds a part of the heads in each process: adding the whole vector would be wrong."""
     tp_size = getattr(model, "_tp_size", None) or 1  # transformers sets it; not all of its plans leave DTensors
     if tp_size > 1 or any(isinstance(p, DTensor) for block in blocks for p in block.parameters()):

@@ -119,7 +119,7 @@ class PositionTracker:
 
 
 def repeated(rows: torch.Tensor, batch: int) -> torch.Tensor:
-    """`rows` [R, ...] with every row repeated in place to fill `batch` rows: beams and returned sequences."""
+    """`rows` [R, ...] with each row repeated next to itself to fill `batch` rows: beams and returned sequences."""
     if batch % len(rows):
         raise LaaiError(f"{len(rows)} rows were announced, the model got a batch of {batch}")
     return rows.repeat_interleave(batch // len(rows), 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from laai_core.optimize import Solution, minimise
 from laai_core.penalty import Penalty
 from laai_core.replay import Prefixes, ReplayForward
 from laai_core.settings import Settings
+
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ class Problem:
     def __init__(
         self,
         layout: Layout,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         sets: Sequence[Sequence[Example]],
         layers: Sequence[int],
         settings: Settings,

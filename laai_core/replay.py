@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -96,7 +95,6 @@ class ReplayForward(Forward):
     ) -> None:
         super().__init__(layout, batch, layer, site, batch_size)
         self._prefixes = prefixes or Prefixes(layout, batch, [layer])
-        self._ready: WeakKeyDictionary[Part, tuple[dict[str, Any], Any]] = WeakKeyDictionary()
 
     def difference_from(self, plain: Forward) -> float | str:
         """Largest difference from `plain` in a token's log-probability over two rows under a random vector, or, where
@@ -116,11 +114,11 @@ class ReplayForward(Forward):
     def _first(self, lengths: torch.Tensor) -> torch.Tensor:
         return lengths - 1
 
+    def _inputs(self, rows: list[int]) -> tuple[dict[str, Any], Any]:
+        return self._prefixes.suffixes(rows, self._layer, self._batch_size)
+
     def _logits(self, part: Part, edit: Edit) -> torch.Tensor:
-        if part not in self._ready:
-            with torch.no_grad():
-                self._ready[part] = self._prefixes.suffixes(part.rows, self._layer, self._batch_size)
-        inputs, entering = self._ready[part]
+        inputs, entering = part.inputs
         with (
             _standing_in(self._layout, self._layer, entering),
             _read_at(self._layout, part),
@@ -128,7 +126,7 @@ class ReplayForward(Forward):
         ):
             logits = self._layout.model(**inputs).logits
         if logits.shape[:2] != (1, len(part.row)):
-            raise RuntimeError(f"logits of shape {list(logits.shape)} for {len(part.row)} places")
+            raise RuntimeError(f"logits of shape {list(logits.shape)} for {len(part.row)} positions")
         return logits.squeeze(0)  # not logits[0], whose derivative is a second table of that size
 
 
@@ -173,13 +171,13 @@ def _taken(output: Any, rows: torch.Tensor) -> Any:
 
 @contextmanager
 def _read_at(layout: Layout, part: Part) -> Iterator[None]:
-    """The language-model head sees a part's places alone, as one row [1, u, hidden]."""
+    """The language-model head gets only the hidden states whose logits are read, as one row [1, u, hidden]."""
 
-    def places(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def chosen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]
         return (hidden[part.row.to(hidden.device), part.column.to(hidden.device)].unsqueeze(0), *args[1:])
 
-    with attached([layout.model.get_output_embeddings().register_forward_pre_hook(places)]):
+    with attached([layout.model.get_output_embeddings().register_forward_pre_hook(chosen)]):
         yield
 
 

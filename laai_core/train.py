@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -22,6 +22,9 @@ from laai_core.problem import Problem
 from laai_core.record import model_facts, training_facts
 from laai_core.settings import Job, Settings
 from laai_core.start import in_context_starts
+
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class TrainResult:
 
 
 def train(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     layer: int,
     l1: float = Job.l1,
@@ -74,7 +77,12 @@ def train(
 
 
 def train_many(
-    model: Any, tokenizer: Any, jobs: Sequence[Job], *, progress: bool = False, **settings: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    jobs: Sequence[Job],
+    *,
+    progress: bool = False,
+    **settings: Any,
 ) -> list[TrainResult]:
     """Train several vectors; those of one layer run as rows of one batch, each with its own optimiser and end.
 

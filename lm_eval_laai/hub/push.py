@@ -8,7 +8,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from laai_core.errors import LaaiError
-from laai_core.hub import SUFFIX, Place, explained
+from laai_core.hub import SUFFIX, HubPath, explained
 from laai_core.intervention import Intervention
 from lm_eval_laai.hub.card import Scores, model_card
 
@@ -50,7 +50,7 @@ def _upload(repo: str, files: Mapping[str, bytes], message: str, private: bool |
     """
     api = HfApi(library_name="laai")
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    with explained(Place(repo, revision=revision), local_files_only=False):
+    with explained(HubPath(repo, revision=revision), local_files_only=False):
         try:
             api.create_repo(repo, private=private, exist_ok=True)
             return str(api.create_commit(repo, operations, commit_message=message, revision=revision).commit_url)
