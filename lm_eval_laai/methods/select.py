@@ -1,8 +1,8 @@
 """Choose layer, penalties and number of evaluations by cross-validation on the training examples alone.
 
 Every fold holds some of the N examples out, computes its own start from the others, trains on the others, and is
-scored on those held out at every evaluation. The folds are rows of one batch, and the tokens before the vector run once
-for all folds and layers. No test item is ever looked at.
+scored on those held out at every evaluation. The folds are rows of one batch, and the tokens before the vector run
+once for all folds and layers. No test item is ever looked at.
 
 Layers first, from coarse to fine: COARSE of them, evenly spread over the depth where vectors of tasks act, then the
 neighbours of the best half a gap away. Then the penalties, at the best layer. Every setting begins at the in-context
