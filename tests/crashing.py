@@ -193,6 +193,7 @@ def _command(
         lines = _Lines(at_line)
         if at_line is not None or count_lines:
             sys.settrace(lines)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in background
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         except KeyboardInterrupt:  # it came before the command began
@@ -344,7 +345,8 @@ def interrupt_imports(times: int, draw: random.Random) -> Interrupts:
 
     The first line that the process prints says that Python itself has started.
     """
-    code = "print(flush=True); import sys; from lm_eval_laai.entry import main; sys.exit(main(sys.argv[1:]))"
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); print(flush=True); "
+    code += "from lm_eval_laai.entry import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "tasks", "--include-path"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     found, seconds = Interrupts(), None
