@@ -82,9 +82,11 @@ class Running:
         """SIGKILL, if it still runs."""
         os.kill(self._pid, signal.SIGKILL)  # an ended one stays a zombie, and its number its own, until `wait`
 
-    def interrupt(self) -> None:
-        """SIGINT, as by Ctrl-C."""
+    def interrupt(self) -> bool:
+        """SIGINT, as by Ctrl-C. False if it had ended before."""
+        runs: bool = _server().ask(runs=self._pid)
         os.kill(self._pid, signal.SIGINT)
+        return runs
 
     def wait(self) -> Ended:
         code = _server().ask(wait=self._pid)
@@ -138,6 +140,8 @@ def _serve() -> None:
         ((what, value),) = json.loads(line).items()
         if what == "preload":
             answer = [importlib.import_module(name).__name__ for name in value]
+        elif what == "runs":
+            answer = os.waitid(os.P_PID, value, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         elif what == "wait":
             answer = _ended(value)
         else:
@@ -189,6 +193,7 @@ def _command(
         lines = _Lines(at_line)
         if at_line is not None or count_lines:
             sys.settrace(lines)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in background
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         except KeyboardInterrupt:  # it came before the command began
@@ -294,7 +299,10 @@ def interrupt_at_random_times(
     _finish(command, folder / "first", found, "undisturbed")
     seconds = time.monotonic() - start
     while found.rounds < times:
-        _interrupted(command, folder / str(found.rounds + found.late), found, draw.uniform(0, seconds))
+        late, moment = found.late, draw.uniform(0, seconds)
+        _interrupted(command, folder / str(found.rounds + late), found, moment)
+        if found.late > late:  # it takes less now: other work on the machine comes and goes
+            seconds = moment
         each()
     return found
 
@@ -303,15 +311,17 @@ def _interrupted(command: Command, folder: Path, found: Interrupts, seconds: flo
     old = _put_old(command, folder, found.rounds)
     running = Running(command.argv, folder, sums=command.sums)
     time.sleep(seconds)
-    running.interrupt()
+    was_running = running.interrupt()
     start = time.monotonic()
     ended = running.wait()
-    when = f"after {seconds:.3f} s"
+    took, when = time.monotonic() - start, f"after {seconds:.3f} s"
     if ended.code == 0:
         found.late += 1
+        if was_running and took > 1:  # more than the end of a process whose work is done
+            found.faults.append(f"{when}: went on for {took:.3f} s, exit 0")
         return
     found.rounds += 1
-    found.seconds.append(time.monotonic() - start)
+    found.seconds.append(took)
     if ended.code != INTERRUPTED or ended.out or not re.fullmatch("|laai: error: interrupted.*", ended.complaint):
         found.faults.append(f"{when}: exit {ended.code}, {ended.out}{ended.err[-300:]}")
     if re.search("Traceback|Exception ignored|KeyboardInterrupt", ended.err):
@@ -335,7 +345,12 @@ def interrupt_imports(times: int, draw: random.Random) -> Interrupts:
 
     The first line that the process prints says that Python itself has started.
     """
+<<<<<<< HEAD
     code = "print(flush=True); import sys; from lm_eval_laai.commands.entry import main; sys.exit(main(sys.argv[1:]))"
+=======
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); print(flush=True); "
+    code += "from lm_eval_laai.entry import main; sys.exit(main(sys.argv[1:]))"
+>>>>>>> fa
     command = [sys.executable, "-c", code, "tasks", "--include-path"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     found, seconds = Interrupts(), None

@@ -53,6 +53,14 @@ COMMANDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Also where a shell runs the tests in background, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def changed(change: Callable[[int, Any], Any]) -> Iterator[None]:
     """`change` gets the number and the answer of every evaluation of a loss, and says what it is."""

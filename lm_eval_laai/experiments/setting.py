@@ -19,7 +19,7 @@ from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.tasks import TaskInfo, list_tasks
 
 # Raised when the code changes so that finished cells would come out otherwise.
-CELLS_VERSION = 1
+CELLS_VERSION = 2  # version 1 took trainings stopped by Ctrl-C for finished ones
 _LIBRARIES = ("torch", "transformers", "lm_eval", "peft")
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model")  # of a folder: weights, configuration, tokenizer
 
