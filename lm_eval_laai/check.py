@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from lm_eval_laai.results_file import Metric, Results, read_results
 OK, NOTE, FAILED = "ok", "note", "FAILED"
 # Sums of floats in two orders differ by less; a result at the very edge of its tolerance must not.
 _ROUNDING = 1e-9
+_WIDEST = 100  # characters of a cell
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _command(arguments: argparse.Namespace) -> Report:
         "passed": not failed,
         "findings": [asdict(finding) for finding in findings],
     }
-    text = _text(findings, results.path, path)
+    text = _inert(_text(findings, results.path, path))
     if arguments.github:
         text = "\n".join([text, *github(findings)])
     return Report(facts, text, failed)
@@ -162,16 +164,16 @@ def _update(results: Results, path: Path) -> Report:
     changes = compare(results, before) if before else []
     told = [finding for finding in changes if finding.state != OK]
     facts = {"results": str(results.path), "baseline": str(path), "changes": [asdict(finding) for finding in told]}
-    lines = [f"{path}: {len(after.tasks)} tasks, written from {results.path}"]
+    lines = [_printable(f"{path}: {len(after.tasks)} tasks, written from {results.path}")]
     absent = [name for name in after.tasks if name not in results.tasks]
     if absent:
         lines.append(_printable(f"kept as they were, not in these results: {', '.join(absent)}"))
-    return Report(facts, "\n".join([*lines, *_reasons(told)]))
+    return Report(facts, _inert("\n".join([*lines, *_reasons(told)])))
 
 
 def _text(findings: Sequence[Finding], results: Path, baseline: Path) -> str:
     metrics = [f for f in findings if "," in f.item or f.state == FAILED]
-    rows = [[_printable(cell) for cell in (f.task, f.item, f.expected, f.found, f.state)] for f in metrics]
+    rows = [[_cell(cell) for cell in (f.task, f.item, f.expected, f.found, f.state)] for f in metrics]
     failed = sum(finding.state == FAILED for finding in findings)
     told = [finding for finding in findings if finding.reason]
     verdict = f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed"
@@ -187,6 +189,16 @@ def _text(findings: Sequence[Finding], results: Path, baseline: Path) -> str:
 
 def _reasons(findings: Iterable[Finding]) -> list[str]:
     return [_printable(f"{finding.state}: {finding.task} {finding.item}: {finding.reason}") for finding in findings]
+
+
+def _cell(text: str) -> str:
+    text = _printable(text)
+    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 3]}..."
+
+
+def _inert(text: str) -> str:
+    """The text without what a GitHub runner obeys: `::` where a line begins, and `##[` anywhere."""
+    return re.sub(r"(?m)^([^\S\n]*)::", r"\1\::", text).replace("##[", r"##\[")
 
 
 def _printable(text: str) -> str:
