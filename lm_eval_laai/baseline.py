@@ -69,6 +69,26 @@ class Baseline:
             tasks[name] = ExpectedTask(task.setting, metrics)
         return cls(tasks, results.interventions)
 
+    @classmethod
+    def parse(cls, text: str, place: str) -> Baseline:
+        """What `dump` wrote, or somebody by hand; LaaiError says what in it is wrong, and that it is in `place`."""
+        try:
+            _check_size(text)
+            content = yaml.load(text, Loader=_Loader)
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            raise LaaiError(f"{place} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
+        except _TooLarge as error:
+            raise LaaiError(f"{place} {error}: too large for a baseline") from None
+        top = _object(content, place, ("tasks", "interventions"))
+        tasks = _object(top.get("tasks"), f"{place}: tasks")
+        applied = _object(top.get("interventions", {}), f"{place}: interventions")
+        if not tasks:
+            raise LaaiError(f"{place}: 'tasks' is empty: a gate that checks nothing always passes")
+        return cls(
+            {name: _task(task, f"{place}: {name}") for name, task in tasks.items()},
+            {name: _applied(one, f"{place}: interventions: {name}") for name, one in applied.items()},
+        )
+
     def dump(self) -> str:
         """The file's text."""
         tasks = {}
@@ -87,23 +107,11 @@ def load_baseline(path: Path) -> Baseline:
     """Read a baseline; LaaiError says what in it is wrong."""
     try:
         text = read_text(path, _LARGEST)
-        _check_size(text)
-        content = yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise LaaiError(f"cannot read the baseline {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise LaaiError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
-    except _TooLarge as error:
-        raise LaaiError(f"{path} {error}: too large for a baseline") from None
-    top = _object(content, f"{path}", ("tasks", "interventions"))
-    tasks = _object(top.get("tasks"), f"{path}: tasks")
-    applied = _object(top.get("interventions", {}), f"{path}: interventions")
-    if not tasks:
-        raise LaaiError(f"{path}: 'tasks' is empty: a gate that checks nothing always passes")
-    return Baseline(
-        {name: _task(task, f"{path}: {name}") for name, task in tasks.items()},
-        {name: _applied(one, f"{path}: interventions: {name}") for name, one in applied.items()},
-    )
+    except ValueError as error:
+        raise LaaiError(f"{path} is not valid YAML: {error}") from None
+    return Baseline.parse(text, str(path))
 
 
 class _TooLarge(Exception):
