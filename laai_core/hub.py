@@ -71,7 +71,7 @@ def local_file(source: str | Path, local_files_only: bool = False) -> Path:
     file = place.file or _only(_files(place, local_files_only), place)
     with _explained(Place(place.repo, file, place.revision), local_files_only):
         path = hf_hub_download(
-            place.repo, file, revision=place.revision, local_files_only=local_files_only, library_name="laai"
+            place.repo, file, revision=place.revision, local_files_only=local_files_only, library_name="lm-eval-laai"
         )
     return Path(path)
 
@@ -84,7 +84,7 @@ def upload(repo: str, files: Mapping[str, bytes], message: str, private: bool | 
     Raises:
         LaaiError: a bad name, not logged in, no right to write, no such branch, no network.
     """
-    api = HfApi(library_name="laai")
+    api = HfApi(library_name="lm-eval-laai")
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     with _explained(Place(repo, revision=revision), local_files_only=False):
         try:
@@ -103,7 +103,9 @@ def _files(place: Place, local_files_only: bool) -> list[str]:
         if not local_files_only:
             try:
                 # Not list_repo_files: that one retries for half a minute when there is no network.
-                info = HfApi(library_name="laai").model_info(place.repo, revision=place.revision, timeout=_SECONDS)
+                info = HfApi(library_name="lm-eval-laai").model_info(
+                    place.repo, revision=place.revision, timeout=_SECONDS
+                )
                 return _interventions(sibling.rfilename for sibling in info.siblings or ())
             except HfHubHTTPError as error:
                 if error.response.status_code < 500:

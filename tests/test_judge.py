@@ -44,7 +44,7 @@ from lm_eval_laai.judge.questions import read_answer
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-test-0123456789"
 needs_openai = pytest.mark.skipif(
-    find_spec("openai") is None, reason='openai is not installed: pip install "laai[judge]"'
+    find_spec("openai") is None, reason='openai is not installed: pip install "lm-eval-laai[judge]"'
 )
 
 
@@ -638,7 +638,7 @@ def test_an_address_with_a_secret(url: str) -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, cache: Cache) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(LaaiError, match=re.escape('pip install "laai[judge]"')):
+    with pytest.raises(LaaiError, match=re.escape('pip install "lm-eval-laai[judge]"')):
         judged(pairs(1), "http://127.0.0.1:9/v1", cache)
 
 

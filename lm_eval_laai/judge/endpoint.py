@@ -120,7 +120,7 @@ class Endpoint:
         try:
             import openai  # here and not above: only asking needs the extra
         except ImportError:
-            raise LaaiError('judging needs the openai package: pip install "laai[judge]"') from None
+            raise LaaiError('judging needs the openai package: pip install "lm-eval-laai[judge]"') from None
         self._openai = openai
         self._key = _key()
         base_url, self._model, _ = judge.identity
