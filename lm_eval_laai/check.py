@@ -6,7 +6,7 @@ import argparse
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def _command(arguments: argparse.Namespace) -> Report:
         "results": str(results.path),
         "baseline": str(path),
         "passed": not failed,
-        "findings": [asdict(finding) for finding in findings],
+        "findings": [dict(vars(finding)) for finding in findings],
     }
     text = _inert(_text(findings, results.path, path))
     if arguments.github:
@@ -160,10 +160,12 @@ def _update(results: Results, path: Path) -> Report:
     after = Baseline.of(results, before)
     if not any(task.metrics for task in after.tasks.values()):
         raise LaaiError(f"{results.path} holds no metric: nothing could be expected of later results")
-    storage.write(path, after.dump().encode())
+    text = after.dump()
+    Baseline.parse(text, f"{results.path}: as a baseline it")  # nothing is written that could not be read
+    storage.write(path, text.encode())
     changes = compare(results, before) if before else []
     told = [finding for finding in changes if finding.state != OK]
-    facts = {"results": str(results.path), "baseline": str(path), "changes": [asdict(finding) for finding in told]}
+    facts = {"results": str(results.path), "baseline": str(path), "changes": [dict(vars(finding)) for finding in told]}
     lines = [_printable(f"{path}: {len(after.tasks)} tasks, written from {results.path}")]
     absent = [name for name in after.tasks if name not in results.tasks]
     if absent:
@@ -203,4 +205,6 @@ def _inert(text: str) -> str:
 
 def _printable(text: str) -> str:
     """A task's name with a line break would begin a GitHub command; XML cannot hold control characters."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

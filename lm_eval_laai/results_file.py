@@ -13,7 +13,10 @@ from laai_core.hub import SUFFIX
 
 # Above any run of the harness; together they hold the reading of a hostile file below 200 MiB.
 _LARGEST = 8 << 20  # bytes
-_MOST_VALUES = 500_000
+_MOST_VALUES = 300_000
+_MOST_TASKS = 10_000
+_MOST_ENTRIES = 1000  # of a list in an intervention's description, such as its layers
+_MOST_METRICS = 1000  # of a task, with all that stands beside them
 LONGEST_NUMBER = 32  # characters: a longer one is no metric, and Python may refuse to print it
 _LONGEST_NAME = 300  # characters of a task's or a metric's name, which are printed many times
 
@@ -63,8 +66,11 @@ def read_results(source: str | Path) -> Results:
     sections = _section(document, "results", path)
     if not sections:
         raise LaaiError(f"{path} is no results file of the harness: it has no 'results'")
+    if len(sections) > _MOST_TASKS:
+        raise LaaiError(f"{path} holds {len(sections)} tasks: expected at most {_MOST_TASKS}")
     for task in sections:
-        _section(sections, task, path)
+        if len(_section(sections, task, path)) > _MOST_METRICS:
+            raise LaaiError(f"{path}: {task!r:.60} holds over {_MOST_METRICS} values: expected a task's metrics")
     interventions = _section(document, "config", path).get("interventions") or []
     if not isinstance(interventions, list) or not all(isinstance(one, dict) for one in interventions):
         raise LaaiError(f"{path}: 'interventions' is not a list of objects")
@@ -100,6 +106,8 @@ def check_facts(facts: Mapping[str, Any], place: str) -> None:
     """LaaiError for an intervention's description that holds more than texts, numbers and lists of them."""
     for name, value in facts.items():
         check_name(name, place)
+        if isinstance(value, list) and len(value) > _MOST_ENTRIES:
+            raise LaaiError(f"{place}: {name!r:.60} is a list of {len(value)}: expected at most {_MOST_ENTRIES}")
         for one in value if isinstance(value, list) else [value]:
             if not isinstance(one, str | int | float | None):
                 raise LaaiError(

@@ -573,7 +573,7 @@ def _large(draw: Draw) -> bytes:
 def _many_tasks(draw: Draw) -> bytes:
     """As many tasks as fit, with names that a table would have to be padded for."""
     task = {"metrics": {"acc,none": {"value": 0.5, "tolerance": {"absolute": 0.1}}}}
-    count, length = draw.choice([(2000, 10), (5000, 4), (1000, 280), (10, 20_000), (300, 300), (6000, 60)])
+    count, length = draw.choice([(2000, 10), (3500, 4), (1000, 280), (10, 20_000), (300, 300), (6000, 60)])
     return text({"tasks": {f"{n}" + "x" * length: task for n in range(count)}}).encode()
 
 
@@ -604,9 +604,9 @@ def _wide_results(draw: Draw) -> bytes:
     tree, count = results(draw), draw.choice([1000, 30_000, 200_000])
     what = draw.randrange(6)
     if what == 0:
-        tree["results"] = {f"task {n}": {"acc,none": 0.5} for n in range(min(count, 60_000))}
+        tree["results"] = {f"task {n}": {"acc,none": 0.5} for n in range(draw.choice([1000, 9000, 30_000]))}
     elif what == 1:
-        tree["results"][_TASKS[0]] = {f"metric {n},none": 0.5 for n in range(count)}
+        tree["results"][_TASKS[0]] = {f"metric {n},none": 0.5 for n in range(draw.choice([900, count]))}
     elif what == 2:
         tree["config"]["interventions"] *= min(count, 20_000)
     elif what == 3:

@@ -441,11 +441,13 @@ BOMB = (
         ("tasks: !!python/object/apply:os.system ['true']", "not valid YAML"),
         ("[" * 1200, "nests over 16 levels"),
         ("tasks: {a: &a {x: *a}}", "an alias without its anchor"),
-        (BOMB, "holds over 100000 values"),
-        ("tasks: {a: {metrics: {" + "b, " * 120_000 + "}}}", "holds over 100000 values"),
+        (BOMB, "holds over 40000 values"),
+        ("tasks: {a: {metrics: {" + "b, " * 50_000 + "}}}", "holds over 40000 values"),
         ("#" * (600 << 10), "has over 524288 bytes"),
         (metric_entry(value=10**400), "a number of 401 digits"),
         ("tasks: {a: {samples: 0x" + "F" * 20_000 + "}}", "a number of 20002 digits"),
+        ("tasks: {a: {version: !!bool maybe}}", "not valid YAML"),
+        ("tasks: {a: {version: !!timestamp x}}", "not valid YAML"),
         ("tasks: {" + "a" * 301 + ": {}}", "a name has 301 characters"),
         ("tasks: {a: {}}\ninterventions: {a: {layers: [[1]]}}", "'layers' holds a list"),
         ("tasks: {a: {}}\ninterventions: {a: {layers: {b: 1}}}", "'layers' holds a dict"),
@@ -494,7 +496,13 @@ def test_bad_baselines(
         ('{"results": {"\\ud800": {"acc,none": 1}}}', "no Unicode text"),
         ('{"results": {"' + "a" * 301 + '": {}}}', "a name has 301 characters"),
         ('{"results": {"a": {}}, "config": {"interventions": [{"layers": [[1]]}]}}', "'layers' holds a list"),
-        ('{"results": [' + "0," * 500_001 + "0]}", "holds over 500000 values"),
+        ('{"results": [' + "0," * 500_001 + "0]}", "holds over 300000 values"),
+        (
+            json.dumps({"results": {"a": {}}, "config": {"interventions": [{"layers": [0] * 1001}]}}),
+            "'layers' is a list of 1001",
+        ),
+        (json.dumps({"results": {f"{n}": {} for n in range(10_001)}}), "holds 10001 tasks"),
+        (json.dumps({"results": {"a": {f"{n},none": 0.5 for n in range(1001)}}}), "'a' holds over 1000 values"),
         (" " * ((8 << 20) + 1), "has over 8388608 bytes"),
         ('{"results": {"a": {"acc,none": NaN}}}', "a, acc,none is nan"),
     ],
@@ -507,6 +515,17 @@ def test_bad_results(
     err = capfd.readouterr().err
     assert said in err and err.count("\n") == 1
     assert not path.exists()
+
+
+def test_a_baseline_that_could_not_be_read_is_not_written(
+    put: Callable[[Any], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Results may be larger than a baseline."""
+    document = {"results": {f"task {n}": {"acc,none": 0.5, "f1,none": 0.5} for n in range(5000)}}
+    path = tmp_path / "baseline.yaml"
+    assert cli.main(["check", str(put(document)), "--against", str(path), "--update"]) == 2
+    err = capfd.readouterr().err
+    assert "too large for a baseline" in err and err.count("\n") == 1 and not path.exists()
 
 
 def test_other_refusals(baseline: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
