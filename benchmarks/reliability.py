@@ -25,6 +25,7 @@ DOCUMENT = ROOT / "docs" / "reliability.md"
 # Part: its title, and the module whose function of the part's name does it.
 PARTS = {
     "files": ("Hostile files and arguments", "reliability_files"),
+    "check": ("Hostile baselines and results files", "reliability_files"),
     "kills": ("Kills", "reliability_crashes"),
     "interrupts": ("Ctrl-C", "reliability_crashes"),
     "disks": ("Full disks and several writers", "reliability_crashes"),

@@ -72,7 +72,11 @@ def local_file(source: str | Path, local_files_only: bool = False) -> Path:
     file = hub_path.file or _only(_files(hub_path, local_files_only), hub_path)
     with explained(HubPath(hub_path.repo, file, hub_path.revision), local_files_only):
         path = hf_hub_download(
-            hub_path.repo, file, revision=hub_path.revision, local_files_only=local_files_only, library_name="laai"
+            hub_path.repo,
+            file,
+            revision=hub_path.revision,
+            local_files_only=local_files_only,
+            library_name="lm-eval-laai",
         )
     return Path(path)
 
@@ -84,7 +88,7 @@ def _files(hub_path: HubPath, local_files_only: bool) -> list[str]:
         if not local_files_only:
             try:
                 # Not list_repo_files: that one retries for half a minute when there is no network.
-                info = HfApi(library_name="laai").model_info(
+                info = HfApi(library_name="lm-eval-laai").model_info(
                     hub_path.repo, revision=hub_path.revision, timeout=_SECONDS
                 )
                 return _interventions(sibling.rfilename for sibling in info.siblings or ())

@@ -110,7 +110,7 @@ def locate(model: PreTrainedModel, projection: str | None = None) -> Layout:
         raise LaaiError(f"{type(model).__name__} has no language-model head: expected a causal language model")
     decoder, blocks = _find_blocks(model, config.num_hidden_layers)
     _refuse_sharded(model, blocks)
-    heads, hidden = config.num_attention_heads, config.hidden_size
+    heads, hidden = _number_of_heads(model, config, blocks[0]), config.hidden_size
     if projection is None:
         projections = tuple(_find_projection(block, i, heads, hidden) for i, block in enumerate(blocks))
     else:
@@ -159,6 +159,19 @@ def _find_blocks(model: PreTrainedModel, count: int) -> tuple[nn.Module, tuple[n
         f"{type(model).__name__}: expected one module list of {count} decoder blocks, "
         f"found {found or 'none'}; module lists: {', '.join(lengths[:12]) or 'none'}"
     )
+
+
+def _number_of_heads(model: nn.Module, config: Any, block: nn.Module) -> int:
+    """The attention's number of query heads; state-space and recurrent models have none."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1:
+        linears = _quoted(n for n, m in block.named_modules() if _is_linear(m))
+        raise LaaiError(
+            f"{type(model).__name__} has no attention heads: expected num_attention_heads in its config and an "
+            f"attention output projection in each block; num_attention_heads is {heads!r:.40}, "
+            f"linear modules in layer 0: {linears}"
+        )
+    return heads
 
 
 def _refuse_sharded(model: PreTrainedModel, blocks: Iterable[nn.Module]) -> None:

@@ -16,7 +16,6 @@ import torch
 from accelerate import PartialState
 from lm_eval import utils
 from lm_eval.api.instance import Instance
-from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -41,7 +40,6 @@ class _RoutedText(str):
     name: str = ""
 
 
-@register_model("hf-laai")
 class HFLaai(HFLM):
     """HFLM that applies interventions. Without `intervention` everything is HFLM's own.
 

@@ -345,12 +345,8 @@ def interrupt_imports(times: int, draw: random.Random) -> Interrupts:
 
     The first line that the process prints says that Python itself has started.
     """
-<<<<<<< HEAD
-    code = "print(flush=True); import sys; from lm_eval_laai.commands.entry import main; sys.exit(main(sys.argv[1:]))"
-=======
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); print(flush=True); "
-    code += "from lm_eval_laai.entry import main; sys.exit(main(sys.argv[1:]))"
->>>>>>> fa
+    code += "from lm_eval_laai.commands.entry import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "tasks", "--include-path"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     found, seconds = Interrupts(), None

@@ -6,6 +6,7 @@ test_fuzz reads hundreds, benchmarks/reliability.py tens of thousands.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -18,11 +19,12 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import mutants
 import strange
@@ -37,7 +39,12 @@ from laai_core.data.lexicon import LEXICON
 from laai_core.data.opinionqa import load_opinionqa
 from laai_core.errors import LONGEST
 from laai_core.locate import Layout, locate
+from lm_eval_laai.commands import cli
+from lm_eval_laai.commands.cli import BAD_INPUT, DONE, FAILED
 from lm_eval_laai.commands.inspect import describe
+from lm_eval_laai.gate.baseline import Baseline, load_baseline
+from lm_eval_laai.gate.check import compare, github, junit
+from lm_eval_laai.gate.results_file import read_results
 from lm_eval_laai.hub.card import model_card
 from lm_eval_laai.model import HFLaai
 
@@ -55,12 +62,16 @@ class Kind:
         mutators: of its content.
         use: reads the file and checks what must be true of everything that is read without an error.
         good: the same path, and that of every file that must lie beside it, to content without faults.
+        seconds: of CPU that one file may take.
+        bytes: that one file may add to the process's peak.
     """
 
     file: str
     mutators: mutants.Mutators
     use: Callable[[Path], None]
     good: dict[str, Callable[[random.Random], bytes]]
+    seconds: float = SECONDS
+    bytes: int = BYTES
 
 
 @dataclass
@@ -92,7 +103,8 @@ def fuzz(kind: str, count: int, folder: Path, seed: int = 0, each: Callable[[], 
         mutator, content = make(kind, seed, number)
         path.write_bytes(content)
         tally.mutators[mutator] += 1
-        _try(lambda: about.use(folder), f"{kind}, seed {seed}, number {number}, {mutator}", names, tally)
+        name = f"{kind}, seed {seed}, number {number}, {mutator}"
+        _try(lambda: about.use(folder), name, names, tally, about.seconds, about.bytes)
         each()
     return tally
 
@@ -107,7 +119,7 @@ def fuzz_arguments(count: int, folder: Path, seed: int = 0, each: Callable[[], A
         tally.mutators[", ".join(arguments)] += 1
 
         name = f"arguments, seed {seed}, number {number}, {arguments!a:.200}"
-        _try(lambda arguments=arguments: use_arguments(**arguments), name, [""], tally)
+        _try(lambda arguments=arguments: use_arguments(**arguments), name, [""], tally, SECONDS, BYTES)
         each()
     return tally
 
@@ -118,8 +130,10 @@ def use_arguments(intervention: Any, **arguments: Any) -> None:
     json.dumps(lm.get_model_info()["interventions"], allow_nan=False, ensure_ascii=False).encode()
 
 
-def _try(use: Callable[[], None], name: str, names: Iterable[str], tally: Tally) -> None:
-    fault = _fault(use, names, tally)
+def _try(
+    use: Callable[[], None], name: str, names: Iterable[str], tally: Tally, seconds: float, most_bytes: int
+) -> None:
+    fault = _fault(use, names, tally, seconds, most_bytes)
     if fault:
         tally.faults.append(f"{name}: {fault}")
 
@@ -131,12 +145,14 @@ def make(kind: str, seed: int, number: int) -> tuple[str, bytes]:
     return name, KINDS[kind].mutators[name](random.Random(f"{kind} {seed} {number}"))
 
 
-def _fault(use: Callable[[], None], names: Iterable[str], tally: Tally) -> str | None:
+def _fault(
+    use: Callable[[], None], names: Iterable[str], tally: Tally, most_seconds: float, most_bytes: int
+) -> str | None:
     """What was wrong with how one file ended, if anything; else counts it."""
     before, start = peak_memory(reset=True), time.process_time()
     refusal = None
     try:
-        with watched():
+        with watched(most_seconds):
             use()
     except LaaiError as error:
         refusal = str(error)
@@ -145,7 +161,7 @@ def _fault(use: Callable[[], None], names: Iterable[str], tally: Tally) -> str |
         return f"{type(error).__name__}: {error!s:.200} ({Path(place.filename).name}:{place.lineno})"
     seconds, grown = time.process_time() - start, peak_memory() - before
     tally.seconds, tally.bytes = max(tally.seconds, seconds), max(tally.bytes, grown)
-    if grown > BYTES:
+    if grown > most_bytes:
         return f"took {grown >> 20} MiB"
     if refusal is None:
         tally.read += 1
@@ -201,12 +217,12 @@ class _Ear(logging.Handler):
 
 
 @contextmanager
-def watched() -> Iterator[None]:
-    """Misbehaved if what is inside executes or writes anything, takes over SECONDS of CPU, or warns without end."""
+def watched(seconds: float = SECONDS) -> Iterator[None]:
+    """Misbehaved if what is inside executes or writes anything, takes over `seconds` of CPU, or warns without end."""
     global _events
 
     def late(*_: Any) -> None:
-        raise Misbehaved(f"still busy after {SECONDS} s of CPU")
+        raise Misbehaved(f"still busy after {seconds} s of CPU")
 
     ear, before = _Ear(), signal.signal(signal.SIGVTALRM, late)
     logging.getLogger().addHandler(ear)
@@ -214,7 +230,7 @@ def watched() -> Iterator[None]:
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
             try:
                 yield
             finally:
@@ -304,6 +320,33 @@ def _use_opinions(folder: Path) -> None:
         assert abs(sum(opinion.distribution) - 1) < 1e-6
 
 
+def _use_check(folder: Path) -> None:
+    """`laai check` prints a verdict or one line; the other forms of its verdict, and --update, take the same input."""
+    paths = folder / "results.json", folder / "baseline.yaml"
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = cli.main(["check", str(paths[0]), "--against", str(paths[1])])
+    if code == BAD_INPUT:
+        (line,) = err.getvalue().splitlines()
+        assert out.getvalue() == "" and line.startswith("laai: error: ")
+        raise LaaiError(line)
+    assert code in (DONE, FAILED) and err.getvalue() == "" and len(out.getvalue()) < 20 << 20
+    lines = out.getvalue().splitlines()
+    assert "checks failed: " in out.getvalue() if code else "checks passed: " in out.getvalue()
+    assert not any(line.strip().startswith("::") or "##[" in line for line in lines)
+    results, baseline = read_results(paths[0]), load_baseline(paths[1])
+    findings = compare(results, baseline)
+    assert all(line.isprintable() and line.startswith("::error title=laai check::") for line in github(findings))
+    ElementTree.fromstring(junit(findings))
+    if sum(path.stat().st_size for path in paths) > 64 << 10:
+        return  # PyYAML writes some hundred kilobytes a second, which is the time of --update, not of the check
+    try:
+        updated = Baseline.of(results, baseline)
+    except LaaiError as error:
+        raise LaaiError(f"results.json: {error}") from None  # a metric that cannot be expected, of a file already read
+    assert Baseline.parse(updated.dump(), "results.json").tasks.keys() == updated.tasks.keys()
+
+
 def _word_pairs(draw: random.Random) -> bytes:
     return mutants.text(mutants.word_pairs(draw)).encode()
 
@@ -320,6 +363,10 @@ def _opinion_records(draw: random.Random) -> bytes:
 
 _WAVE = "human_resp/American_Trends_Panel_W1"
 _WAVE_FILES = {f"{_WAVE}/{name}": good for name, good in mutants.OPINION_TABLES.items()}
+
+CHECKED = ("baseline", "results")  # the kinds that `laai check` compares
+_CHECKED_FILES = {"baseline.yaml": mutants.good_baseline, "results.json": mutants.good_results}
+_CHECK_SECONDS, _CHECK_BYTES = 2.0, 200 << 20
 
 KINDS = {
     "intervention": Kind(
@@ -340,4 +387,10 @@ KINDS = {
         f"OpinionQA {name}": Kind(f"{_WAVE}/{name}", mutants.opinion_table(name), _use_opinions, _WAVE_FILES)
         for name in mutants.OPINION_TABLES
     },
+    "baseline": Kind(
+        "baseline.yaml", mutants.BASELINE, _use_check, _CHECKED_FILES, seconds=_CHECK_SECONDS, bytes=_CHECK_BYTES
+    ),
+    "results": Kind(
+        "results.json", mutants.RESULTS, _use_check, _CHECKED_FILES, seconds=_CHECK_SECONDS, bytes=_CHECK_BYTES
+    ),
 }

@@ -473,6 +473,166 @@ def of_table(good: Callable[[Draw], bytes], separator: bytes) -> Mutators:
     }
 
 
+# --- what `laai check` compares
+
+_TASKS = ["laai_lexicon", "laai_lexicon_antonym", "group::task"]
+_METRICS = ["exact_match,none", "kl,none"]
+
+
+def _applied(draw: Draw) -> dict[str, Any]:
+    layers = [draw.randrange(4)]
+    return {
+        "sha256": "0" * 64,
+        "layers": layers,
+        "site": "heads",
+        "position": "last",
+        "operation": "add",
+        "scale": 1.0,
+    }
+
+
+def baseline(draw: Draw) -> dict[str, Any]:
+    """The tree of a baseline, which `results` passes, fails or betters."""
+    metric = {"value": 0.5, "stderr": 0.01, "tolerance": {"standard_errors": 2.0}}
+    task = {"version": "1.0", "shots": 0, "samples": 100, "data": "0" * 64, "metrics": dict.fromkeys(_METRICS, metric)}
+    return {"tasks": dict.fromkeys(_TASKS, task), "interventions": {"laai_lexicon_antonym": _applied(draw)}}
+
+
+def results(draw: Draw) -> dict[str, Any]:
+    """The tree of a results file, as the harness writes it."""
+    scores = {"alias": " - task", "sample_len": 100}
+    for metric in _METRICS:
+        scores |= {metric: draw.choice([0.4, 0.5, 0.6]), metric.replace(",", "_stderr,"): 0.01}
+    applied = {"source": "vectors/laai_lexicon_antonym.safetensors", **_applied(draw)}
+    return {
+        "results": dict.fromkeys(_TASKS, scores),
+        "higher_is_better": dict.fromkeys(_TASKS, {"exact_match": True, "kl": False}),
+        "versions": dict.fromkeys(_TASKS, 1.0),
+        "n-shot": dict.fromkeys(_TASKS, 0),
+        "task_hashes": dict.fromkeys(_TASKS, "0" * 64),
+        "config": {"model": "hf-laai", "interventions": [applied]},
+    }
+
+
+def good_baseline(draw: Draw) -> bytes:
+    return text(baseline(draw)).encode()
+
+
+def good_results(draw: Draw) -> bytes:
+    return text(results(draw)).encode()
+
+
+def _aliases(draw: Draw) -> bytes:
+    """Aliases of aliases, one inside its own anchor, and ones that nobody minds."""
+    width, depth = draw.choice([(9, 9), (2, 40), (1, 300), (300, 2), (2, 3), (5000, 1)])
+    kind = draw.choice(["[{}]", "{{{}}}"])
+    lines = ["a0: &a0 " + draw.choice(["1", "[1, 1]", "{b: 1}", '"' + "x" * 50_000 + '"', "*a0", "[*a0]"])]
+    for n in range(1, depth + 1):
+        members = [f"{'' if kind[0] == '[' else f'k{m}: '}*a{n - 1} " for m in range(width)]
+        lines.append(f"a{n}: &a{n} " + kind.format(", ".join(members)))
+    place = draw.choice(["interventions: {x: {", "tasks: {t: {", "tasks: {t: {metrics: {", "{", "more: {"])
+    closing = "}" * place.count("{")
+    return (place + ", ".join(lines) + closing + "\ntasks: {t: {}}\n").encode()
+
+
+def _numbers(draw: Draw) -> bytes:
+    """Numbers that Python does not convert, does not print, or takes for text."""
+    digits = draw.choice([30, 33, 400, 4301, 20_000, 400_000])
+    number = draw.choice(
+        ["1" * digits, "-" + "9" * digits, "0x" + "F" * digits, "0b" + "1" * digits, "0" + "7" * digits]
+        + ["1:" + "59:" * digits + "1", "1:" + "59:" * digits + "1.5", "1_" * digits, "1" * digits + ".5", "1.0e+999"]
+        + [".inf", "-.INF", ".nan", "2020-01-01", "2020-99-99", "!!int 'x'", "!!int [1]", "!!float {}", "!!binary '%'"]
+        + [
+            "!!timestamp x",
+            "!!set {a, b}",
+            "!!omap [a: 1]",
+            "!!null 1",
+            "!!bool maybe",
+            "!!str 1",
+            "!!python/name:os.system",
+        ]
+    )
+    place = draw.choice(
+        ["tasks: {t: {samples: NUMBER}}", "tasks: {t: {metrics: {'a,b': {value: NUMBER, tolerance: {absolute: 0}}}}}"]
+        + ["tasks: {t: {metrics: {'a,b': {value: 0, stderr: 1, tolerance: {standard_errors: NUMBER}}}}}"]
+        + ["tasks: {t: {}}\ninterventions: {x: {scale: NUMBER}}", "tasks: {NUMBER: {}}", "NUMBER"]
+    )
+    return place.replace("NUMBER", number).encode()
+
+
+def _large(draw: Draw) -> bytes:
+    """Very many of something, or something very long, at and above what is read."""
+    size = draw.choice([1000, 60_000, 400_000, 600_000])
+    unit = draw.choice(
+        ["[", "{a: ", "- ", "? ", "&a ", "!!str ", "a ", "a, ", "#", "\n", "'", "a:\n", "x: [1]\n", "---\n", "é"]
+    )
+    before = draw.choice(["", "tasks: ", "tasks: {", "tasks: [", 'tasks: "', "tasks: {t: {}}\n", "tasks: |\n  "])
+    return (before + unit * (size // len(unit))).encode()
+
+
+def _many_tasks(draw: Draw) -> bytes:
+    """As many tasks as fit, with names that a table would have to be padded for."""
+    task = {"metrics": {"acc,none": {"value": 0.5, "tolerance": {"absolute": 0.1}}}}
+    count, length = draw.choice([(2000, 10), (3500, 4), (1000, 280), (10, 20_000), (300, 300), (6000, 60)])
+    return text({"tasks": {f"{n}" + "x" * length: task for n in range(count)}}).encode()
+
+
+# Names that a runner of GitHub would obey, and ones that a terminal or XML does not take.
+_COMMANDS = [
+    "::error::x",
+    "  ::add-mask::y",
+    "##[add-mask]y",
+    "\n::error::x",
+    "\r::x::",
+    "\u2028::x::",
+    "\x1b[2J",
+    "\0",
+    "]]>",
+]
+
+
+def _named(tree: dict[str, Any], draw: Draw) -> bytes:
+    """The tree with one of its names replaced wherever it stands."""
+    old = draw.choice([*_TASKS, *_METRICS, "version", "sha256", "0" * 64])
+    new = draw.choice([*_COMMANDS, "\ud800", "x" * 299, "x" * 301, "x" * 10**5, "", "a,b,c", ",", "null", "é"])
+    new = new + ",none" if old in _METRICS and draw.random() < 0.7 else new
+    return text(tree).replace(json.dumps(old), json.dumps(new)).encode()
+
+
+def _wide_results(draw: Draw) -> bytes:
+    """Very many of something in a results file, and a file larger than is read."""
+    tree, count = results(draw), draw.choice([1000, 30_000, 200_000])
+    what = draw.randrange(6)
+    if what == 0:
+        tree["results"] = {f"task {n}": {"acc,none": 0.5} for n in range(draw.choice([1000, 9000, 30_000]))}
+    elif what == 1:
+        tree["results"][_TASKS[0]] = {f"metric {n},none": 0.5 for n in range(draw.choice([900, count]))}
+    elif what == 2:
+        tree["config"]["interventions"] *= min(count, 20_000)
+    elif what == 3:
+        tree["config"]["interventions"][0]["layers"] = list(range(count))
+    elif what == 4:
+        tree["config"]["gen_kwargs"] = [{}] * count
+    else:
+        tree["config"]["model"] = draw.choice(["x", "é", "\U0001f600", "\\"]) * draw.choice([10**6, 9 << 20])
+    return json.dumps(tree, ensure_ascii=draw.random() < 0.5).encode()
+
+
+BASELINE: Mutators = {
+    **of_json(baseline),
+    "aliases": _aliases,
+    "numbers": _numbers,
+    "large": _large,
+    "many tasks": _many_tasks,
+    "names": lambda draw: _named(baseline(draw), draw),
+}
+RESULTS: Mutators = {
+    **of_json(results),
+    "wide": _wide_results,
+    "names": lambda draw: _named(results(draw), draw),
+}
+
+
 # --- OpinionQA's files
 
 GROUP = ("SEX", "Female")

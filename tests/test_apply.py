@@ -13,6 +13,7 @@ from tiny import ARCHITECTURES, BLOCK_PATHS, HEADS, HIDDEN, MLP_PATHS, PROJECTIO
 
 import laai_core as laai
 from laai_core.apply import icv_step
+from laai_core.locate import locate
 
 EVERY = (*ARCHITECTURES, *WINDOWED)
 PATHS = {"heads": PROJECTION_PATHS, "residual": BLOCK_PATHS, "mlp": MLP_PATHS}
@@ -284,6 +285,28 @@ def test_icv_is_applied_at_every_token():
 def test_an_intervention_that_does_not_fit_is_refused(make, message):
     with pytest.raises(laai.LaaiError, match=message), laai.apply(tiny_model("Llama"), make()):
         pass
+
+
+ATTENTION_FREE = {
+    "Mamba": ({"state_size": 4}, "mixer.out_proj"),
+    "Mamba2": ({"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1}, "mixer.out_proj"),
+    "FalconMamba": ({"state_size": 4}, "mixer.out_proj"),
+    "Rwkv": ({"attention_hidden_size": 16}, "attention.output"),
+    "xLSTM": ({"num_heads": 4, "num_blocks": 2}, "mlstm_layer.out_proj"),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION_FREE)
+@pytest.mark.parametrize("projection", [None, "backbone.layers.{}.mixer.out_proj"])
+def test_models_without_attention_are_refused(name, projection):
+    sizes, linear = ATTENTION_FREE[name]
+    config = getattr(transformers, f"{name}Config")(vocab_size=50, hidden_size=16, num_hidden_layers=2, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(
+        laai.LaaiError, match="has no attention heads: expected num_attention_heads in its conf"
+    ) as error:
+        locate(model, projection)
+    assert type(model).__name__ in str(error.value) and linear in str(error.value)
 
 
 def test_wrong_rows_are_refused():

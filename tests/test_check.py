@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -359,6 +360,30 @@ def test_names_that_xml_and_github_cannot_hold(
     assert case.get("classname", "").endswith("<&%")
 
 
+@pytest.mark.parametrize("name", ["::error::x", "  ::add-mask::y", "##[add-mask]y", "a ##[error]x"])
+@pytest.mark.parametrize("flags", [[], ["--github"]])
+def test_a_name_that_is_a_command_of_the_runner(
+    name: str,
+    flags: list[str],
+    document: dict[str, Any],
+    put: Callable[[Any], Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The runner strips a line before it looks for `::`, and finds `##[` anywhere in it."""
+    document["results"] = {name: {METRIC: 0.8}}
+    path = tmp_path / "hostile.yaml"
+    assert cli.main(["check", str(put(document)), "--against", str(path), "--update"]) == 0
+    document["results"] = {"new": {METRIC: 0.1}, name: {METRIC: 0.1}}
+    for more in (flags, ["--update"]):
+        assert cli.main(["check", str(put(document)), "--against", str(path), *more]) == ("--update" not in more)
+    out = capfd.readouterr().out
+    commands = [row for row in out.splitlines() if row.strip().startswith("::") or "##[" in row]
+    if flags:
+        commands.remove(next(row for row in commands if row.startswith("::error title=laai check::")))
+    assert commands == [] and re.split(r"[:\[]", name)[-1] in out
+
+
 # Baselines
 
 
@@ -394,6 +419,14 @@ def metric_entry(**changes: Any) -> str:
     return yaml.safe_dump({"tasks": {"t": {"metrics": {"acc,none": {k: v for k, v in entry.items() if v != "-"}}}}})
 
 
+# 3**12 values in some 250 bytes.
+BOMB = (
+    "interventions: {x: {layers: &a0 [1, 1, 1]"
+    + "".join(f", a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}]" for n in range(1, 12))
+    + "}}\ntasks: {t: {}}\n"
+)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -406,7 +439,18 @@ def metric_entry(**changes: Any) -> str:
         ("tasks: {a: {version: [1]}}", "version is a list"),
         ("tasks: {1: {}}", "expected names"),
         ("tasks: !!python/object/apply:os.system ['true']", "not valid YAML"),
-        ("[" * 1200, "not valid YAML"),
+        ("[" * 1200, "nests over 16 levels"),
+        ("tasks: {a: &a {x: *a}}", "an alias without its anchor"),
+        (BOMB, "holds over 40000 values"),
+        ("tasks: {a: {metrics: {" + "b, " * 50_000 + "}}}", "holds over 40000 values"),
+        ("#" * (600 << 10), "has over 524288 bytes"),
+        (metric_entry(value=10**400), "a number of 401 digits"),
+        ("tasks: {a: {samples: 0x" + "F" * 20_000 + "}}", "a number of 20002 digits"),
+        ("tasks: {a: {version: !!bool maybe}}", "not valid YAML"),
+        ("tasks: {a: {version: !!timestamp x}}", "not valid YAML"),
+        ("tasks: {" + "a" * 301 + ": {}}", "a name has 301 characters"),
+        ("tasks: {a: {}}\ninterventions: {a: {layers: [[1]]}}", "'layers' holds a list"),
+        ("tasks: {a: {}}\ninterventions: {a: {layers: {b: 1}}}", "'layers' holds a dict"),
         (metric_entry(value="-"), "value is NoneType"),
         (metric_entry(value=math.nan), "value is nan"),
         (metric_entry(value=True), "value is True"),
@@ -447,6 +491,19 @@ def test_bad_baselines(
         ('{"results": {"a": {}}, "versions": []}', "'versions' is not a JSON object"),
         ('{"results": {"a": {}}, "config": {"interventions": [1]}}', "not a list of objects"),
         ('{"results": {"a": {}}}', "holds no metric"),
+        ('{"results": {"a": {"acc,none": 1' + "0" * 400 + "}}}", "a number of 401 digits"),
+        ('{"results": {"a": {"sample_len": 1' + "0" * 400 + "}}}", "a number of 401 digits"),
+        ('{"results": {"\\ud800": {"acc,none": 1}}}', "no Unicode text"),
+        ('{"results": {"' + "a" * 301 + '": {}}}', "a name has 301 characters"),
+        ('{"results": {"a": {}}, "config": {"interventions": [{"layers": [[1]]}]}}', "'layers' holds a list"),
+        ('{"results": [' + "0," * 500_001 + "0]}", "holds over 300000 values"),
+        (
+            json.dumps({"results": {"a": {}}, "config": {"interventions": [{"layers": [0] * 1001}]}}),
+            "'layers' is a list of 1001",
+        ),
+        (json.dumps({"results": {f"{n}": {} for n in range(10_001)}}), "holds 10001 tasks"),
+        (json.dumps({"results": {"a": {f"{n},none": 0.5 for n in range(1001)}}}), "'a' holds over 1000 values"),
+        (" " * ((8 << 20) + 1), "has over 8388608 bytes"),
         ('{"results": {"a": {"acc,none": NaN}}}', "a, acc,none is nan"),
     ],
 )
@@ -458,6 +515,17 @@ def test_bad_results(
     err = capfd.readouterr().err
     assert said in err and err.count("\n") == 1
     assert not path.exists()
+
+
+def test_a_baseline_that_could_not_be_read_is_not_written(
+    put: Callable[[Any], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Results may be larger than a baseline."""
+    document = {"results": {f"task {n}": {"acc,none": 0.5, "f1,none": 0.5} for n in range(5000)}}
+    path = tmp_path / "baseline.yaml"
+    assert cli.main(["check", str(put(document)), "--against", str(path), "--update"]) == 2
+    err = capfd.readouterr().err
+    assert "too large for a baseline" in err and err.count("\n") == 1 and not path.exists()
 
 
 def test_other_refusals(baseline: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

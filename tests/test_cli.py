@@ -172,7 +172,7 @@ def test_plot_refusals(
     if find_spec("matplotlib"):
         assert "cannot write" in refused("inspect", trained, "--plot", tmp_path / "file" / "x.png")
     monkeypatch.setattr("lm_eval_laai.inspection.plot.find_spec", lambda name: None)
-    assert 'pip install "laai[plot]"' in refused("inspect", trained, "--plot", tmp_path / "x.png")
+    assert 'pip install "lm-eval-laai[plot]"' in refused("inspect", trained, "--plot", tmp_path / "x.png")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

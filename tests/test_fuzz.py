@@ -27,7 +27,7 @@ from lm_eval_laai.routing import Routing
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals, links and devices")
 
-COUNTS = {"intervention": 4 * len(mutants.INTERVENTION)}  # elsewhere 60
+COUNTS = {"intervention": 4 * len(mutants.INTERVENTION), "baseline": 2 * len(mutants.BASELINE)}  # elsewhere 60
 CONTENT = mutants.good_intervention(random.Random(mutants.PLAIN))
 
 

@@ -174,7 +174,7 @@ def test_push_writes_the_file_and_a_card(hub, monkeypatch):
     _, header, text = files["README.md"].decode().split("---\n", 2)
     assert yaml.safe_load(header) == {
         "base_model": "org/base",
-        "library_name": "laai",
+        "library_name": "lm-eval-laai",
         "tags": ["laai", "activation-steering"],
     }
     for line in (

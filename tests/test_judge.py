@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 from judge_process import judge_pairs, pairs
-from judge_server import CLOSE, CUT, Body, JudgeServer, Request, Status
+from judge_server import CLOSE, CUT, Body, JudgeServer, Request, Status, completion
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
@@ -44,7 +44,7 @@ from lm_eval_laai.judge.questions import read_answer
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-test-0123456789"
 needs_openai = pytest.mark.skipif(
-    find_spec("openai") is None, reason='openai is not installed: pip install "laai[judge]"'
+    find_spec("openai") is None, reason='openai is not installed: pip install "lm-eval-laai[judge]"'
 )
 
 
@@ -426,6 +426,9 @@ TROUBLES = {
     "broken JSON": Body(b'{"choices": ['),
     "no choices": Body(b'{"choices": []}'),
     "null": Body(b"null"),
+    "choices by name": Body(b'{"choices": {"a": 1}}'),
+    "choices that are text": Body(b'{"choices": "1"}'),
+    "choices of numbers": Body(b'{"choices": [1]}'),
     "an error with 200": Body(b'{"error": {"message": "upstream"}}'),
 }
 
@@ -455,6 +458,48 @@ def test_trouble_that_stays(trouble: Any, cache: Cache) -> None:
         server.decide = always_yes
         assert judged(pairs(3), server.url, cache).asked == 12
         assert len(server.paid) == 15
+
+
+@needs_openai
+@pytest.mark.parametrize(
+    ("usage", "told"),
+    [
+        ('{"prompt_tokens": "many", "completion_tokens": 2}', "'many'"),
+        ('{"prompt_tokens": [1], "completion_tokens": 2}', "list"),
+        ('{"prompt_tokens": 1.5, "completion_tokens": 2}', "1.5"),
+        ('{"prompt_tokens": -1, "completion_tokens": 2}', "int"),
+        ('{"prompt_tokens": 1' + "0" * 4000 + ', "completion_tokens": 2}', "int"),
+    ],
+)
+def test_a_usage_that_is_none(usage: str, told: str, cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+    """What was paid for counts; one line says that the numbers of tokens do not."""
+    content = json.dumps({**completion("model", "1"), "usage": "USAGE"}).replace('"USAGE"', usage)
+    with JudgeServer(lambda request, number: Body(content.encode()) if number >= 3 else "1") as server:
+        result = judged(pairs(2), server.url, cache, concurrency=1)
+        assert (result.asked, result.share) == (10, 1.0)
+        assert (result.prompt_tokens, result.completion_tokens) == (3 * 30, 10 * 2)
+        (record,) = caplog.records
+        assert f"usage.prompt_tokens is {told}; expected a whole number" in record.getMessage()
+        assert "\n" not in record.getMessage()
+        assert judged(pairs(2), server.url, cache).asked == 0 and len(server.requests) == 10
+
+
+@needs_openai
+@pytest.mark.parametrize("code", [200, 500])
+def test_a_reply_that_is_too_large(code: int, cache: Cache, tmp_path: Path) -> None:
+    """Paid for once, never read to its end and never kept; the answers before it are."""
+    text = "1" + "x" * (60 << 20)
+    large = (
+        Body(json.dumps(completion("model", text)).encode()) if code == 200 else Status(code, {}, {"message": text})
+    )
+    with JudgeServer(lambda request, number: large if number >= 3 else "1") as server:
+        with pytest.raises(WorkFailed, match="answered more than 1048576 bytes; expected a chat completion"):
+            judged(pairs(2), server.url, cache, concurrency=1)
+        assert len(server.requests) == 4
+        assert rows_of(tmp_path / "cache.sqlite") == 3
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1 << 20
+        server.decide = always_yes
+        assert judged(pairs(2), server.url, cache).asked == 7
 
 
 @needs_openai
@@ -593,7 +638,7 @@ def test_an_address_with_a_secret(url: str) -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, cache: Cache) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(LaaiError, match=re.escape('pip install "laai[judge]"')):
+    with pytest.raises(LaaiError, match=re.escape('pip install "lm-eval-laai[judge]"')):
         judged(pairs(1), "http://127.0.0.1:9/v1", cache)
 
 
@@ -777,6 +822,9 @@ def test_refused_command_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         ([samples, "--request", "16"], "expected a JSON object"),
         ([samples, "--request", "{"], "expected a JSON object"),
         ([samples, "--request", '{"stream": true}'], "request sets stream"),
+        ([samples, "--request", '{"a": NaN}'], "expected finite numbers"),
+        ([samples, "--request", '{"a": [1e999]}'], "expected finite numbers"),
+        ([samples, "--request", '{"a": "\\ud800"}'], "Unicode text"),
         ([samples, "--price-per-million", "-1", "2"], "expected two prices"),
         ([samples, "--price-per-million", "nan", "2"], "expected two prices"),
         ([samples, "--output", tmp_path], "is a folder"),

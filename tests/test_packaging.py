@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from lm_eval_laai.register import NAME, TARGET
@@ -36,9 +37,9 @@ def declared_entry_points() -> dict[tuple[str, str], str]:
 @pytest.fixture
 def installed() -> metadata.Distribution:
     try:
-        return metadata.distribution("laai")
+        return metadata.distribution("lm-eval-laai")
     except metadata.PackageNotFoundError:
-        pytest.skip("laai is not installed in this environment")
+        pytest.skip("lm-eval-laai is not installed in this environment")
 
 
 def run(code: str, *first_on_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -60,6 +61,48 @@ def test_every_package_is_listed() -> None:
     found = {path.parent.relative_to(ROOT) for root in roots for path in (ROOT / root).rglob("*.py")}
     expected = {".".join(folder.parts) for folder in found} | {"lm_eval_laai.task_yamls"}
     assert set(lines(CONFIG["options"]["packages"])) == expected
+
+
+# With any options between, quoted or not, with an extra or a version; `lm-eval-laai` and `./laai` are no such name.
+INSTALLS_A_STRANGER = re.compile(
+    r"""install\s+(?:-\S+\s+(?:constraints\S*\s+)?)*(?:[\w\[\]=-]+\s+)*["'`]?laai(?![\w-])"""
+)
+
+
+@pytest.mark.parametrize("said", ["X", '"X[plot]"', "X==0.1", "-U X", "-c constraints.txt X", "torch X", "'X'"])
+def test_the_pattern_finds_a_stranger(said: str) -> None:
+    """The name `laai` on the package index is another project's."""
+    assert INSTALLS_A_STRANGER.search("pip install " + said.replace("X", "laai"))
+    assert not INSTALLS_A_STRANGER.search("pip install " + said.replace("X", "lm-eval-laai"))
+
+
+def test_nothing_tells_anyone_to_install_a_stranger() -> None:
+    kinds = {".py", ".md", ".cfg", ".toml", ".txt", ".yml", ".yaml", ".cff", ""}
+    skipped = {".git", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".venv", "build", "runs"}
+    read = 0
+    for path in ROOT.rglob("*"):
+        inside = path.relative_to(ROOT)
+        if not path.is_file() or path.suffix not in kinds or skipped.intersection(inside.parts):
+            continue
+        read += 1
+        found = INSTALLS_A_STRANGER.search(path.read_text(encoding="utf-8", errors="replace"))
+        assert found is None, f"{inside}: {found and found[0]}"
+    assert read > 150
+    assert CONFIG["metadata"]["name"] == "lm-eval-laai"
+
+
+def test_licence_and_types_are_installed(installed: metadata.Distribution) -> None:
+    assert installed.metadata["Name"] == "lm-eval-laai"
+    assert installed.metadata["License"] == "Apache-2.0" and installed.metadata["License-File"] == "LICENSE"
+    for package in ("laai_core", "lm_eval_laai"):
+        assert (files(package) / "py.typed").is_file()
+        assert lines(CONFIG["options.package_data"][package]) == ["py.typed"]
+
+
+def test_pre_commit_runs_what_ci_runs() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    script = lines((ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert [hook["entry"] for hook in hooks] == [line for line in script if line.startswith(("ruff ", "mypy "))]
 
 
 def test_every_requirement_is_pinned_within_its_range() -> None:
@@ -181,6 +224,27 @@ print("known")
 )
 def test_the_harness_knows_the_name(before: str, installed: metadata.Distribution) -> None:
     assert run(before + CHECK).stdout == "known\n"
+
+
+def test_a_registry_filled_with_the_entry_point(installed: metadata.Distribution) -> None:
+    """lm-eval 0.4.13 cannot compare an EntryPoint with a class: importing the class must not register it again."""
+    code = """
+from importlib.metadata import entry_points
+from lm_eval.api.registry import get_model, model_registry
+from lm_eval_laai.register import register
+(point,) = entry_points(group="lm_eval.models", name="hf-laai")
+model_registry.register("hf-laai", target=point)
+register()
+import lm_eval.models
+assert model_registry._objs["hf-laai"] is point
+print(get_model("hf-laai").__name__)
+"""
+    assert run(code).stdout == "HFLaai\n"
+
+
+def test_every_entry_point_group_has_a_reader() -> None:
+    """lm-eval's plugin guide: tasks are no plugins, --include_path leads to them."""
+    assert {group for group, _ in declared_entry_points()} == {"console_scripts", "lm_eval.models", "torch.backends"}
 
 
 def test_registering_twice_is_registering_once() -> None:

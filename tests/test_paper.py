@@ -398,7 +398,7 @@ def test_what_fails_leaves_the_others(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "| a | ours | missing |" in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.skipif(find_spec("openai") is None, reason='openai is not installed: pip install "laai[judge]"')
+@pytest.mark.skipif(find_spec("openai") is None, reason='openai is not installed: pip install "lm-eval-laai[judge]"')
 def test_gpt_eval(bundled: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A judge that accepts one word, on the answers of two seeds' cells: half of the first, none of the second."""
     monkeypatch.setenv("OPENAI_API_KEY", "k")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ from laai_core import storage
 from laai_core.errors import LaaiError
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.gate.baseline import Baseline, load_baseline
-from lm_eval_laai.gate.check import FAILED, OK, Finding, compare, github, junit, printable
+from lm_eval_laai.gate.check import FAILED, OK, Finding, compare, github, inert, junit, printable
 from lm_eval_laai.gate.results_file import Results, read_results
+
+WIDEST = 100  # characters of a cell
 
 
 def add(commands: Any) -> None:
@@ -44,9 +45,9 @@ def _command(arguments: argparse.Namespace) -> Report:
         "results": str(results.path),
         "baseline": str(path),
         "passed": not failed,
-        "findings": [asdict(finding) for finding in findings],
+        "findings": [dict(vars(finding)) for finding in findings],
     }
-    text = _text(findings, results.path, path)
+    text = inert(_text(findings, results.path, path))
     if arguments.github:
         text = "\n".join([text, *github(findings)])
     return Report(facts, text, failed)
@@ -57,20 +58,22 @@ def _update(results: Results, path: Path) -> Report:
     after = Baseline.of(results, before)
     if not any(task.metrics for task in after.tasks.values()):
         raise LaaiError(f"{results.path} holds no metric: nothing could be expected of later results")
-    storage.write(path, after.dump().encode())
+    text = after.dump()
+    Baseline.parse(text, f"{results.path}: as a baseline it")  # nothing is written that could not be read
+    storage.write(path, text.encode())
     changes = compare(results, before) if before else []
     told = [finding for finding in changes if finding.state != OK]
-    facts = {"results": str(results.path), "baseline": str(path), "changes": [asdict(finding) for finding in told]}
-    lines = [f"{path}: {len(after.tasks)} tasks, written from {results.path}"]
+    facts = {"results": str(results.path), "baseline": str(path), "changes": [dict(vars(finding)) for finding in told]}
+    lines = [printable(f"{path}: {len(after.tasks)} tasks, written from {results.path}")]
     absent = [name for name in after.tasks if name not in results.tasks]
     if absent:
         lines.append(printable(f"kept as they were, not in these results: {', '.join(absent)}"))
-    return Report(facts, "\n".join([*lines, *_reasons(told)]))
+    return Report(facts, inert("\n".join([*lines, *_reasons(told)])))
 
 
 def _text(findings: Sequence[Finding], results: Path, baseline: Path) -> str:
     metrics = [f for f in findings if "," in f.item or f.state == FAILED]
-    rows = [[printable(cell) for cell in (f.task, f.item, f.expected, f.found, f.state)] for f in metrics]
+    rows = [[_cell(cell) for cell in (f.task, f.item, f.expected, f.found, f.state)] for f in metrics]
     failed = sum(finding.state == FAILED for finding in findings)
     told = [finding for finding in findings if finding.reason]
     verdict = f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed"
@@ -82,6 +85,11 @@ def _text(findings: Sequence[Finding], results: Path, baseline: Path) -> str:
             *_reasons(told),
         ]
     )
+
+
+def _cell(text: str) -> str:
+    text = printable(text)
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
 
 def _reasons(findings: Iterable[Finding]) -> list[str]:

@@ -122,7 +122,7 @@ def _train_all(
             heat_map(result.intervention, path.with_suffix(".png"))
         trained[task] = {"file": str(path), **summary(result)}
     if not can_plot():
-        _say('no heat maps: they need matplotlib, pip install "laai[plot]"')
+        _say('no heat maps: they need matplotlib, pip install "lm-eval-laai[plot]"')
     return trained
 
 

@@ -11,8 +11,12 @@ from typing import Any
 import yaml
 
 from laai_core.errors import LaaiError
-from lm_eval_laai.gate.results_file import Metric, Results
+from lm_eval_laai.gate.results_file import LONGEST_NUMBER, Metric, Results, check_facts, check_name, read_text
 
+# Above any baseline (some 2,000 tasks of one metric), and low enough that a hostile file is refused within 2 seconds.
+_LARGEST = 512 << 10  # bytes
+_MOST_VALUES = 40_000
+_DEEPEST = 16
 SETTING = ("version", "shots", "samples", "data")
 _HEADER = """\
 # What `laai check RESULTS --against FILE` expects. --update writes the file anew and keeps the tolerances, which are
@@ -65,6 +69,29 @@ class Baseline:
             tasks[name] = ExpectedTask(task.setting, metrics)
         return cls(tasks, results.interventions)
 
+    @classmethod
+    def parse(cls, text: str, place: str) -> Baseline:
+        """What `dump` wrote, or somebody by hand; LaaiError says what in it is wrong, and that it is in `place`."""
+        try:
+            if len(text.encode()) > _LARGEST:  # what `dump` made has not gone through a file
+                raise _TooLarge(f"has over {_LARGEST} bytes")
+            _check_size(text)
+            content = yaml.load(text, Loader=_Loader)
+        except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            # Not only YAMLError: PyYAML trips over a tag that its text does not fit, such as `!!bool maybe`.
+            raise LaaiError(f"{place} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
+        except _TooLarge as error:
+            raise LaaiError(f"{place} {error}: too large for a baseline") from None
+        top = _object(content, place, ("tasks", "interventions"))
+        tasks = _object(top.get("tasks"), f"{place}: tasks")
+        applied = _object(top.get("interventions", {}), f"{place}: interventions")
+        if not tasks:
+            raise LaaiError(f"{place}: 'tasks' is empty: a gate that checks nothing always passes")
+        return cls(
+            {name: _task(task, f"{place}: {name}") for name, task in tasks.items()},
+            {name: _applied(one, f"{place}: interventions: {name}") for name, one in applied.items()},
+        )
+
     def dump(self) -> str:
         """The file's text."""
         tasks = {}
@@ -82,23 +109,55 @@ class Baseline:
 def load_baseline(path: Path) -> Baseline:
     """Read a baseline; LaaiError says what in it is wrong."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = read_text(path, _LARGEST)
     except OSError as error:
         raise LaaiError(f"cannot read the baseline {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise LaaiError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
-    top = _object(content, f"{path}", ("tasks", "interventions"))
-    tasks = _object(top.get("tasks"), f"{path}: tasks")
-    applied = _object(top.get("interventions", {}), f"{path}: interventions")
-    if not tasks:
-        raise LaaiError(f"{path}: 'tasks' is empty: a gate that checks nothing always passes")
-    return Baseline(
-        {name: _task(task, f"{path}: {name}") for name, task in tasks.items()},
-        {name: _object(one, f"{path}: interventions: {name}") for name, one in applied.items()},
-    )
+    except ValueError as error:
+        raise LaaiError(f"{path} is not valid YAML: {error}") from None
+    return Baseline.parse(text, str(path))
 
 
-class _Loader(yaml.SafeLoader):
+class _TooLarge(Exception):
+    """A YAML text that would become more than a baseline may hold."""
+
+
+def _check_size(text: str) -> None:
+    """Count values and depth before anything is built: an alias stands for all values of its anchor.
+
+    Raises:
+        _TooLarge: over `_MOST_VALUES` values with every alias written out, or over `_DEEPEST` levels.
+        yaml.YAMLError: not YAML, or an alias inside its own anchor.
+    """
+    sizes: dict[str, int] = {}  # by anchor
+    unfinished: list[tuple[str | None, int]] = []  # the anchor of each open collection, and the values before it
+    values = 0
+    for event in yaml.parse(text, Loader=_FASTEST):
+        if isinstance(event, yaml.CollectionStartEvent):
+            unfinished.append((event.anchor, values))
+            values += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = unfinished.pop()
+            if anchor is not None:
+                sizes[anchor] = values - before
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise yaml.composer.ComposerError(None, None, "an alias without its anchor", event.start_mark)
+            values += sizes[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            values += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        if len(unfinished) > _DEEPEST:
+            raise _TooLarge(f"nests over {_DEEPEST} levels")
+        if values > _MOST_VALUES:
+            raise _TooLarge(f"holds over {_MOST_VALUES} values")
+
+
+# libyaml's loader, where PyYAML was built with it: five times faster, and the same values.
+_FASTEST: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_FASTEST):
     """SafeLoader keeps the last of two equal keys: of a task given twice, one would silently go unchecked."""
 
 
@@ -109,7 +168,17 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     return dict(pairs)
 
 
+def _number_node(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
+    """As SafeLoader, which takes numbers that Python refuses to convert or to print."""
+    text = loader.construct_scalar(node)
+    if len(text) > LONGEST_NUMBER:
+        raise yaml.constructor.ConstructorError(None, None, f"a number of {len(text)} digits", node.start_mark)
+    return loader.construct_yaml_int(node) if node.tag.endswith(":int") else loader.construct_yaml_float(node)
+
+
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _number_node)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number_node)
 
 
 def _expected(place: str, metric: Metric, before: Expected | None) -> Expected:
@@ -133,7 +202,14 @@ def _task(content: Any, place: str) -> ExpectedTask:
     for name, value in setting.items():
         if not isinstance(value, str | int):
             raise LaaiError(f"{place}: {name} is a {type(value).__name__}: expected a text or a whole number")
+    check_facts(setting, place)
     return ExpectedTask(setting, {key: _metric(one, f"{place}: {key}") for key, one in metrics.items()})
+
+
+def _applied(content: Any, place: str) -> dict[str, Any]:
+    facts = _object(content, place)
+    check_facts(facts, place)
+    return facts
 
 
 def _metric(content: Any, place: str) -> Expected:
@@ -153,6 +229,8 @@ def _object(value: Any, place: str, keys: tuple[str, ...] | None = None) -> dict
     """`value`, if it is a mapping from texts, of none but these `keys`."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise LaaiError(f"{place}: expected names and their content, found {type(value).__name__}")
+    for key in value:
+        check_name(key, place)
     unknown = sorted(set(value) - set(keys)) if keys else []
     if keys and unknown:
         raise LaaiError(f"{place}: unknown entry {unknown[0]!r:.60}: expected {', '.join(keys)}")

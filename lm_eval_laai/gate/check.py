@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,13 @@ def github(findings: Iterable[Finding]) -> list[str]:
     return [f"::error title=laai check::{message.replace('%', '%25')}" for message in messages]
 
 
+def inert(text: str) -> str:
+    """The text without what a GitHub runner obeys: `::` where a line begins, and `##[` anywhere."""
+    return re.sub(r"(?m)^([^\S\n]*)::", r"\1\::", text).replace("##[", r"##\[")
+
+
 def printable(text: str) -> str:
     """A task's name with a line break would begin a GitHub command; XML cannot hold control characters."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

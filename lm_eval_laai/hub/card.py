@@ -38,7 +38,7 @@ def model_card(intervention: Intervention, repo: str, file: str, scores: Scores 
     on_hub = is_repository(base)
     if not on_hub:
         base = os.path.basename(os.path.normpath(base))  # the rest of a path says where it lay on somebody's machine
-    header: dict[str, Any] = {"library_name": "laai", "tags": ["laai", "activation-steering"]}
+    header: dict[str, Any] = {"library_name": "lm-eval-laai", "tags": ["laai", "activation-steering"]}
     if on_hub:
         header["base_model"] = base
     task = metadata.get("task")

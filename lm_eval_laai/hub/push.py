@@ -48,7 +48,7 @@ def _upload(repo: str, files: Mapping[str, bytes], message: str, private: bool |
 
     Returns: the commit's address.
     """
-    api = HfApi(library_name="laai")
+    api = HfApi(library_name="lm-eval-laai")
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     with explained(HubPath(repo, revision=revision), local_files_only=False):
         try:

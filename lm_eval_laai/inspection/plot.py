@@ -23,7 +23,7 @@ def check_plot(path: Path) -> None:
     if path.suffix not in FORMATS:
         raise LaaiError(f"cannot draw {path}: expected a name that ends in {', '.join(FORMATS)}")
     if not can_plot():
-        raise LaaiError('a heat map needs matplotlib: pip install "laai[plot]"')
+        raise LaaiError('a heat map needs matplotlib: pip install "lm-eval-laai[plot]"')
 
 
 def heat_map(intervention: Intervention, path: Path) -> None:

@@ -7,6 +7,7 @@ several threads, and do not cover a body that is no chat completion.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import threading
@@ -21,6 +22,8 @@ from urllib.parse import urlsplit
 
 from laai_core.errors import LaaiError, WorkFailed
 
+logger = logging.getLogger(__name__)
+
 OPENAI_URL = "https://api.openai.com/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"
 # Of the answer, which is one digit. No temperature: the paper's five queries are five draws, and it gives none.
@@ -29,6 +32,13 @@ _OURS = ("model", "messages", "stream", "n")
 
 ATTEMPTS = 8  # a query: with the waits between them about a minute and a half
 _LONGEST_BACKOFF = 30.0  # seconds
+_LARGEST_REPLY = 1 << 20  # bytes; the answer is one digit, and a reasoning model's thoughts some hundred kilobytes
+_MOST_TOKENS = 10**9  # of one reply: Python refuses to print the longest numbers that JSON can say
+_OF_THE_TRANSFER = (
+    "content-encoding",
+    "content-length",
+    "transfer-encoding",
+)  # headers that a body read does not have
 _LONGEST_WAIT = 120.0  # seconds a server may ask for; longer, and the run is better resumed later
 
 
@@ -58,6 +68,10 @@ class Judge:
         taken = sorted(set(_OURS).intersection(self.request))
         if taken:
             raise LaaiError(f"request sets {', '.join(taken)}; expected fields other than {', '.join(_OURS)}")
+        try:
+            json.dumps(dict(self.request), allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise LaaiError(f"request is no JSON ({error}); expected finite numbers and Unicode text") from None
 
     @property
     def identity(self) -> tuple[str, str, str]:
@@ -72,6 +86,10 @@ class Answer(NamedTuple):
     text: str
     prompt_tokens: int
     completion_tokens: int
+
+
+class _ReplyTooLarge(Exception):
+    """A reply of over `_LARGEST_REPLY` bytes, of which no more was read."""
 
 
 class Stopped(Exception):
@@ -102,7 +120,7 @@ class Endpoint:
         try:
             import openai  # here and not above: only asking needs the extra
         except ImportError:
-            raise LaaiError('judging needs the openai package: pip install "laai[judge]"') from None
+            raise LaaiError('judging needs the openai package: pip install "lm-eval-laai[judge]"') from None
         self._openai = openai
         self._key = _key()
         base_url, self._model, _ = judge.identity
@@ -113,8 +131,11 @@ class Endpoint:
             api_key=self._key or "none",  # a local server wants none, the client wants some
             timeout=timeout,
             max_retries=0,
+            default_headers={"Accept-Encoding": "identity"},  # a few compressed bytes can be a large reply
+            http_client=_bounded_client(openai),
         )
         self._url, self._request, self._backoff = base_url, dict(judge.request), backoff
+        self._warned = False  # of a usage that is none
         self._closed_until = 0.0  # time.monotonic(); for all threads alike, since a rate limit is theirs together
 
     def __enter__(self) -> Endpoint:
@@ -166,11 +187,35 @@ class Endpoint:
             raise _Trouble(reason, _retry_after(error.response.headers.get("retry-after"))) from None
         except openai.APITimeoutError:
             raise _Trouble("no answer in time") from None
-        except openai.APIConnectionError as error:
+        except (_ReplyTooLarge, openai.APIConnectionError) as error:
+            if _ReplyTooLarge in (type(error), type(error.__cause__)):  # bare, or wrapped by older clients
+                # It was paid for, and the next attempt would be too.
+                told = f"{self._url}: answered more than {_LARGEST_REPLY} bytes; expected a chat completion"
+                raise WorkFailed(told) from None
             raise _Trouble(self._one_line(f"connection failed ({error.__cause__ or error})")) from None
         except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is not JSON
             raise _Trouble(self._one_line(f"answered no chat completion ({error})")) from None
-        return _content(completion)
+        usage = getattr(completion, "usage", None)
+        counts = [self._count(usage, name) for name in ("prompt_tokens", "completion_tokens")]
+        return Answer(_text(completion), *counts)
+
+    def _count(self, usage: Any, name: str) -> int:
+        """A number of tokens; 0, and a warning, for what is none: the answer is as good without it."""
+        value = getattr(usage, name, None)
+        if value is None:
+            return 0
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS:
+            return value
+        if not self._warned:
+            self._warned = True
+            shown = self._one_line(ascii(value)) if isinstance(value, str | float) else type(value).__name__
+            logger.warning(
+                "%s: usage.%s is %.60s; expected a whole number: the tokens reported are too few",
+                self._url,
+                name,
+                shown,
+            )
+        return 0
 
     def _one_line(self, text: str) -> str:
         """Short, and without the key, which a server may have put into its message."""
@@ -186,15 +231,37 @@ def _key() -> str:
     return key
 
 
-def _content(completion: Any) -> Answer:
+def _bounded_client(openai: Any) -> Any:
+    """The HTTP client that `openai` would make, but for replies that are too large."""
+
+    class Bounded(openai.DefaultHttpxClient):
+        def send(self, request: Any, **options: Any) -> Any:
+            response = super().send(request, **{**options, "stream": True})
+            body = bytearray()
+            try:
+                for chunk in response.iter_bytes():
+                    body += chunk
+                    if len(body) > _LARGEST_REPLY:
+                        raise _ReplyTooLarge
+            finally:
+                response.close()
+            return type(response)(
+                response.status_code,
+                headers=[(name, value) for name, value in response.headers.items() if name not in _OF_THE_TRANSFER],
+                content=bytes(body),
+                request=response.request,
+            )
+
+    return Bounded()
+
+
+def _text(completion: Any) -> str:
+    """The answer. None at all is an answer too, and a paid one: a refusal, or a limit used up by reasoning."""
     try:
         text = completion.choices[0].message.content
-    except (AttributeError, IndexError, TypeError):
+    except (AttributeError, LookupError, TypeError):
         raise _Trouble("answered no chat completion") from None
-    usage = getattr(completion, "usage", None)
-    # No text at all is an answer too, and a paid one: a refusal, or a limit used up by reasoning.
-    text = text.encode("utf-8", "replace").decode("utf-8") if isinstance(text, str) else ""
-    return Answer(text, getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0)
+    return text.encode("utf-8", "replace").decode("utf-8") if isinstance(text, str) else ""
 
 
 def _retry_after(value: str | None) -> float:
