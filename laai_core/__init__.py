@@ -23,6 +23,7 @@ from laai_core.example import Example, Split
 from laai_core.intervention import Intervention
 from laai_core.settings import Job
 from laai_core.train import TrainResult, train, train_many
+from laai_core.version import __version__
 
 __all__ = [
     "Example",
@@ -31,6 +32,7 @@ __all__ = [
     "LaaiError",
     "Split",
     "TrainResult",
+    "__version__",
     "apply",
     "load_task",
     "train",
