@@ -21,10 +21,10 @@ if TYPE_CHECKING:  # a second of imports
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: tensors have no truth value
+@dataclass(frozen=True, eq=False)  # eq=False: rows share an Edit by identity, and tensors have no truth value
 class Edit:
-    """What is written into some rows: flat vectors [D] by layer, or [B, D] with one for each row of the call; scale
-    folded in for `add`.
+    """An edit of some rows: vectors [D] by layer, or [B, D] with one for each row of the call; for `add` the scale is
+    folded in.
 
     The vectors may require gradients: training goes through the same hooks as application.
     """
@@ -85,7 +85,7 @@ def hooked(
 
 
 class _Steering:
-    """The hooks of one `apply` and what they know of the forward call in progress."""
+    """The hooks of one `apply`, and their record of the forward call in progress."""
 
     def __init__(
         self, layout: Layout, rows: Edit | Sequence[Edit | None], prompt_lengths: Sequence[int] | None

@@ -1,4 +1,4 @@
-"""The one error type for bad input, its kind that is nobody's input, and what ends a training before its end."""
+"""LaaiError for bad input, WorkFailed for failures that are nobody's input, and two errors that carry results."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ class WorkFailed(LaaiError):
     """The input was fine and the work still failed: a server, the memory, a loss that is not finite."""
 
 
-# Exceptions, so that a caller who does not know of them stores nothing. `results`: the best so far of every run, in
-# order; a run's `finished` says whether it came to its end before the others were stopped.
+class Unfinished(BaseException):
+    """A training that ended early: an exception, so that a caller who does not catch it stores nothing.
 
-
-class NotFinite(WorkFailed):
-    """A loss or a gradient that is not finite ended a training run; the other runs of the batch went to their ends."""
+    `results`: the best so far of every run, in order; `finished` of each says whether the run reached its end.
+    """
 
     def __init__(self, message: object, results: Sequence[Any]) -> None:
         super().__init__(message)
         self.results = list(results)
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C ended training runs that had begun."""
+class NotFinite(Unfinished, WorkFailed):
+    """A loss or a gradient that is not finite ended a training run; the other runs of the batch went to their ends."""
 
-    def __init__(self, message: str, results: Sequence[Any]) -> None:
-        super().__init__(message)
-        self.results = list(results)
+
+class Interrupted(Unfinished, KeyboardInterrupt):
+    """Ctrl-C ended training runs that had begun."""

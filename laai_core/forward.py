@@ -1,4 +1,4 @@
-"""Losses and gradients of several runs at once. A run is one vector with its own examples; its rows see only it."""
+"""Losses and gradients of several runs at once. A run is one vector with its own examples, the rows it is added to."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Forward(ABC):
         """Logits [u, V] that are read from a part, its rows under an edit."""
 
     def _edit(self, vectors: torch.Tensor) -> Edit:
-        """What vectors [rows, D], one for each row of a part, write."""
+        """The edit that adds vectors [rows, D], one for each row of a part."""
         return Edit({self._layer: vectors}, self._site)
 
     def loss_and_gradient(
@@ -81,7 +81,7 @@ class Forward(ABC):
         return self._split_until_it_fits(lambda: self._evaluate(vectors, objective, active))
 
     def _split_until_it_fits(self, call: Callable[[], T]) -> T:
-        """`call`, again with fewer rows a forward when memory ran out."""
+        """The result of `call`, repeated with half the rows per forward each time memory runs out."""
         while True:
             try:
                 return call()

@@ -178,7 +178,7 @@ def minimise(
 
 
 def _facts(points: Points, penalties: torch.Tensor, runs: list[int]) -> list[tuple[float, float, float, int, int]]:
-    """What a step says of a point, for some runs."""
+    """The measurements that a Step records of a point, for some runs."""
     nonzero = points.x.ne(0)
     columns = points.objective, points.loss, penalties, nonzero.sum((1, 2)), nonzero.any(2).sum(1)
     return list(zip(*(column[runs].tolist() for column in columns), strict=True))

@@ -1,4 +1,4 @@
-"""What is minimised: the examples of several runs, and how the model turns vectors into losses and gradients."""
+"""The minimisation problem of several runs: their examples, and losses and gradients as functions of x."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 class Problem:
     """Runs over examples of their own: one batch for all of them, and for every layer they are minimised at.
 
-    What depends on the model is worked out when it is first needed, within `frozen(layout.model)`: what is before the
-    last prompt tokens and whether it can be replayed once, the size of the activation once a layer.
+    Work that needs the model is done at the first use, within `frozen(layout.model)`: the prefixes and the test of the
+    replay once, the root mean square of the activation once a layer. Runs may also be held out: never minimised, only
+    given to `losses`, as the folds of a cross-validation are.
 
     Args:
         sets: the examples of each run.
@@ -71,11 +72,11 @@ class Problem:
         self._known: dict[int, tuple[Forward, torch.Tensor]] = {}
 
     def unit(self, layer: int) -> torch.Tensor:
-        """What x is multiplied by to give Δ, for each run: [R, 1, 1]."""
+        """The factor rms of Δ = rms * x for each run, 1 if penalties are absolute: [R, 1, 1]."""
         return self._at(layer)[1]
 
     def shape(self, layer: int) -> tuple[int, ...]:
-        """Of one x, [H, d]; without heads the whole vector is one group."""
+        """The shape [H, d] of one x; at sites without heads the whole vector is one group, [1, hidden]."""
         shape = self.layout.shape(layer, self._settings.site)
         return shape if len(shape) == 2 else (1, *shape)
 
@@ -120,14 +121,14 @@ class Problem:
         return self._known[layer]
 
     def _forward(self, layer: int) -> Forward:
-        """The fast path where it gives the plain one's numbers on this model, else the plain one."""
+        """ReplayForward where it gives PlainForward's numbers on this model, else PlainForward."""
         if self._replay is None:
             self._replay = self._replayable()
         arguments = self.layout, self._batch, layer, self._settings.site, self._settings.batch_size
         return ReplayForward(*arguments, self._prefixes) if self._replay else PlainForward(*arguments)
 
     def _replayable(self) -> bool:
-        """Tried at the highest layer: what enters it has gone through the blocks below, replayed."""
+        """Whether a replay gives the plain numbers at the highest layer, which depends on all replayed blocks."""
         arguments = self.layout, self._batch, self._highest, self._settings.site, self._settings.batch_size
         difference = ReplayForward(*arguments, self._prefixes).difference_from(PlainForward(*arguments))
         if not isinstance(difference, str):

@@ -14,6 +14,7 @@ import transformers
 
 from laai_core.example import Example
 from laai_core.locate import Layout
+from laai_core.version import __version__
 
 
 def model_facts(layout: Layout, layer: int) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def examples_sha256(examples: Sequence[Example]) -> str:
 def versions() -> dict[str, str]:
     """Versions of the software that decides a training's numbers."""
     return {
+        "laai": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

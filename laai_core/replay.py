@@ -1,8 +1,8 @@
 """The fast path: everything before the last prompt token is constant, so it runs once.
 
-A prompt's tokens before its last go through the model once; their keys and values stay. A step then runs only
+A prompt's tokens before its last go through the model once; their keys and values are kept. A step then runs only
 [last prompt token + targets] through layers >= l, forward and backward, against those keys and values, which are read
-and never appended to. The model's own forward does it: the blocks below l are stood in for by what they gave before.
+and never appended to. The model's own forward does it; the blocks below l return their recorded output.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from laai_core.forward import Forward, Part
 from laai_core.hooks import attached, recorded, with_hidden
 from laai_core.locate import Layout
 
-# What other people's model code raises when it is called in a way it does not know.
+# Raised by model code that is called with arguments, or a cache, that it does not support.
 _REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 Text = tuple[int, tuple[int, ...]]  # tokens in the prompt, then all tokens of a row
@@ -30,16 +30,16 @@ Text = tuple[int, tuple[int, ...]]  # tokens in the prompt, then all tokens of a
 
 @dataclass(frozen=True)
 class _Suffixes:
-    """Distinct texts from their last prompt token on, and all that the model needs to go on from there."""
+    """Distinct texts from their last prompt token on, with the model's arguments and the cache of their prefixes."""
 
     number: dict[Text, int]
     inputs: dict[str, torch.Tensor]  # tokens [U, T], mask [U, P + T] over prefixes too, positions [U, T]
     cache: Any  # of the distinct prefixes, None where all are empty
     prefix: torch.Tensor  # [U]: which of them a text has
-    entering: dict[int, Any]  # layer: what the block below it returned, [U, T, hidden], or a tuple that begins with it
+    entering: dict[int, Any]  # layer: the output of the block below it, [U, T, hidden], or a tuple that begins with it
 
-    def of(self, texts: Sequence[Text], layer: int) -> tuple[dict[str, Any], Any]:
-        """The model's arguments and what enters a layer, a row for each of some texts, repeats allowed."""
+    def take(self, texts: Sequence[Text], layer: int) -> tuple[dict[str, Any], Any]:
+        """The model's arguments and the hidden states that enter a layer: a row for each text, repeats allowed."""
         rows = torch.tensor([self.number[text] for text in texts], device=self.prefix.device)
         inputs: dict[str, Any] = {name: tensor[rows] for name, tensor in self.inputs.items()}
         inputs |= {"past_key_values": None, "use_cache": self.cache is not None}
@@ -66,19 +66,19 @@ class Prefixes:
     def suffixes(self, rows: Sequence[int], layer: int, batch_size: int) -> tuple[dict[str, Any], Any]:
         """The model's arguments for some rows (ascending), and what enters `layer`.
 
-        Runs as many of the batch's rows at once as may go through the model together, so that the rows of fewer runs,
-        or of another layer, find what they need.
+        Runs the whole chunk of `batch_size` rows that they are in and keeps it: later steps with fewer active runs,
+        and other layers, take their rows from it.
         """
         texts = [self.texts[row] for row in rows]
         start = rows[0] // batch_size * batch_size
         if rows[-1] >= start + batch_size:
-            return _run(self._layout, texts, [layer]).of(texts, layer)
-        # Where memory ran out, what was made for larger batches must not stay in it.
+            return _run(self._layout, texts, [layer]).take(texts, layer)
+        # After memory ran out, chunks of the larger batch size must not stay in it.
         self._kept = {key: suffixes for key, suffixes in self._kept.items() if key[1] == batch_size}
         if (start, batch_size) not in self._kept:
-            together = self.texts[start : start + batch_size]
-            self._kept[start, batch_size] = _run(self._layout, together, self._layers)
-        return self._kept[start, batch_size].of(texts, layer)
+            chunk = self.texts[start : start + batch_size]
+            self._kept[start, batch_size] = _run(self._layout, chunk, self._layers)
+        return self._kept[start, batch_size].take(texts, layer)
 
 
 class ReplayForward(Forward):
@@ -120,7 +120,7 @@ class ReplayForward(Forward):
     def _logits(self, part: Part, edit: Edit) -> torch.Tensor:
         inputs, entering = part.inputs
         with (
-            _standing_in(self._layout, self._layer, entering),
+            _replayed(self._layout, self._layer, entering),
             _read_at(self._layout, part),
             hooked(self._layout, edit, part.lengths),
         ):
@@ -131,7 +131,7 @@ class ReplayForward(Forward):
 
 
 def _run(layout: Layout, texts: Sequence[Text], layers: Sequence[int]) -> _Suffixes:
-    """Run the prefixes, then the suffixes once for what enters `layers`; what is there twice runs once."""
+    """Run the distinct prefixes for their cache, then the distinct suffixes for what enters `layers`."""
     device = layout.device
     distinct = list(dict.fromkeys(texts))
     prefixes = list(dict.fromkeys(ids[: prompt - 1] for prompt, ids in distinct))
@@ -148,13 +148,13 @@ def _run(layout: Layout, texts: Sequence[Text], layers: Sequence[int]) -> _Suffi
     before = torch.tensor([prompt - 1 for prompt, _ in distinct], device=device)
     inputs = model_inputs(layout, tokens, mask, prefix_mask, before)
     suffixes = _Suffixes({text: row for row, text in enumerate(distinct)}, inputs, cache, owner, {0: None})
-    everything, _ = suffixes.of(distinct, 0)
+    everything, _ = suffixes.take(distinct, 0)
     suffixes.entering.update(_entering(layout, everything, layers))
     return suffixes
 
 
 def _entering(layout: Layout, inputs: dict[str, Any], layers: Sequence[int]) -> dict[int, Any]:
-    """What the blocks below `layers` return; there is none below layer 0, which the embedding feeds."""
+    """The outputs of the blocks below `layers`; layer 0 has none, it is fed by the embedding."""
     below = {layer: layout.blocks[layer - 1] for layer in set(layers) if layer}
     with recorded(below) as outputs:
         if below:
@@ -163,7 +163,7 @@ def _entering(layout: Layout, inputs: dict[str, Any], layers: Sequence[int]) -> 
 
 
 def _taken(output: Any, rows: torch.Tensor) -> Any:
-    """Rows of what a block returned."""
+    """Rows of a block's output."""
     if isinstance(output, tuple):
         return tuple(_taken(part, rows) for part in output)
     return output[rows.to(output.device)] if isinstance(output, torch.Tensor) else output
@@ -182,8 +182,8 @@ def _read_at(layout: Layout, part: Part) -> Iterator[None]:
 
 
 @contextmanager
-def _standing_in(layout: Layout, layer: int, entering: Any) -> Iterator[None]:
-    """Blocks below `layer` return what they got, the last of them what it gave before: no work, no gradients."""
+def _replayed(layout: Layout, layer: int, entering: Any) -> Iterator[None]:
+    """Blocks below `layer` return their input, the last of them its recorded output: no work and no gradients."""
 
     def passed_on(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return with_hidden(entering, hidden)

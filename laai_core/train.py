@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from laai_core.errors import Interrupted, LaaiError, NotFinite
+from laai_core.errors import Interrupted, LaaiError, NotFinite, Unfinished
 from laai_core.example import Example
 from laai_core.hooks import frozen
 from laai_core.intervention import Intervention
@@ -101,7 +101,7 @@ def train_many(
         (Problem(layout, tokenizer, sets, layers, shared), layers) for sets, layers in _same_examples(jobs, at_layer)
     ]
     results: dict[int, TrainResult] = {}
-    failed: NotFinite | None = None
+    failed: Unfinished | None = None
     with ExitStack() as stack:
         stack.enter_context(frozen(layout.model))
         verify_causal(layout)
@@ -151,16 +151,16 @@ def _at_layer(
     starts: torch.Tensor,
     settings: Settings,
     report: Callable[[dict[int, Step]], None],
-) -> tuple[list[TrainResult], NotFinite | Interrupted | None]:
+) -> tuple[list[TrainResult], Unfinished | None]:
     """The results of the jobs of one layer, and what ended some of them before their time."""
     unit = problem.unit(layer)
     start = starts.view(len(jobs), *problem.shape(layer)) / unit
     l1, group, lr = torch.tensor([(job.l1, job.group, job.lr) for job in jobs]).T.view(3, -1, 1, 1)
     options = settings.steps, range(len(jobs)), settings.optimizer, lr, settings.tolerance, report
-    unfinished: NotFinite | Interrupted | None = None
+    unfinished: Unfinished | None = None
     try:
         solutions = problem.minimise(layer, start, Penalty(l1, group), *options)
-    except (NotFinite, Interrupted) as error:
+    except Unfinished as error:
         unfinished, solutions = error, error.results
     rms = unit.flatten().tolist()
     return [_result(problem, layer, settings, *each) for each in zip(jobs, solutions, rms, strict=True)], unfinished

@@ -407,6 +407,7 @@ def test_metadata_says_how_it_was_made(tmp_path):
     assert training["stationarity"] == pytest.approx(result.stationarity)
     assert training["dtype"] == "float32"
     assert training["versions"]["torch"] == torch.__version__
+    assert training["versions"]["laai"] == laai.__version__
     zeros = (result.intervention.vector(LAYER) == 0).double().mean()
     assert training["sparsity"] == pytest.approx(float(zeros))
     assert len(training["examples_sha256"]) == 64
