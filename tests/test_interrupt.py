@@ -19,8 +19,10 @@ import crashing
 import pytest
 import torch
 from tiny import HEADS, head_dim, tiny_model, tiny_tokenizer
+from tqdm import tqdm
 
 import laai_core as laai
+from lm_eval_laai.commands import cli
 from laai_core.data import load_task
 from laai_core.errors import Interrupted, NotFinite
 from laai_core.forward import Forward
@@ -263,6 +265,19 @@ def test_a_folder_of_interventions_does_not_count_what_was_stopped(tmp_path):
 
 
 # The console script
+
+
+def test_the_line_comes_behind_the_bars_of_what_was_stopped(capfd):
+    def command(arguments):
+        bar = tqdm(total=2)  # as the harness draws its own
+        bar.update()
+        raise KeyboardInterrupt
+
+    parser, commands = cli.make_parser("laai")
+    commands.add_parser("work").set_defaults(command=command)
+    assert cli.run(parser, ["work"]) == 130
+    out, err = capfd.readouterr()
+    assert out == "" and err.splitlines()[-1] == "laai: error: interrupted"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to another process")

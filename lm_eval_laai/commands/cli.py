@@ -42,14 +42,18 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         _check_output(getattr(arguments, "output", None))
         report = arguments.command(arguments)
+        why = None
     except WorkFailed as error:
-        return _stop(error, FAILED)
+        why, code = str(error), FAILED
     except LaaiError as error:
-        return _stop(error, BAD_INPUT)
+        why, code = str(error), BAD_INPUT
     except torch.OutOfMemoryError as error:
-        return _stop(f"out of memory: {error}", FAILED)
+        why, code = f"out of memory: {error}", FAILED
     except KeyboardInterrupt as interrupt:
-        return _stop(str(interrupt) or "interrupted", INTERRUPTED)
+        why, code = str(interrupt) or "interrupted", INTERRUPTED
+    if why is not None:
+        # Not in the except clauses: bars of the frames that an exception holds would be drawn behind the line.
+        return _stop(why, code)
     if report is None:  # where several processes were launched, one of them reports
         return DONE
     print(json.dumps(report.facts, indent=2) if arguments.json else report.text)
@@ -67,6 +71,6 @@ def _check_output(name: str | None) -> None:
         raise LaaiError(f"--output {name!r:.80}: expected a path, not empty and without line breaks")
 
 
-def _stop(error: object, code: int) -> int:
-    print(f"laai: error: {' '.join(str(error).split())}", file=sys.stderr)
+def _stop(why: str, code: int) -> int:
+    print(f"laai: error: {' '.join(why.split())}", file=sys.stderr)
     return code
