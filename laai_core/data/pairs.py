@@ -29,6 +29,11 @@ def data_folder(data: str | os.PathLike[str] | None = None) -> Path:
         return Path(data).expanduser()
     if os.environ.get("LAAI_DATA"):
         return Path(os.environ["LAAI_DATA"]).expanduser()
+    return user_cache()
+
+
+def user_cache() -> Path:
+    """This project's folder in the user's cache: $XDG_CACHE_HOME, or else ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "laai"
 
 

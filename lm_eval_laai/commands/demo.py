@@ -29,12 +29,12 @@ from lm_eval_laai.commands.train import (
 )
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.inspection.plot import can_plot, heat_map
+from lm_eval_laai.known_models.folder import reference_model
 from lm_eval_laai.register import register
 from lm_eval_laai.tasks import TaskInfo, include_path, list_tasks
 
 SHOTS = 10  # solved examples in the prompt, and training examples: the same ones
 GROUP = "laai_lexicon"
-REFERENCE_MODEL = Path("reference_model", "weights")
 SETTINGS = {"zero_shot": "zero-shot", "ten_shot": "ten-shot", "delta": "Δ"}  # file name: title
 
 Score = tuple[float, float]  # mean, standard error
@@ -95,18 +95,6 @@ def _chosen(names: Sequence[str]) -> list[TaskInfo]:
     return [task for task in known if task.name in names or task.group in names]
 
 
-def reference_model() -> str:
-    """The repository's model: from the current folder, or from the clone this package is run from."""
-    clone = Path(__file__).resolve().parents[2]
-    for path in (REFERENCE_MODEL, clone / REFERENCE_MODEL):
-        if (path / "config.json").is_file():
-            return str(path)
-    raise LaaiError(
-        f"no {REFERENCE_MODEL} here: the reference model is in the repository, not in the package; "
-        f"run this in a clone, or point --model at a model folder"
-    )
-
-
 def _train_all(
     source: ModelSource, splits: dict[str, Split], layer: int, seed: int, output: Path
 ) -> dict[str, dict[str, Any]]:
@@ -132,9 +120,11 @@ class _Harness:
     def __init__(self, source: ModelSource, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self._device = str(source.checked_device())
-        self._model_args: dict[str, Any] = {"pretrained": source.name, "dtype": source.dtype}
+        self._model_args: dict[str, Any] = {"pretrained": source.pretrained, "dtype": source.dtype}
         if source.revision:
             self._model_args["revision"] = source.revision
+        if source.gguf_file:
+            self._model_args["gguf_file"] = source.gguf_file
         if source.trust_remote_code:
             self._model_args["trust_remote_code"] = True
 

@@ -69,10 +69,11 @@ class Setting:
     @cached_property
     def model(self) -> dict[str, Any]:
         """What identifies the model: the files of a folder, or a commit on the Hub."""
-        folder = Path(self.source.name)
+        folder = Path(self.source.pretrained)
+        gguf = {} if self.source.gguf_file is None else {"gguf_file": self.source.gguf_file}
         if folder.is_dir():
-            return {"sha256": _folder_sha256(folder)}
-        return {"hub": self.source.name, "commit": getattr(self.source.config(), "_commit_hash", None)}
+            return {"sha256": _folder_sha256(folder, self.source.gguf_file), **gguf}
+        return {**gguf, "hub": self.source.name, "commit": getattr(self.source.config(), "_commit_hash", None)}
 
     @cached_property
     def _shared(self) -> dict[str, Any]:
@@ -112,9 +113,9 @@ def _test_sha256(data_set: str, data: str | None) -> str:
     return examples_sha256(_split(data_set, 0, 1, data).test)
 
 
-def _folder_sha256(folder: Path) -> str:
+def _folder_sha256(folder: Path, gguf_file: str | None) -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES or p.name == gguf_file):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(1 << 24):

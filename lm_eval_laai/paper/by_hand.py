@@ -36,13 +36,20 @@ def by_hand(setting: Setting, cell: Cell) -> list[str]:
         words += ["--limit", str(setting.limit)]
     soft_prompt = any(fit.method == "soft_prompt" for fit in cell.fits)
     words += ["--batch_size", "1" if soft_prompt else str(setting.batch_size)]
-    return [*lines, f'{shlex.join(words)} --include_path "$(laai tasks --include-path)"']
+    line = shlex.join(words)
+    if setting.source.name != setting.source.pretrained:  # a known model, whose name only `laai` knows
+        (model_args,) = (word for word in words if word.startswith("pretrained="))
+        folder = f"pretrained=$(laai models path {setting.source.name})"
+        rest = model_args.removeprefix(f"pretrained={setting.source.name}")
+        line = line.replace(shlex.quote(model_args), f'"{folder}{rest}"')
+    return [*lines, f'{line} --include_path "$(laai tasks --include-path)"']
 
 
 def _train(setting: Setting, fit: Fit) -> str:
     words = ["laai", "train", "--model", setting.source.name, "--task", task_info(fit.task).data_set]
     for flag, value in (
         ("--revision", setting.source.revision),
+        ("--gguf-file", setting.source.gguf_file),
         ("--dtype", None if setting.source.dtype == "auto" else setting.source.dtype),
         ("--data", setting.data),
         ("--method", None if fit.method == "laai" else fit.method),
@@ -70,6 +77,8 @@ def _model_arguments(setting: Setting) -> list[str]:
     arguments = [f"pretrained={source.name}"]
     if source.revision:
         arguments.append(f"revision={source.revision}")
+    if source.gguf_file:
+        arguments.append(f"gguf_file={source.gguf_file}")
     if source.dtype != "auto":
         arguments.append(f"dtype={source.dtype}")
     return arguments
