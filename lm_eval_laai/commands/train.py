@@ -212,7 +212,7 @@ def _train(arguments: argparse.Namespace, split: Split) -> Report:
         split.train,
         layer=layer,
         seed=arguments.seed,
-        task=f"laai_{arguments.task}",
+        task=f"laai_{split.name}",
         progress=True,
         **options,
     )

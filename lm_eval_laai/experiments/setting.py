@@ -46,13 +46,19 @@ class Setting:
     def fit_identity(self, fit: Fit) -> dict[str, Any]:
         """Everything a fit depends on."""
         examples = self.split(fit.task, fit.seed, fit.n_train).train
-        return {**asdict(fit), "examples_sha256": examples_sha256(examples), **self._shared}
+        # By its name alone: what the examples are, wherever their file lies, the sums say.
+        return {
+            **asdict(fit),
+            "task": task_info(fit.task).name,
+            "examples_sha256": examples_sha256(examples),
+            **self._shared,
+        }
 
     def cell_identity(self, cell: Cell) -> dict[str, Any]:
         """Everything a cell's score depends on."""
         shots = None if cell.seed is None else examples_sha256(self.split(cell.task, cell.seed, cell.shots).train)
         return {
-            "task": cell.task,
+            "task": task_info(cell.task).name,
             "shots": cell.shots,
             "seed": cell.seed,
             "shots_sha256": shots,
@@ -97,10 +103,15 @@ def _tasks() -> dict[str, TaskInfo]:
 
 
 def task_info(task: str) -> TaskInfo:
-    """What the YAML of a harness task says. LaaiError for an unknown name."""
-    if task not in _tasks():
+    """What the YAML of a harness task says; `laai_pairs:FILE` has the data set `pairs:FILE`.
+
+    LaaiError for an unknown name.
+    """
+    name, colon, rest = task.partition(":")
+    if name not in _tasks():
         raise LaaiError(f"no task named {task!r}: `laai tasks` lists them")
-    return _tasks()[task]
+    info = _tasks()[name]
+    return info._replace(data_set=f"{info.data_set}{colon}{rest}")
 
 
 @cache
