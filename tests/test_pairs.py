@@ -207,8 +207,9 @@ def test_identities_are_of_the_pairs_and_not_of_the_place(file: Path, tmp_path: 
     copy = tmp_path / "elsewhere.json"
     copy.write_bytes(file.read_bytes())
     assert identity(copy) == identity(file)
-    copy.write_text(json.dumps([{"input": a, "output": f"{b}!"} for a, b in WORDS.items()]))
-    assert identity(copy) != identity(file)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([{"input": a, "output": f"{b}!"} for a, b in WORDS.items()]))
+    assert identity(other) != identity(file)
     assert Store(tmp_path).fit_path(Fit(f"laai_pairs:{file}", "laai", 0, 5), {}).parent == tmp_path / "fits"
 
 

@@ -152,7 +152,8 @@ def load_task(name: str, seed: int = 0, n_train: int = 10, data: str | os.PathLi
 
     `pairs:FILE.json` is a word task of the file's pairs, or of a bundled set's; its split is called `pairs:` and the
     file's name without its folder. Word tasks: prompts `Q: {input}\\nA:` and targets ` {output}`. Opinion tasks:
-    `Question: ...\\nA. ...\\nAnswer:`, options ` A`, ` B`, ... and the group's distribution. The same examples in `train`'s order are the few-shot ones.
+    `Question: ...\\nA. ...\\nAnswer:`, options ` A`, ` B`, ... and the group's distribution. The same examples in
+    `train`'s order are the few-shot ones.
     Raises LaaiError for an unknown name, missing or malformed data, or an n_train outside 1..pool.
     """
     if is_opinion_task(name):
