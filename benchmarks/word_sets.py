@@ -55,30 +55,31 @@ understand:understood wear:wore weave:wove weep:wept win:won wring:wrung write:w
 CAPITALS = """
 Afghanistan: Kabul; Albania: Tirana; Algeria: Algiers; Andorra: Andorra la Vella; Angola: Luanda
 Argentina: Buenos Aires; Armenia: Yerevan; Australia: Canberra; Austria: Vienna; Azerbaijan: Baku; Bahrain: Manama
-Bangladesh: Dhaka; Barbados: Bridgetown; Belarus: Minsk; Belgium: Brussels; Belize: Belmopan; Bhutan: Thimphu; Botswana: Gaborone
-Brazil: Brasilia; Brunei: Bandar Seri Begawan; Bulgaria: Sofia; Burkina Faso: Ouagadougou; Cambodia: Phnom Penh
-Cameroon: Yaounde; Canada: Ottawa; Cape Verde: Praia; Central African Republic: Bangui; Chad: N'Djamena
-Chile: Santiago; China: Beijing; Colombia: Bogota; Comoros: Moroni; Costa Rica: San Jose; Croatia: Zagreb; Cuba: Havana
-Cyprus: Nicosia; Denmark: Copenhagen; Djibouti: Djibouti; Dominica: Roseau; Dominican Republic: Santo Domingo; Ecuador: Quito
-Egypt: Cairo; El Salvador: San Salvador; Eritrea: Asmara; Estonia: Tallinn; Ethiopia: Addis Ababa; Fiji: Suva
-Finland: Helsinki; France: Paris; Gabon: Libreville; Georgia: Tbilisi; Germany: Berlin; Ghana: Accra; Greece: Athens
-Grenada: Saint George's; Guatemala: Guatemala City; Guinea: Conakry; Guinea-Bissau: Bissau; Guyana: Georgetown
-Haiti: Port-au-Prince; Honduras: Tegucigalpa; Hungary: Budapest; Iceland: Reykjavik; India: New Delhi; Iran: Tehran
-Iraq: Baghdad; Ireland: Dublin; Italy: Rome; Jamaica: Kingston; Japan: Tokyo; Jordan: Amman; Kenya: Nairobi
-Kiribati: Tarawa; Kuwait: Kuwait City; Kyrgyzstan: Bishkek; Laos: Vientiane; Latvia: Riga; Lebanon: Beirut
-Lesotho: Maseru; Liberia: Monrovia; Libya: Tripoli; Liechtenstein: Vaduz; Lithuania: Vilnius; Luxembourg: Luxembourg
-Madagascar: Antananarivo; Malawi: Lilongwe; Maldives: Male; Mali: Bamako; Malta: Valletta; Marshall Islands: Majuro
-Mauritania: Nouakchott; Mauritius: Port Louis; Mexico: Mexico City; Micronesia: Palikir; Moldova: Chisinau
-Monaco: Monaco; Mongolia: Ulaanbaatar; Montenegro: Podgorica; Morocco: Rabat; Mozambique: Maputo; Namibia: Windhoek
-Nepal: Kathmandu; Netherlands: Amsterdam; New Zealand: Wellington; Nicaragua: Managua; Niger: Niamey; Nigeria: Abuja
+Bangladesh: Dhaka; Barbados: Bridgetown; Belarus: Minsk; Belgium: Brussels; Belize: Belmopan; Bhutan: Thimphu
+Botswana: Gaborone; Brazil: Brasilia; Brunei: Bandar Seri Begawan; Bulgaria: Sofia; Burkina Faso: Ouagadougou
+Cambodia: Phnom Penh; Cameroon: Yaounde; Canada: Ottawa; Cape Verde: Praia; Central African Republic: Bangui
+Chad: N'Djamena; Chile: Santiago; China: Beijing; Colombia: Bogota; Comoros: Moroni; Costa Rica: San Jose
+Croatia: Zagreb; Cuba: Havana; Cyprus: Nicosia; Denmark: Copenhagen; Djibouti: Djibouti; Dominica: Roseau
+Dominican Republic: Santo Domingo; Ecuador: Quito; Egypt: Cairo; El Salvador: San Salvador; Eritrea: Asmara
+Estonia: Tallinn; Ethiopia: Addis Ababa; Fiji: Suva; Finland: Helsinki; France: Paris; Gabon: Libreville
+Georgia: Tbilisi; Germany: Berlin; Ghana: Accra; Greece: Athens; Grenada: Saint George's; Guatemala: Guatemala City
+Guinea: Conakry; Guinea-Bissau: Bissau; Guyana: Georgetown; Haiti: Port-au-Prince; Honduras: Tegucigalpa
+Hungary: Budapest; Iceland: Reykjavik; India: New Delhi; Iran: Tehran; Iraq: Baghdad; Ireland: Dublin; Italy: Rome
+Jamaica: Kingston; Japan: Tokyo; Jordan: Amman; Kenya: Nairobi; Kiribati: Tarawa; Kuwait: Kuwait City
+Kyrgyzstan: Bishkek; Laos: Vientiane; Latvia: Riga; Lebanon: Beirut; Lesotho: Maseru; Liberia: Monrovia
+Libya: Tripoli; Liechtenstein: Vaduz; Lithuania: Vilnius; Luxembourg: Luxembourg; Madagascar: Antananarivo
+Malawi: Lilongwe; Maldives: Male; Mali: Bamako; Malta: Valletta; Marshall Islands: Majuro; Mauritania: Nouakchott
+Mauritius: Port Louis; Mexico: Mexico City; Micronesia: Palikir; Moldova: Chisinau; Monaco: Monaco
+Mongolia: Ulaanbaatar; Montenegro: Podgorica; Morocco: Rabat; Mozambique: Maputo; Namibia: Windhoek; Nepal: Kathmandu
+Netherlands: Amsterdam; New Zealand: Wellington; Nicaragua: Managua; Niger: Niamey; Nigeria: Abuja
 North Korea: Pyongyang; North Macedonia: Skopje; Norway: Oslo; Oman: Muscat; Pakistan: Islamabad; Palau: Ngerulmud
 Panama: Panama City; Papua New Guinea: Port Moresby; Paraguay: Asuncion; Peru: Lima; Philippines: Manila
 Poland: Warsaw; Portugal: Lisbon; Qatar: Doha; Romania: Bucharest; Russia: Moscow; Rwanda: Kigali
-Saint Kitts and Nevis: Basseterre; Saint Lucia: Castries; Saint Vincent and the Grenadines: Kingstown; Samoa: Apia; San Marino: San Marino
-Saudi Arabia: Riyadh; Senegal: Dakar; Serbia: Belgrade; Seychelles: Victoria; Sierra Leone: Freetown
-Singapore: Singapore; Slovakia: Bratislava; Slovenia: Ljubljana; Solomon Islands: Honiara; Somalia: Mogadishu
-South Korea: Seoul; South Sudan: Juba; Spain: Madrid; Sudan: Khartoum; Suriname: Paramaribo; Sweden: Stockholm
-Switzerland: Bern; Syria: Damascus; Tajikistan: Dushanbe; Thailand: Bangkok; The Bahamas: Nassau
+Saint Kitts and Nevis: Basseterre; Saint Lucia: Castries; Saint Vincent and the Grenadines: Kingstown; Samoa: Apia
+San Marino: San Marino; Saudi Arabia: Riyadh; Senegal: Dakar; Serbia: Belgrade; Seychelles: Victoria
+Sierra Leone: Freetown; Singapore: Singapore; Slovakia: Bratislava; Slovenia: Ljubljana; Solomon Islands: Honiara
+Somalia: Mogadishu; South Korea: Seoul; South Sudan: Juba; Spain: Madrid; Sudan: Khartoum; Suriname: Paramaribo
+Sweden: Stockholm; Switzerland: Bern; Syria: Damascus; Tajikistan: Dushanbe; Thailand: Bangkok; The Bahamas: Nassau
 The Gambia: Banjul; Togo: Lome; Tonga: Nuku'alofa; Trinidad and Tobago: Port of Spain; Tunisia: Tunis; Turkey: Ankara
 Turkmenistan: Ashgabat; Tuvalu: Funafuti; Uganda: Kampala; Ukraine: Kyiv; United Arab Emirates: Abu Dhabi
 United Kingdom: London; United States: Washington; Uruguay: Montevideo; Uzbekistan: Tashkent; Vanuatu: Port Vila
@@ -89,8 +90,8 @@ SPELLINGS = {
     ("our", "or"): """
 arbour ardour armour behaviour candour clamour clamoured colour coloured colourful colouring demeanour discolour
 dishonour enamour endeavour favour favourable favoured favourite fervour flavour flavoured flavouring harbour honour
-honourable honoured humour labour labourer misbehaviour neighbour neighbourhood neighbouring odour parlour rancour rigour rumour
-saviour savour savoury splendour succour tumour valour vapour vigour watercolour""",
+honourable honoured humour labour labourer misbehaviour neighbour neighbourhood neighbouring odour parlour rancour
+rigour rumour saviour savour savoury splendour succour tumour valour vapour vigour watercolour""",
     ("tre", "ter"): """
 calibre:caliber centimetre centre fibre:fiber kilometre litre lustre manoeuvre:maneuver meagre:meager metre millimetre
 mitre ochre:ocher reconnoitre sabre:saber sceptre sombre:somber spectre theatre""",
