@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from laai_core.data.tasks import OPINIONQA_GROUP, PAIRS
+
 NO_GROUP = "-"
 
 
@@ -41,9 +43,20 @@ def list_tasks() -> list[TaskInfo]:
 def harness_task(task: str) -> str:
     """What the harness calls a task, and what an intervention folder's files are called.
 
-    What is behind a colon says which group's opinions: to the harness that is metadata.
+    What is behind a colon says which word pairs, or which group's opinions: to the harness that is metadata.
     """
     return f"laai_{task.partition(':')[0]}"
+
+
+def task_metadata(task: str) -> dict[str, str]:
+    """What the harness's --metadata says of a task, with or without laai_, whose name goes on behind a colon."""
+    name, _, rest = task.removeprefix("laai_").partition(":")
+    if name == PAIRS:
+        return {"file": rest}
+    if name == OPINIONQA_GROUP:
+        attribute, _, group = rest.partition("=")
+        return {"attribute": attribute, "group": group}
+    return {}
 
 
 def _info(config: dict[str, Any], group: str) -> TaskInfo:

@@ -7,18 +7,29 @@ from typing import Any
 from datasets import Dataset
 
 from laai_core.data import load_task
-from laai_core.data.tasks import OPINIONQA_GROUP, opinionqa_group, split_opinions
+from laai_core.data.tasks import OPINIONQA_GROUP, PAIRS, opinionqa_group, split_opinions
 from laai_core.errors import LaaiError
 from lm_eval_laai import metrics
 
 
-def load(laai_task: str, seed: int = 0, n_train: int = 10, data: str | None = None, **_: Any) -> dict[str, Dataset]:
+def load(
+    laai_task: str,
+    seed: int = 0,
+    n_train: int = 10,
+    data: str | None = None,
+    file: str | None = None,
+    **_: Any,
+) -> dict[str, Dataset]:
     """The splits `train` (the few-shot examples: what an intervention is trained on) and `test` of a data set.
 
     The harness passes a task's metadata, over which it has laid every model argument (`pretrained=...`) and then
     --metadata. Hence `**_`; and hence `laai_task`, since an argument of that name belongs to no model, so that none
-    replaces the data set.
+    replaces the data set. `file` says which word pairs, where the task leaves that open.
     """
+    if laai_task == PAIRS:
+        if file is None:
+            raise LaaiError(f'laai_{PAIRS}: expected a file, for example --metadata \'{{"file":"words.json"}}\'')
+        laai_task = f"{PAIRS}:{file}"
     split = load_task(laai_task, seed=seed, n_train=n_train, data=None if data is None else str(data))
     return {
         name: Dataset.from_dict(

@@ -11,9 +11,14 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+import huggingface_hub.constants
 import yaml
 
 TOKEN = "hf_fake_write_token"
@@ -58,6 +63,31 @@ class FakeHub:
         self._server.server_close()
 
 
+def set_offline(monkeypatch, offline: bool) -> None:
+    """Switch the client's offline mode."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    # huggingface_hub 0.x decides when it opens a session.
+    getattr(huggingface_hub.utils._http, "reset_sessions", lambda: None)()
+
+
+@contextmanager
+def reachable_hub(monkeypatch, folder: Path) -> Iterator[FakeHub]:
+    """A Hub that the client of this process talks to, with an empty cache in `folder` and no login."""
+    constants = huggingface_hub.constants
+    with FakeHub() as server:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        # huggingface_hub 0.x keeps a copy of its own.
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        set_offline(monkeypatch, False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not HTTP of the Hub's own
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server
+
+
 def is_large(path: str) -> bool:
     return path.endswith(".safetensors")
 
@@ -90,6 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(500, {"error": "broken"})
         routes = [
             (r"GET /api/models/(\w[\w.-]*/[\w.-]+)(?:/revision/(.+))?", self.info),
+            (r"GET /api/models/(\w[\w.-]*/[\w.-]+)/tree/([^/]+)", self.listing),
             (r"(?:GET|HEAD) /(\w[\w.-]*/[\w.-]+)/resolve/([^/]+)/(.+)", self.resolve),
             (r"(?:GET|HEAD) /objects/(\w+)", self.object),
             (r"POST /api/repos/create", self.create),
@@ -135,6 +166,20 @@ class _Handler(BaseHTTPRequestHandler):
             oid, files = found
             siblings = [{"rfilename": path} for path in sorted(files)]
             self.answer(200, {"id": name, "modelId": name, "sha": oid, "siblings": siblings, "tags": []})
+
+    def listing(self, name: str, revision: str) -> None:
+        """Every file with its size and its hash, which for a large one is its SHA-256."""
+        found = self.tree(name, revision)
+        if not found:
+            return
+        entries = []
+        for path, content in sorted(found[1].items()):
+            entry = {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            if is_large(path):
+                digest = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 100}
+            entries.append(entry)
+        self.answer(200, entries)
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         found = self.tree(name, revision)

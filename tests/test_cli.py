@@ -23,6 +23,7 @@ import laai_core as laai
 from laai_core.data import load_task
 from lm_eval_laai.commands import cli, demo
 from lm_eval_laai.commands import train as train_command
+from lm_eval_laai.known_models import folder
 from lm_eval_laai.tasks import include_path, list_tasks
 
 TASK = "lexicon_antonym"
@@ -488,7 +489,7 @@ def test_demo_refusals(
     assert "laai data fetch" in run("--model", "/no/model", "--tasks", "laai_rule", "--data", tmp_path / "nowhere")
     assert "limit is 1" in run("--model", model, "--limit", 1)
     assert "layers 0 to 2" in run("--model", model, "--layer", 3)
-    monkeypatch.setattr(demo, "REFERENCE_MODEL", Path("nowhere", "weights"))
+    monkeypatch.setattr(folder, "REFERENCE_FOLDER", Path("nowhere", "weights"))
     assert "--model" in run()
     assert list(tmp_path.iterdir()) == []
 

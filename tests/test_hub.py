@@ -12,7 +12,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 import yaml
-from fake_hub import TOKEN, FakeHub, Repository
+from fake_hub import TOKEN, FakeHub, Repository, reachable_hub, set_offline
 from tiny import tiny_model, tiny_tokenizer
 
 import laai_core as laai
@@ -28,27 +28,10 @@ def example(seed: int = 0, **metadata) -> laai.Intervention:
     return laai.Intervention({1: vector}, metadata={"base_model": "org/base", "task": "laai_toy", **metadata})
 
 
-def set_offline(monkeypatch, offline: bool) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-    # huggingface_hub 0.x decides when it opens a session.
-    getattr(huggingface_hub.utils._http, "reset_sessions", lambda: None)()
-
-
 @pytest.fixture()
 def hub(monkeypatch, tmp_path):
     """A Hub that the client of this process talks to, with an empty cache and no login."""
-    constants = huggingface_hub.constants
-    with FakeHub() as server:
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        # huggingface_hub 0.x keeps a copy of its own.
-        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        set_offline(monkeypatch, False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not HTTP of the Hub's own
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+    with reachable_hub(monkeypatch, tmp_path) as server:
         yield server
 
 

@@ -273,9 +273,9 @@ def test_the_line_comes_behind_the_bars_of_what_was_stopped(capfd):
         bar.update()
         raise KeyboardInterrupt
 
-    parser, commands = cli.make_parser("laai")
-    commands.add_parser("work").set_defaults(command=command)
-    assert cli.run(parser, ["work"]) == 130
+    parser = cli.Parser(prog="laai")
+    parser.set_defaults(command=command)
+    assert cli.run(parser, []) == 130
     out, err = capfd.readouterr()
     assert out == "" and err.splitlines()[-1] == "laai: error: interrupted"
 

@@ -112,7 +112,12 @@ def test_every_requirement_is_pinned_within_its_range() -> None:
             name, version = line.split("==")
             pins[name.lower().replace("_", "-")] = version
     extras = CONFIG["options.extras_require"]
-    for line in lines(CONFIG["options"]["install_requires"]) + lines(extras["test"]) + lines(extras["plot"]):
+    for line in (
+        lines(CONFIG["options"]["install_requires"])
+        + lines(extras["test"])
+        + lines(extras["plot"])
+        + lines(extras["gguf"])
+    ):
         requirement = Requirement(line)
         assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), line
 

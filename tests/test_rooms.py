@@ -24,6 +24,7 @@ ROOMS = (
     "lm_eval_laai.methods",
     "lm_eval_laai.gate",
     "lm_eval_laai.judge",
+    "lm_eval_laai.known_models",
     "lm_eval_laai.experiments",
     "lm_eval_laai.paper",
     "lm_eval_laai.commands",

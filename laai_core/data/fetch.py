@@ -50,12 +50,12 @@ def fetch(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LaaiError(f"{folder}: cannot be made ({error.strerror}); expected a writable folder") from error
-    with _alone_in(folder):
+    with alone_in(folder):
         return [_fetch_one(name, folder / name, base_url.rstrip("/"), progress) for name in SHA256]
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """One fetch at a time: two would write into one `.part`, and on into the file it becomes. A killed one lets go."""
     if os.name != "posix":
         yield
@@ -89,7 +89,7 @@ def _fetch_one(name: str, path: Path, base_url: str, progress: bool) -> Path:
             part.unlink()
             raise WorkFailed(f"{url}: SHA-256 is {found}; expected {SHA256[name]}; it was deleted, try again")
         os.replace(part, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
     return path
@@ -168,7 +168,7 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut, where the system can sync a folder at all."""
     if os.name != "posix":
         return

@@ -13,6 +13,7 @@ from laai_core.data.split import item_key
 from laai_core.errors import LaaiError
 
 SETS_FOLDER = "function_vectors"
+WORD_SETS = Path(__file__).with_name("word_sets")
 LONGEST = 1000  # characters of a word: Unicode normalisation takes quadratic time on hostile ones
 
 
@@ -29,6 +30,11 @@ def data_folder(data: str | os.PathLike[str] | None = None) -> Path:
         return Path(data).expanduser()
     if os.environ.get("LAAI_DATA"):
         return Path(os.environ["LAAI_DATA"]).expanduser()
+    return user_cache()
+
+
+def user_cache() -> Path:
+    """This project's folder in the user's cache: $XDG_CACHE_HOME, or else ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "laai"
 
 
@@ -48,6 +54,17 @@ def find_set(file_name: str, data: str | os.PathLike[str] | None = None) -> Path
     )
 
 
+def word_set_names() -> list[str]:
+    """The bundled sets of English word pairs, made by benchmarks/word_sets.py."""
+    return sorted(path.stem for path in WORD_SETS.glob("*.json"))
+
+
+def pairs_file(name: str) -> Path:
+    """The file that `pairs:NAME` means: a path, or where nothing lies there the name of a bundled set."""
+    path = Path(os.path.expanduser(name))
+    return path if path.exists() or name not in word_set_names() else WORD_SETS / f"{name}.json"
+
+
 def read_pairs(path: Path) -> tuple[list[WordPair], str]:
     """Read a JSON list of {"input": ..., "output": ...}; returns the pairs in file order and the file's SHA-256.
 
@@ -56,8 +73,9 @@ def read_pairs(path: Path) -> tuple[list[WordPair], str]:
     """
     try:
         raw = path.read_bytes()
-    except OSError as error:
-        raise LaaiError(f"{path}: cannot be read ({error.strerror}); expected a JSON list of pairs") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise LaaiError(f"{path}: cannot be read ({reason}); expected a JSON list of pairs") from error
     try:
         records = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:

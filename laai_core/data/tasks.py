@@ -10,7 +10,7 @@ import os
 from laai_core.data.lexicon import LEXICON, lexicon_pairs
 from laai_core.data.opinion import Opinion
 from laai_core.data.opinionqa import load_opinionqa
-from laai_core.data.pairs import WordPair, find_set, join_pairs, read_pairs
+from laai_core.data.pairs import WordPair, find_set, join_pairs, pairs_file, read_pairs, word_set_names
 from laai_core.data.split import split_items
 from laai_core.data.survey import TENDENCIES, survey_opinions
 from laai_core.errors import LaaiError
@@ -38,20 +38,30 @@ OPINIONQA = {
     "opinionqa_moderate": ("POLIDEOLOGY", "Moderate"),
     "opinionqa_northeast": ("CREGION", "Northeast"),
 }
-# Any group of OpinionQA: `opinionqa_group:SEX=Female`. What is before the colon is the harness's task.
+# Any file of word pairs: `pairs:FILE.json`. What is before the colon is the harness's task.
+PAIRS = "pairs"
+# Any group of OpinionQA: `opinionqa_group:SEX=Female`. Likewise.
 OPINIONQA_GROUP = "opinionqa_group"
 SURVEY_PREFIX = "survey_"
 
 
 def task_names() -> list[str]:
-    """Every name `load_task` takes: word tasks, then opinion tasks. To `opinionqa_group` :ATTRIBUTE=GROUP is added."""
-    return [*word_task_names(), *OPINIONQA, OPINIONQA_GROUP, *(SURVEY_PREFIX + group for group in TENDENCIES)]
+    """Every name `load_task` takes: word tasks, then opinion tasks.
+
+    To `pairs` :FILE is added, to `opinionqa_group` :ATTRIBUTE=GROUP.
+    """
+    return [*word_task_names(), *opinion_task_names()]
 
 
 def word_task_names() -> list[str]:
-    """The public sets' tasks first, then the lexicon's."""
+    """The public sets' tasks first, then the lexicon's, then `pairs`."""
     public = [*RULES, *COMPOSITIONS]
-    return public + [LEXICON_PREFIX + name for name in public]
+    return public + [LEXICON_PREFIX + name for name in public] + [PAIRS]
+
+
+def opinion_task_names() -> list[str]:
+    """OpinionQA's tasks, then the survey's."""
+    return [*OPINIONQA, OPINIONQA_GROUP, *(SURVEY_PREFIX + group for group in TENDENCIES)]
 
 
 def opinionqa_group(attribute: str, group: str) -> str:
@@ -61,7 +71,7 @@ def opinionqa_group(attribute: str, group: str) -> str:
 
 def is_opinion_task(name: str) -> bool:
     """Whether a name is an opinion task's."""
-    return str(name).partition(":")[0] in set(task_names()) - set(word_task_names())
+    return str(name).partition(":")[0] in opinion_task_names()
 
 
 def load_pairs(name: str, data: str | os.PathLike[str] | None = None) -> tuple[list[WordPair], dict[str, str]]:
@@ -70,6 +80,9 @@ def load_pairs(name: str, data: str | os.PathLike[str] | None = None) -> tuple[l
     `data` is the folder of the public sets (default $LAAI_DATA); the lexicon's tasks need none.
     Raises LaaiError for a name that is no word task's, and for a file that is missing or malformed.
     """
+    kind, _, file = name.partition(":")
+    if kind == PAIRS:
+        return _pairs_of_file(file)
     if name not in word_task_names():
         raise _unknown(name, word_task_names())
     base = name.removeprefix(LEXICON_PREFIX)
@@ -94,6 +107,15 @@ def load_pairs(name: str, data: str | os.PathLike[str] | None = None) -> tuple[l
     return joined, sources
 
 
+def _pairs_of_file(name: str) -> tuple[list[WordPair], dict[str, str]]:
+    if not name:
+        bundled = ", ".join(f"{PAIRS}:{known}" for known in word_set_names())
+        raise LaaiError(f"task {PAIRS!r} names no file; expected {PAIRS}:FILE.json, or a bundled set: {bundled}")
+    path = pairs_file(name)
+    pairs, digest = read_pairs(path)
+    return pairs, {path.name: digest}
+
+
 def rule_prompt(word: str) -> str:
     """The prompt of every word task."""
     return f"Q: {word}\nA:"
@@ -110,7 +132,7 @@ def load_opinions(name: str, data: str | os.PathLike[str] | None = None) -> tupl
     if name in OPINIONQA:
         return load_opinionqa(*OPINIONQA[name], data)
     if base != OPINIONQA_GROUP:
-        raise _unknown(name, [known for known in task_names() if is_opinion_task(known)])
+        raise _unknown(name, opinion_task_names())
     attribute, equals, group = rest.partition("=")
     if not (attribute and equals and group):
         raise LaaiError(f"task {name!r}: expected an attribute and a group, as in {opinionqa_group('SEX', 'Female')}")
@@ -128,17 +150,23 @@ def split_opinions(
 def load_task(name: str, seed: int = 0, n_train: int = 10, data: str | os.PathLike[str] | None = None) -> Split:
     """The named task's split: `n_train` examples drawn by `seed` from the training pool, and all test examples.
 
-    Word tasks: prompts `Q: {input}\\nA:` and targets ` {output}`. Opinion tasks: `Question: ...\\nA. ...\\nAnswer:`,
-    options ` A`, ` B`, ... and the group's distribution. The same examples in `train`'s order are the few-shot ones.
+    `pairs:FILE.json` is a word task of the file's pairs, or of a bundled set's; its split is called `pairs:` and the
+    file's name without its folder. Word tasks: prompts `Q: {input}\\nA:` and targets ` {output}`. Opinion tasks:
+    `Question: ...\\nA. ...\\nAnswer:`, options ` A`, ` B`, ... and the group's distribution. The same examples in
+    `train`'s order are the few-shot ones.
     Raises LaaiError for an unknown name, missing or malformed data, or an n_train outside 1..pool.
     """
     if is_opinion_task(name):
         opinions = split_opinions(name, seed, n_train, data)
         train, test = ([opinion.example() for opinion in part] for part in opinions[:2])
         return Split(train, test, name, seed, opinions[2])
-    if name not in word_task_names():
+    kind, _, file = str(name).partition(":")
+    if kind != PAIRS and name not in word_task_names():
         raise _unknown(name, task_names())
     pairs, sources = load_pairs(name, data)
+    if kind == PAIRS:
+        # Where the file lay says nothing to anyone else, and would make equal trainings unequal files.
+        name = f"{PAIRS}:{pairs_file(file).name}"
     drawn, others = split_items(pairs, lambda pair: pair.input, seed, n_train, name)
 
     def example(pair: WordPair) -> Example:

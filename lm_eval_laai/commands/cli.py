@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from laai_core.errors import LaaiError, WorkFailed
-from lm_eval_laai.commands import check, compose, data, demo, inspect, judge, paper, sweep, tasks, train
+from lm_eval_laai.commands import check, compose, data, demo, inspect, judge, models, paper, sweep, tasks, train
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -29,7 +29,7 @@ def make_parser() -> Parser:
     """A parser with every command."""
     parser = Parser(prog="laai", description="Train, inspect and apply layerwise additive activation interventions.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (train, compose, inspect, data, tasks, demo, check, judge, sweep, paper):
+    for command in (train, compose, inspect, data, models, tasks, demo, check, judge, sweep, paper):
         command.add(commands)
     return parser
 

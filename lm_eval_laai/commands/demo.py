@@ -14,6 +14,7 @@ from typing import Any
 
 from laai_core import storage
 from laai_core.data import load_task
+from laai_core.data.tasks import PAIRS
 from laai_core.errors import LaaiError
 from laai_core.example import Split
 from laai_core.hub import SUFFIX
@@ -29,12 +30,12 @@ from lm_eval_laai.commands.train import (
 )
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.inspection.plot import can_plot, heat_map
+from lm_eval_laai.known_models.folder import reference_model
 from lm_eval_laai.register import register
-from lm_eval_laai.tasks import TaskInfo, include_path, list_tasks
+from lm_eval_laai.tasks import TaskInfo, harness_task, include_path, list_tasks, task_metadata
 
 SHOTS = 10  # solved examples in the prompt, and training examples: the same ones
 GROUP = "laai_lexicon"
-REFERENCE_MODEL = Path("reference_model", "weights")
 SETTINGS = {"zero_shot": "zero-shot", "ten_shot": "ten-shot", "delta": "Δ"}  # file name: title
 
 Score = tuple[float, float]  # mean, standard error
@@ -45,7 +46,9 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("demo", help="train a Δ for each lexicon rule; compare with zero-shot and ten-shot")
     parser.set_defaults(command=_command)
     add_model_arguments(parser, required=False)
-    parser.add_argument("--tasks", nargs="+", default=[GROUP], metavar="TASK", help=f"or groups (default: {GROUP})")
+    parser.add_argument(
+        "--tasks", nargs="+", default=[GROUP], metavar="TASK", help=f"or groups, or pairs:FILE.json (default: {GROUP})"
+    )
     parser.add_argument("--data", metavar="DIR", help="folder of the public data sets, for tasks that need one")
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
     add_layer_argument(parser)
@@ -89,22 +92,17 @@ def _command(arguments: argparse.Namespace) -> Report:
 def _chosen(names: Sequence[str]) -> list[TaskInfo]:
     """The tasks that go by these names, or whose group does."""
     known = list_tasks()
+    files = [name for name in names if name.startswith(f"{PAIRS}:")]
+    if len(files) > 1:
+        raise LaaiError(f"{len(files)} files of word pairs: expected one, which the harness's one metadata can name")
+    if files:
+        rest = [name for name in names if name not in files]
+        (pairs,) = (task for task in known if task.data_set == PAIRS)
+        return [*(_chosen(rest) if rest else ()), pairs._replace(data_set=files[0])]
     for name in names:
         if not any(name in (task.name, task.group) for task in known):
             raise LaaiError(f"no task or group named {name!r}: `laai tasks` lists them")
     return [task for task in known if task.name in names or task.group in names]
-
-
-def reference_model() -> str:
-    """The repository's model: from the current folder, or from the clone this package is run from."""
-    clone = Path(__file__).resolve().parents[2]
-    for path in (REFERENCE_MODEL, clone / REFERENCE_MODEL):
-        if (path / "config.json").is_file():
-            return str(path)
-    raise LaaiError(
-        f"no {REFERENCE_MODEL} here: the reference model is in the repository, not in the package; "
-        f"run this in a clone, or point --model at a model folder"
-    )
 
 
 def _train_all(
@@ -132,9 +130,11 @@ class _Harness:
     def __init__(self, source: ModelSource, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self._device = str(source.checked_device())
-        self._model_args: dict[str, Any] = {"pretrained": source.name, "dtype": source.dtype}
+        self._model_args: dict[str, Any] = {"pretrained": source.pretrained, "dtype": source.dtype}
         if source.revision:
             self._model_args["revision"] = source.revision
+        if source.gguf_file:
+            self._model_args["gguf_file"] = source.gguf_file
         if source.trust_remote_code:
             self._model_args["trust_remote_code"] = True
 
@@ -150,11 +150,13 @@ class _Harness:
         metadata = {"seed": self._arguments.seed, "n_train": SHOTS}
         if self._arguments.data is not None:
             metadata["data"] = self._arguments.data
+        for name in self._arguments.tasks:
+            metadata.update(task_metadata(name))
         with _quiet_harness():
             results = simple_evaluate(
                 model="hf-laai",
                 model_args={**self._model_args, **model_args},
-                tasks=list(self._arguments.tasks),
+                tasks=[harness_task(name) if ":" in name else name for name in self._arguments.tasks],
                 num_fewshot=shots,
                 batch_size=self._arguments.batch_size,
                 device=self._device,

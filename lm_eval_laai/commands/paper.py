@@ -12,7 +12,6 @@ from typing import Any
 
 from laai_core.errors import LaaiError
 from laai_core.settings import Job
-from lm_eval_laai.commands.demo import reference_model
 from lm_eval_laai.commands.judge import add_judge_arguments, judge_from
 from lm_eval_laai.commands.report import Report
 from lm_eval_laai.commands.train import (
@@ -28,6 +27,7 @@ from lm_eval_laai.experiments.run import Plan, Process, run
 from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.inspection.plot import check_plot
 from lm_eval_laai.judge import Cache, Judge
+from lm_eval_laai.known_models.folder import reference_model
 from lm_eval_laai.paper import estimate, gpt_eval, report
 from lm_eval_laai.paper.content import FIGURE_1, JUDGED, Content
 from lm_eval_laai.paper.tables import EXAMPLES, RULES, TITLES, Recipe, examples_table, paper_table
@@ -229,6 +229,7 @@ def _command_line(arguments: argparse.Namespace) -> str:
     for flag, value in (
         *(("--model", model) for model in arguments.model or []),
         ("--revision", arguments.revision),
+        ("--gguf-file", arguments.gguf_file),
         ("--dtype", None if arguments.dtype == "auto" else arguments.dtype),
         ("--data", arguments.data),
         ("--tables", ",".join(map(str, arguments.tables)) or "''"),

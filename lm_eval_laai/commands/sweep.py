@@ -21,7 +21,6 @@ from lm_eval_laai.experiments.curves import Sweep, draw, title
 from lm_eval_laai.experiments.run import Plan, Process, run
 from lm_eval_laai.experiments.setting import Setting, software
 from lm_eval_laai.inspection.plot import check_plot
-from lm_eval_laai.tasks import harness_task
 
 ALL = "all"
 
@@ -69,7 +68,7 @@ def _command(arguments: argparse.Namespace) -> Report | None:
     # In the order of what it costs to find out that something is wrong.
     check_counts(arguments)
     penalties = _penalties(arguments)
-    unknown = [task for task in arguments.task if task not in task_names()]
+    unknown = [task for task in arguments.task if task.partition(":")[0] not in task_names()]
     if unknown or not arguments.task:
         raise LaaiError(f"no task named {', '.join(unknown)!r}: `laai tasks` lists them")
     folder = Path(arguments.output).expanduser()
@@ -82,7 +81,7 @@ def _command(arguments: argparse.Namespace) -> Report | None:
     source.checked_device()
     sweep = Sweep(
         Setting(source, arguments.data, arguments.limit, arguments.batch_size),
-        tuple(dict.fromkeys(map(harness_task, arguments.task))),
+        tuple(dict.fromkeys(f"laai_{task}" for task in arguments.task)),
         _chosen_layers(arguments.layers, source.config()),
         tuple(range(arguments.seeds)),
         penalties,

@@ -73,9 +73,10 @@ def add(commands: Any) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool, several: bool = False) -> None:
     """The flags `model_source` reads; with `several`, --model gives a list."""
-    text = "a folder, or a name on the Hugging Face Hub" + ("; may be repeated" if several else "")
+    text = "a folder, a name on the Hugging Face Hub or of `laai models`" + ("; may be repeated" if several else "")
     parser.add_argument("--model", required=required, action="append" if several else "store", help=text)
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--gguf-file", metavar="NAME", help="a GGUF file in that folder or repository: dequantised")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model's own Python code run")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or else the CPU)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, as the checkpoint says")
@@ -84,7 +85,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool, several
 def model_source(arguments: argparse.Namespace) -> ModelSource:
     """The model the flags name."""
     return ModelSource(
-        arguments.model, arguments.revision, arguments.trust_remote_code, arguments.device, arguments.dtype
+        arguments.model,
+        arguments.revision,
+        arguments.trust_remote_code,
+        arguments.device,
+        arguments.dtype,
+        arguments.gguf_file,
     )
 
 
@@ -205,7 +211,7 @@ def _train(arguments: argparse.Namespace, split: Split) -> Report:
             split.train,
             layer=layer,
             seed=arguments.seed,
-            task=f"laai_{arguments.task}",
+            task=f"laai_{split.name}",
             progress=True,
             **options,
         )

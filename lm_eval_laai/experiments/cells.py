@@ -19,7 +19,7 @@ from lm_eval_laai.methods.adapters import ADAPTERS
 class Fit:
     """What one method learns from one draw of a task's examples."""
 
-    task: str  # the harness's name
+    task: str  # the harness's name; laai_pairs:FILE and laai_opinionqa_group:ATTRIBUTE=GROUP say which data
     method: str
     seed: int
     n_train: int
@@ -74,10 +74,10 @@ class Store:
     def fit_path(self, fit: Fit, identity: Mapping[str, Any]) -> Path:
         """Where a fit is, or is to be."""
         suffix = "" if fit.method in ADAPTERS else SUFFIX
-        return self._fits / f"{fit.task}-{fit.method}-{key(identity)}{suffix}"
+        return self._fits / f"{fit.task.partition(':')[0]}-{fit.method}-{key(identity)}{suffix}"
 
     def _path(self, cell: Cell, identity: Mapping[str, Any]) -> Path:
-        return self._cells / f"{cell.task}-{key(identity)}.json"
+        return self._cells / f"{cell.task.partition(':')[0]}-{key(identity)}.json"
 
 
 def named(piece: Cell | Fit) -> str:

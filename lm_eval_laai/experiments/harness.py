@@ -20,7 +20,7 @@ from laai_core.intervention import Intervention
 from lm_eval_laai.experiments.cells import Cell
 from lm_eval_laai.experiments.setting import Setting, task_info
 from lm_eval_laai.model import HFLaai
-from lm_eval_laai.tasks import include_path
+from lm_eval_laai.tasks import include_path, task_metadata
 
 _FEWSHOT_SEED = 1234  # the harness's default; the tasks' sampler takes the first n and draws nothing
 
@@ -34,21 +34,23 @@ def score(model: Any, tokenizer: Any, setting: Setting, cell: Cell, paths: Seque
     metadata: dict[str, Any] = {} if cell.seed is None else {"seed": cell.seed, "n_train": cell.shots}
     if setting.data is not None:
         metadata["data"] = setting.data
+    metadata.update(task_metadata(cell.task))
+    task = task_info(cell.task)
     manager = TaskManager(include_path=str(include_path()), include_defaults=False, metadata=metadata)
     with _quiet(), _language_model(model, tokenizer, setting.batch_size, paths) as lm:
-        tasks = manager.load([cell.task])
-        tasks["tasks"][cell.task].set_config(key="num_fewshot", value=cell.shots)
-        tasks["tasks"][cell.task].set_fewshot_seed(seed=_FEWSHOT_SEED)
+        tasks = manager.load([task.name])
+        tasks["tasks"][task.name].set_config(key="num_fewshot", value=cell.shots)
+        tasks["tasks"][task.name].set_fewshot_seed(seed=_FEWSHOT_SEED)
         # `evaluate` and not `simple_evaluate`, which under torchrun returns the results on one process only.
         found = evaluate(lm, tasks, limit=setting.limit, bootstrap_iters=0)
     metrics = {
         name.removesuffix(",none"): value
-        for name, value in found["results"][cell.task].items()
+        for name, value in found["results"][task.name].items()
         if name.endswith(",none") and isinstance(value, float)
     }
-    samples = found["samples"][cell.task]
+    samples = found["samples"][task.name]
     result: dict[str, Any] = {"metrics": metrics, "n": len(samples)}
-    if task_info(cell.task).metric == "exact_match":
+    if task.metric == "exact_match":
         result["answers"] = [[sample["doc"]["prompt"], sample["filtered_resps"][0]] for sample in samples]
     return result
 

@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from laai_core.errors import LaaiError
+from lm_eval_laai.known_models.folder import pretrained
+from lm_eval_laai.known_models.package import check_gguf_library
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +30,12 @@ class ModelSource:
     """Where a model comes from, and how it is to be held. Nothing is read before a method is called.
 
     Args:
-        name: a folder, or a name on the Hugging Face Hub.
+        name: a folder, a name on the Hugging Face Hub, or one of `laai models`.
         revision: a branch, tag or commit on the Hub.
         trust_remote_code: whether the model's own Python code may run.
         device: None is the first GPU, or the CPU where there is none.
         dtype: one of DTYPES.
+        gguf_file: a GGUF file in that folder or repository, whose weights are dequantised.
     """
 
     name: str
@@ -40,6 +43,12 @@ class ModelSource:
     trust_remote_code: bool = False
     device: str | None = None
     dtype: str = "auto"
+    gguf_file: str | None = None
+
+    @property
+    def pretrained(self) -> str:
+        """What transformers and the harness load: `name`, or a known model's folder. LaaiError if not fetched yet."""
+        return pretrained(self.name)
 
     def checked_device(self) -> torch.device:
         """The device. LaaiError when this machine does not have it."""
@@ -53,7 +62,9 @@ class ModelSource:
 
     def config(self) -> Any:
         """The model's configuration. LaaiError when there is none, or when it is no decoder-only model's."""
-        path = Path(self.name)
+        if self.gguf_file is not None:
+            check_gguf_library()
+        path = Path(self.pretrained)
         # A Hub name has one slash at most; what can only be a path is not looked up there.
         is_path = path.is_absolute() or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
         if not path.is_dir() and (path.exists() or self.name.startswith(".") or is_path):
@@ -82,9 +93,13 @@ class ModelSource:
         try:
             with _quiet():
                 return kind.from_pretrained(
-                    self.name, revision=self.revision, trust_remote_code=self.trust_remote_code, **arguments
+                    self.pretrained,
+                    revision=self.revision,
+                    trust_remote_code=self.trust_remote_code,
+                    gguf_file=self.gguf_file,
+                    **arguments,
                 )
-        except torch.OutOfMemoryError:
+        except (LaaiError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the libraries, and a model's own code, raise whatever they like
             raise LaaiError(f"cannot load the {what} of {self.name}: {_first_line(error)}") from error

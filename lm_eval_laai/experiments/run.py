@@ -154,9 +154,9 @@ class _Worker:
         return lambda: None  # that has written it
 
     def _job(self, fit: Fit) -> Job:
-        examples = self._setting.split(fit.task, fit.seed, fit.n_train).train
+        split = self._setting.split(fit.task, fit.seed, fit.n_train)
         assert fit.layer is not None and fit.l1 is not None and fit.group is not None
-        return Job(examples, fit.layer, fit.l1, fit.group, seed=fit.seed, task=fit.task)
+        return Job(split.train, fit.layer, fit.l1, fit.group, seed=fit.seed, task=f"laai_{split.name}")
 
     def score(self, cells: list[Cell]) -> Write:
         """Evaluate a cell; what is then called keeps its result."""

@@ -46,13 +46,19 @@ class Setting:
     def fit_identity(self, fit: Fit) -> dict[str, Any]:
         """Everything a fit depends on."""
         examples = self.split(fit.task, fit.seed, fit.n_train).train
-        return {**asdict(fit), "examples_sha256": examples_sha256(examples), **self._shared}
+        # By its name alone: what the examples are, wherever their file lies, the sums say.
+        return {
+            **asdict(fit),
+            "task": task_info(fit.task).name,
+            "examples_sha256": examples_sha256(examples),
+            **self._shared,
+        }
 
     def cell_identity(self, cell: Cell) -> dict[str, Any]:
         """Everything a cell's score depends on."""
         shots = None if cell.seed is None else examples_sha256(self.split(cell.task, cell.seed, cell.shots).train)
         return {
-            "task": cell.task,
+            "task": task_info(cell.task).name,
             "shots": cell.shots,
             "seed": cell.seed,
             "shots_sha256": shots,
@@ -69,10 +75,11 @@ class Setting:
     @cached_property
     def model(self) -> dict[str, Any]:
         """What identifies the model: the files of a folder, or a commit on the Hub."""
-        folder = Path(self.source.name)
+        folder = Path(self.source.pretrained)
+        gguf = {} if self.source.gguf_file is None else {"gguf_file": self.source.gguf_file}
         if folder.is_dir():
-            return {"sha256": _folder_sha256(folder)}
-        return {"hub": self.source.name, "commit": getattr(self.source.config(), "_commit_hash", None)}
+            return {"sha256": _folder_sha256(folder, self.source.gguf_file), **gguf}
+        return {**gguf, "hub": self.source.name, "commit": getattr(self.source.config(), "_commit_hash", None)}
 
     @cached_property
     def _shared(self) -> dict[str, Any]:
@@ -96,10 +103,15 @@ def _tasks() -> dict[str, TaskInfo]:
 
 
 def task_info(task: str) -> TaskInfo:
-    """What the YAML of a harness task says. LaaiError for an unknown name."""
-    if task not in _tasks():
+    """What the YAML of a harness task says; `laai_pairs:FILE` has the data set `pairs:FILE`.
+
+    LaaiError for an unknown name.
+    """
+    name, colon, rest = task.partition(":")
+    if name not in _tasks():
         raise LaaiError(f"no task named {task!r}: `laai tasks` lists them")
-    return _tasks()[task]
+    info = _tasks()[name]
+    return info._replace(data_set=f"{info.data_set}{colon}{rest}")
 
 
 @cache
@@ -112,9 +124,9 @@ def _test_sha256(data_set: str, data: str | None) -> str:
     return examples_sha256(_split(data_set, 0, 1, data).test)
 
 
-def _folder_sha256(folder: Path) -> str:
+def _folder_sha256(folder: Path, gguf_file: str | None) -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES or p.name == gguf_file):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(1 << 24):

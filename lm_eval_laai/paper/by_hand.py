@@ -8,6 +8,7 @@ from laai_core.hub import SUFFIX
 from lm_eval_laai.experiments.cells import Cell, Fit
 from lm_eval_laai.experiments.setting import Setting, task_info
 from lm_eval_laai.methods.adapters import ADAPTERS
+from lm_eval_laai.tasks import task_metadata
 
 
 def by_hand(setting: Setting, cell: Cell) -> list[str]:
@@ -17,32 +18,40 @@ def by_hand(setting: Setting, cell: Cell) -> list[str]:
     model = "hf"
     if len(cell.fits) > 1:
         parts = " ".join(_place(fit) for fit in cell.fits)
-        target = f"vectors/{cell.task}{SUFFIX}"
+        target = f"vectors/{task_info(cell.task).name}{SUFFIX}"
         lines.append(f"laai compose {parts} --output {target}")
         model, arguments = "hf-laai", [*arguments, f"intervention={target}"]
     elif cell.fits:
         (fit,) = cell.fits
         model, argument = ("hf", "peft") if fit.method in ADAPTERS else ("hf-laai", "intervention")
         arguments = [*arguments, f"{argument}={_place(fit)}"]
-    words = ["lm_eval", "--model", model, "--model_args", ",".join(arguments), "--tasks", cell.task]
+    words = ["lm_eval", "--model", model, "--model_args", ",".join(arguments), "--tasks", task_info(cell.task).name]
     if cell.shots:
         words += ["--num_fewshot", str(cell.shots)]
     metadata = {} if cell.seed is None else {"seed": str(cell.seed), "n_train": str(cell.shots)}
     if setting.data is not None:
         metadata["data"] = setting.data
+    metadata.update(task_metadata(cell.task))
     if metadata:
         words += ["--metadata", ",".join(f"{name}={value}" for name, value in metadata.items())]
     if setting.limit is not None:
         words += ["--limit", str(setting.limit)]
     soft_prompt = any(fit.method == "soft_prompt" for fit in cell.fits)
     words += ["--batch_size", "1" if soft_prompt else str(setting.batch_size)]
-    return [*lines, f'{shlex.join(words)} --include_path "$(laai tasks --include-path)"']
+    line = shlex.join(words)
+    if setting.source.name != setting.source.pretrained:  # a known model, whose name only `laai` knows
+        (model_args,) = (word for word in words if word.startswith("pretrained="))
+        folder = f"pretrained=$(laai models path {setting.source.name})"
+        rest = model_args.removeprefix(f"pretrained={setting.source.name}")
+        line = line.replace(shlex.quote(model_args), f'"{folder}{rest}"')
+    return [*lines, f'{line} --include_path "$(laai tasks --include-path)"']
 
 
 def _train(setting: Setting, fit: Fit) -> str:
     words = ["laai", "train", "--model", setting.source.name, "--task", task_info(fit.task).data_set]
     for flag, value in (
         ("--revision", setting.source.revision),
+        ("--gguf-file", setting.source.gguf_file),
         ("--dtype", None if setting.source.dtype == "auto" else setting.source.dtype),
         ("--data", setting.data),
         ("--method", None if fit.method == "laai" else fit.method),
@@ -62,7 +71,8 @@ def _train(setting: Setting, fit: Fit) -> str:
 
 def _place(fit: Fit) -> str:
     """Where a person would put it."""
-    return f"adapters/{fit.task}_{fit.method}" if fit.method in ADAPTERS else f"vectors/{fit.task}{SUFFIX}"
+    task = task_info(fit.task).name
+    return f"adapters/{task}_{fit.method}" if fit.method in ADAPTERS else f"vectors/{task}{SUFFIX}"
 
 
 def _model_arguments(setting: Setting) -> list[str]:
@@ -70,6 +80,8 @@ def _model_arguments(setting: Setting) -> list[str]:
     arguments = [f"pretrained={source.name}"]
     if source.revision:
         arguments.append(f"revision={source.revision}")
+    if source.gguf_file:
+        arguments.append(f"gguf_file={source.gguf_file}")
     if source.dtype != "auto":
         arguments.append(f"dtype={source.dtype}")
     return arguments
