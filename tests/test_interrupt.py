@@ -22,7 +22,6 @@ from tiny import HEADS, head_dim, tiny_model, tiny_tokenizer
 from tqdm import tqdm
 
 import laai_core as laai
-from lm_eval_laai.commands import cli
 from laai_core.data import load_task
 from laai_core.errors import Interrupted, NotFinite
 from laai_core.forward import Forward
