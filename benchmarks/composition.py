@@ -31,8 +31,8 @@ import laai_core as laai
 from known import Known
 from laai_core.data.lexicon import LEXICON
 from laai_core.data.tasks import COMPOSITIONS, LEXICON_PREFIX, RULES
-from lm_eval_laai.methods import default_layer
 from lm_eval_laai.methods.compose import METHODS, compose
+from lm_eval_laai.methods.method import middle_layer
 from lm_eval_laai.model import HFLaai
 from lm_eval_laai.tasks import include_path
 from measure import Record
@@ -296,7 +296,7 @@ def main() -> None:
     arguments = flags.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns, once a task and run, of what is meant
     harness = Harness(arguments.model, RUNS)
-    layer = default_layer(harness.model.config.num_hidden_layers) if arguments.layer is None else arguments.layer
+    layer = middle_layer(harness.model.config.num_hidden_layers) if arguments.layer is None else arguments.layer
     settings = {"layer": layer, "l1 = group": PENALTIES, "examples": SHOTS, "seeds": arguments.seeds}
     record = Record("composition", __doc__ or "", settings)
     for penalty in PENALTIES:

@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from laai_core.errors import LaaiError
-
-SITES = ("heads", "residual", "mlp")
+from laai_core.words import SITES
 
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _PROJECTION_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "attention_out")

@@ -27,10 +27,10 @@ from lm_eval_laai.methods.adapters import (
     _wrapped,
     adapter_config,
     description,
-    is_adapter,
     train_adapter,
     training_record,
 )
+from lm_eval_laai.methods.method import ADAPTER_CONFIG, is_adapter
 
 TOKENIZER = tiny_tokenizer(bos=True)
 EXAMPLES = [laai.Example(f"Q: {x}\nA:", f" {y}") for x, y in [("hot", "cold"), ("the wall", "a floor"), ("in", "out")]]
@@ -304,3 +304,7 @@ def test_the_same_seed_gives_the_same_bytes(saved, adapters, tmp_path):
     train_adapter("ia3", loaded(saved), TOKENIZER, EXAMPLES, tmp_path / "again", None, 0, 1)
     assert not (tmp_path / "again" / "left.txt").exists() and training_record(tmp_path / "again")["steps"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "other"]
+
+
+def test_the_name_of_the_configuration_is_pefts() -> None:
+    assert ADAPTER_CONFIG == peft.utils.CONFIG_NAME

@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from laai_core import storage
+from laai_core import files
 from laai_core.errors import LaaiError
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.gate.baseline import Baseline, load_baseline
@@ -16,9 +15,8 @@ from lm_eval_laai.gate.check import FAILED, OK, Finding, compare, github, junit,
 from lm_eval_laai.gate.results_file import Results, read_results
 
 
-def add(commands: Any) -> None:
-    """Put `check` on a parser."""
-    parser = commands.add_parser("check", help="compare a results file of the harness with a baseline")
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of `check`."""
     parser.set_defaults(command=_command)
     parser.add_argument("results", metavar="RESULTS", help="a results file, or a folder: its newest results_*.json")
     parser.add_argument("--against", required=True, metavar="FILE.yaml", help="the baseline")
@@ -38,7 +36,7 @@ def _command(arguments: argparse.Namespace) -> Report:
         return _update(results, path)
     findings = compare(results, load_baseline(path))
     if arguments.junit:
-        storage.write(Path(arguments.junit).expanduser(), junit(findings))
+        files.write(Path(arguments.junit).expanduser(), junit(findings))
     failed = any(finding.state == FAILED for finding in findings)
     facts = {
         "results": str(results.path),
@@ -57,7 +55,7 @@ def _update(results: Results, path: Path) -> Report:
     after = Baseline.of(results, before)
     if not any(task.metrics for task in after.tasks.values()):
         raise LaaiError(f"{results.path} holds no metric: nothing could be expected of later results")
-    storage.write(path, after.dump().encode())
+    files.write(path, after.dump().encode())
     changes = compare(results, before) if before else []
     told = [finding for finding in changes if finding.state != OK]
     facts = {"results": str(results.path), "baseline": str(path), "changes": [asdict(finding) for finding in told]}

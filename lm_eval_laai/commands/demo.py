@@ -12,21 +12,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from laai_core import storage
+from laai_core import files
 from laai_core.data import load_task
 from laai_core.errors import LaaiError
 from laai_core.example import Split
-from laai_core.hub import SUFFIX
+from laai_core.files import SUFFIX
 from laai_core.train import train
-from lm_eval_laai.commands.report import Report, table
-from lm_eval_laai.commands.train import (
+from lm_eval_laai.commands.options import (
     add_layer_argument,
     add_model_arguments,
     check_writable,
     choose_layer,
     model_source,
-    summary,
+    reference_model,
 )
+from lm_eval_laai.commands.report import Report, table
+from lm_eval_laai.commands.train import summary
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.inspection.plot import can_plot, heat_map
 from lm_eval_laai.register import register
@@ -34,15 +35,13 @@ from lm_eval_laai.tasks import TaskInfo, include_path, list_tasks
 
 SHOTS = 10  # solved examples in the prompt, and training examples: the same ones
 GROUP = "laai_lexicon"
-REFERENCE_MODEL = Path("reference_model", "weights")
 SETTINGS = {"zero_shot": "zero-shot", "ten_shot": "ten-shot", "delta": "Δ"}  # file name: title
 
 Score = tuple[float, float]  # mean, standard error
 
 
-def add(commands: Any) -> None:
-    """Put `demo` on a parser."""
-    parser = commands.add_parser("demo", help="train a Δ for each lexicon rule; compare with zero-shot and ten-shot")
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of `demo`."""
     parser.set_defaults(command=_command)
     add_model_arguments(parser, required=False)
     parser.add_argument("--tasks", nargs="+", default=[GROUP], metavar="TASK", help=f"or groups (default: {GROUP})")
@@ -93,18 +92,6 @@ def _chosen(names: Sequence[str]) -> list[TaskInfo]:
         if not any(name in (task.name, task.group) for task in known):
             raise LaaiError(f"no task or group named {name!r}: `laai tasks` lists them")
     return [task for task in known if task.name in names or task.group in names]
-
-
-def reference_model() -> str:
-    """The repository's model: from the current folder, or from the clone this package is run from."""
-    clone = Path(__file__).resolve().parents[2]
-    for path in (REFERENCE_MODEL, clone / REFERENCE_MODEL):
-        if (path / "config.json").is_file():
-            return str(path)
-    raise LaaiError(
-        f"no {REFERENCE_MODEL} here: the reference model is in the repository, not in the package; "
-        f"run this in a clone, or point --model at a model folder"
-    )
 
 
 def _train_all(
@@ -163,7 +150,7 @@ class _Harness:
                 task_manager=TaskManager(include_path=str(include_path()), include_defaults=False, metadata=metadata),
             )
         text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        storage.write(output / f"{setting}.json", text.encode())
+        files.write(output / f"{setting}.json", text.encode())
         return {
             task.name: (
                 results["results"][task.name][f"{task.metric},none"],

@@ -12,16 +12,18 @@ from typing import Any
 
 from laai_core.errors import LaaiError
 from laai_core.train import Job
-from lm_eval_laai.commands.demo import reference_model
 from lm_eval_laai.commands.judge import add_judge_arguments, judge_from
-from lm_eval_laai.commands.report import Report
-from lm_eval_laai.commands.train import (
+from lm_eval_laai.commands.options import (
     add_layer_argument,
     add_model_arguments,
+    check_counts,
     check_writable,
     choose_layer,
     model_source,
+    numbers,
+    reference_model,
 )
+from lm_eval_laai.commands.report import Report
 from lm_eval_laai.experiments.cells import Cell, Fit, Store, named
 from lm_eval_laai.experiments.curves import Sweep
 from lm_eval_laai.experiments.run import Plan, Process, run
@@ -39,9 +41,8 @@ PAPER_PENALTY = 0.01  # its gamma and lambda
 QUICK_LIMIT, QUICK_STEPS, QUICK_LAYERS = 100, 30, 6
 
 
-def add(commands: Any) -> None:
-    """Put `paper` on a parser."""
-    parser = commands.add_parser("paper", help="the paper's tables and figures: train, evaluate, one report")
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of `paper`."""
     parser.set_defaults(command=_command)
     add_model_arguments(parser, required=False, several=True)
     parser.add_argument(
@@ -65,19 +66,6 @@ def add(commands: Any) -> None:
     parser.add_argument("--output", default="runs/paper", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_judge_arguments(parser.add_argument_group("GPT-Eval"), required=False)
-
-
-def numbers(text: str) -> list[int]:
-    """A comma-separated list."""
-    return [int(part) for part in text.split(",") if part]
-
-
-def check_counts(arguments: argparse.Namespace) -> None:
-    """LaaiError for a number below one."""
-    for name in ("seeds", "limit", "batch_size"):
-        count = getattr(arguments, name)
-        if count is not None and count < 1:
-            raise LaaiError(f"--{name.replace('_', '-')} is {count}: expected at least one")
 
 
 def _command(arguments: argparse.Namespace) -> Report | None:

@@ -19,9 +19,6 @@ from laai_core.errors import LaaiError
 
 logger = logging.getLogger(__name__)
 
-# `auto` is the checkpoint's own: what the harness takes too, and a vector is best trained in what it is evaluated in.
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -32,7 +29,7 @@ class ModelSource:
         revision: a branch, tag or commit on the Hub.
         trust_remote_code: whether the model's own Python code may run.
         device: None is the first GPU, or the CPU where there is none.
-        dtype: one of DTYPES.
+        dtype: auto (the checkpoint's own), float32, bfloat16 or float16.
     """
 
     name: str

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from laai_core.errors import LaaiError
-from laai_core.hub import SUFFIX
+from laai_core.files import SUFFIX
 
 
 @dataclass(frozen=True)

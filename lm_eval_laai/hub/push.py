@@ -8,7 +8,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from laai_core.errors import LaaiError
-from laai_core.hub import SUFFIX, Place, explained
+from laai_core.files import SUFFIX
+from laai_core.hub import Place, explained
 from laai_core.intervention import Intervention
 from lm_eval_laai.hub.card import Scores, model_card
 

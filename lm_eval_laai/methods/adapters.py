@@ -26,6 +26,7 @@ from laai_core.forward import frozen, max_positions, model_device
 from laai_core.locate import Layout, locate
 from laai_core.objective import Objective
 from laai_core.train import model_facts, training_facts
+from lm_eval_laai.methods.method import ADAPTER_STEPS
 from lm_eval_laai.methods.places import attention_inputs, down_projection, first_attention, is_transposed
 
 ADAPTERS = ("lora", "ia3", "soft_prompt")
@@ -33,7 +34,6 @@ FACTS = "laai.json"  # in an adapter's folder, beside what PEFT writes: how it w
 
 RANK = 4  # of LoRA
 VIRTUAL_TOKENS = 8
-STEPS = 100
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 FOLDS = 5  # two are cheaper, and choose rates that suit five examples and not ten
 
@@ -70,13 +70,13 @@ def train_adapter(
         examples: with targets (loss `nll`) or with options and distributions (loss `kl`), as for a vector.
         layer: of `lora`, which needs one; `ia3` goes on every layer without; a `soft_prompt` is in none.
         seed: of LoRA's random half. Everything else starts from fixed values.
-        steps: of AdamW on all examples at once, its rate falling linearly to zero; default STEPS.
+        steps: of AdamW on all examples at once, its rate falling linearly to zero; default ADAPTER_STEPS.
         task: the harness's name; a soft prompt starts from what it says.
 
     Raises:
         LaaiError: on examples or a model that the method cannot take.
     """
-    steps = STEPS if steps is None else steps
+    steps = ADAPTER_STEPS if steps is None else steps
     layout = locate(model)
     config = adapter_config(method, layout, None if layer is None else layout.layer(layer))
     base_model = model_facts(layout, first_attention(layout))["base_model"]
@@ -106,11 +106,6 @@ def train_adapter(
         }
         wrapped.peft_config["default"].base_model_name_or_path = base_model
         _save(wrapped, folder, {"method": method, "task": task, "base_model": base_model, "training": training})
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether there is an adapter in PEFT's format."""
-    return (folder / peft.utils.CONFIG_NAME).is_file()
 
 
 def training_record(folder: Path) -> dict[str, Any]:

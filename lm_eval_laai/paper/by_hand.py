@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 
-from laai_core.hub import SUFFIX
+from laai_core.files import SUFFIX
 from lm_eval_laai.experiments.cells import Cell, Fit
 from lm_eval_laai.experiments.setting import Setting, task_info
-from lm_eval_laai.methods.adapters import ADAPTERS
+from lm_eval_laai.methods import LAAI, METHODS
 
 
 def by_hand(setting: Setting, cell: Cell) -> list[str]:
@@ -22,7 +22,7 @@ def by_hand(setting: Setting, cell: Cell) -> list[str]:
         model, arguments = "hf-laai", [*arguments, f"intervention={target}"]
     elif cell.fits:
         (fit,) = cell.fits
-        model, argument = ("hf", "peft") if fit.method in ADAPTERS else ("hf-laai", "intervention")
+        model, argument = ("hf", "peft") if METHODS[fit.method].writes_adapter else ("hf-laai", "intervention")
         arguments = [*arguments, f"{argument}={_place(fit)}"]
     words = ["lm_eval", "--model", model, "--model_args", ",".join(arguments), "--tasks", cell.task]
     if cell.shots:
@@ -45,7 +45,7 @@ def _train(setting: Setting, fit: Fit) -> str:
         ("--revision", setting.source.revision),
         ("--dtype", None if setting.source.dtype == "auto" else setting.source.dtype),
         ("--data", setting.data),
-        ("--method", None if fit.method == "laai" else fit.method),
+        ("--method", None if fit.method == LAAI.name else fit.method),
         ("--seed", fit.seed),
         ("--n-train", fit.n_train),
         ("--layer", fit.layer),
@@ -62,7 +62,7 @@ def _train(setting: Setting, fit: Fit) -> str:
 
 def _place(fit: Fit) -> str:
     """Where a person would put it."""
-    return f"adapters/{fit.task}_{fit.method}" if fit.method in ADAPTERS else f"vectors/{fit.task}{SUFFIX}"
+    return f"adapters/{fit.task}_{fit.method}" if METHODS[fit.method].writes_adapter else f"vectors/{fit.task}{SUFFIX}"
 
 
 def _model_arguments(setting: Setting) -> list[str]:

@@ -11,7 +11,7 @@ from laai_core.data.tasks import COMPOSITIONS, LEXICON_PREFIX, OPINIONQA, SURVEY
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
 from lm_eval_laai.experiments.scores import Entry, result_of
 from lm_eval_laai.experiments.setting import Setting, task_info
-from lm_eval_laai.methods.adapters import ADAPTERS
+from lm_eval_laai.methods import METHODS
 from lm_eval_laai.paper.published import PUBLISHED, Published
 from lm_eval_laai.tasks import harness_task
 
@@ -57,7 +57,7 @@ class Recipe:
 
     def baseline(self, method: str, task: str, seed: int) -> Fit:
         """What another method learns. LoRA is in LAAI's layer, the others are where their authors put them."""
-        steps = self.adapter_steps if method in ADAPTERS else None
+        steps = self.adapter_steps if METHODS[method].writes_adapter else None
         return Fit(task, method, seed, EXAMPLES, self.layer if method == "lora" else None, steps)
 
 
@@ -156,8 +156,8 @@ def _models(recipes: Sequence[Recipe]) -> list[Row]:
 
 
 def _baselines(recipe: Recipe) -> list[Row]:
-    methods = {"ICV": "icv", "IA3": "ia3", "Soft prompt": "soft_prompt", "LoRA": "lora"}
-    rows = [Row(title, recipe.setting, _learnt(recipe, method)) for title, method in methods.items()]
+    methods = [METHODS[name] for name in ("icv", "ia3", "soft_prompt", "lora")]
+    rows = [Row(method.title, recipe.setting, _learnt(recipe, method.name)) for method in methods]
     return [*rows, Row("LAAI", recipe.setting, _steered(recipe))]
 
 
