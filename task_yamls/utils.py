@@ -29,9 +29,8 @@ def load(laai_task: str, seed: int = 0, n_train: int = 10, data: str | None = No
 
 
 def exact_match(doc: dict[str, str], results: list[str]) -> dict[str, float]:
-    """Whether the first line generated is the target: stripped, case-sensitive."""
-    answer = results[0].split("\n", 1)[0].strip()
-    return {"exact_match": float(answer == doc["target"].strip())}
+    """Whether the first line generated is the target."""
+    return {"exact_match": metrics.exact_match(results[0], doc["target"])}
 
 
 def load_opinions(

@@ -14,7 +14,7 @@ from tiny import LAYERS, tiny_model, tiny_tokenizer
 import laai_core as laai
 from lm_eval_laai.commands import cli
 from lm_eval_laai.methods import METHODS, fit
-from lm_eval_laai.methods.adapters import ADAPTERS, training_record
+from lm_eval_laai.methods.adapters import ADAPTERS
 from lm_eval_laai.methods.method import middle_layer
 
 SPLIT = laai.load_task(TASK, n_train=4)
@@ -120,7 +120,7 @@ def test_train_a_baseline(method, model, tmp_path, capfd):  # noqa: F811
     path = tmp_path / (f"laai_{TASK}" if method in ADAPTERS else FILE)
     assert (facts["file"], facts["task"], facts["method"]) == (str(path), f"laai_{TASK}", method)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    record = training_record(path) if method in ADAPTERS else laai.Intervention.load(path).metadata["training"]
+    record = METHODS[method].record(path)
     assert facts["training"] == record and record["seed"] == 2
     assert len(record.get("heads", [0] * 3)) == 3
     # Again, onto what is there; then as text.

@@ -32,7 +32,7 @@ from lm_eval_laai.inspection.plot import check_plot
 from lm_eval_laai.judge import Cache, Judge
 from lm_eval_laai.paper import estimate, gpt_eval, report
 from lm_eval_laai.paper.content import FIGURE_1, JUDGED, Content
-from lm_eval_laai.paper.tables import EXAMPLES, RULES, TITLES, Recipe, examples_table, paper_table
+from lm_eval_laai.paper.tables import EXAMPLES, FOUR_RULES, TITLES, Recipe, examples_table, paper_table
 
 LEXICON = "lexicon"
 FIGURES = (1, 2)
@@ -107,7 +107,7 @@ def _content(arguments: argparse.Namespace, process: Process, judge: Judge | Non
         tables.append(examples_table(sorted(set(arguments.examples)), first))
     maps = {}
     if 2 in arguments.figures:
-        task = first.task(next(iter(RULES)))
+        task = first.task(FOUR_RULES[0])
         maps = {"unregularised": first.laai(task, 0, regularised=False), "regularised": first.laai(task, 0)}
     return Content(
         command=_command_line(arguments),
@@ -153,7 +153,7 @@ def _figure_1(recipe: Recipe, seeds: Sequence[int], quick: bool) -> Sweep:
     step = -(-count // QUICK_LAYERS) if quick else 1
     return Sweep(
         recipe.setting,
-        tuple(map(recipe.task, RULES)),
+        tuple(map(recipe.task, FOUR_RULES)),
         tuple(range(0, count, step)),
         tuple(seeds),
         ((0.0, 0.0), (recipe.l1, recipe.group)),

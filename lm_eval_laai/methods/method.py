@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from laai_core.errors import LaaiError
 from laai_core.files import SUFFIX
 
 ADAPTER_STEPS = 100  # of AdamW, where none are given
+ADAPTER_FACTS = "laai.json"  # in an adapter's folder, beside what PEFT writes: how it was trained
 ADAPTER_CONFIG = "adapter_config.json"  # peft.utils.CONFIG_NAME, which takes seconds to import
 
 
@@ -100,12 +102,12 @@ class Method:
     def record(self, path: Path) -> dict[str, Any]:
         """How what lies at `path` was trained."""
         if self.writes_adapter:
-            from lm_eval_laai.methods.adapters import training_record
+            facts = json.loads((path / ADAPTER_FACTS).read_text(encoding="utf-8"))
+        else:
+            from laai_core.intervention import Intervention
 
-            return training_record(path)
-        from laai_core.intervention import Intervention
-
-        training: dict[str, Any] = Intervention.load(path).metadata["training"]
+            facts = Intervention.load(path).metadata
+        training: dict[str, Any] = facts["training"]
         return training
 
 
