@@ -478,7 +478,7 @@ def test_demo_refusals(
     assert "laai data fetch" in run("--model", "/no/model", "--tasks", "laai_rule", "--data", tmp_path / "nowhere")
     assert "limit is 1" in run("--model", model, "--limit", 1)
     assert "layers 0 to 2" in run("--model", model, "--layer", 3)
-    monkeypatch.setattr(demo, "REFERENCE_MODEL", Path("nowhere", "weights"))
+    monkeypatch.setattr(options, "REFERENCE_MODEL", Path("nowhere", "weights"))
     assert "--model" in run()
     assert list(tmp_path.iterdir()) == []
 
