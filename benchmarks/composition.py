@@ -30,9 +30,9 @@ from tqdm import tqdm
 import laai_core as laai
 from known import Known
 from laai_core.data.lexicon import LEXICON
-from laai_core.data.tasks import COMPOSITIONS, LEXICON_PREFIX, RULES
-from lm_eval_laai.methods import default_layer
+from laai_core.data.rules import COMPOSITIONS, LEXICON_PREFIX, RULES
 from lm_eval_laai.methods.compose import METHODS, compose
+from lm_eval_laai.methods.method import middle_layer
 from lm_eval_laai.model import HFLaai
 from lm_eval_laai.tasks import include_path
 from measure import Record
@@ -142,7 +142,7 @@ def composed(harness: Harness, vectors: Vectors, name: str, method: str, seed: i
     fitting: dict[str, Any] = {}
     if method == "fit":
         fitting = {"model": harness.model, "tokenizer": harness.tokenizer, "examples": examples(name, seed)}
-    parents = [vectors[rule] for rule in COMPOSITIONS[name]]
+    parents = [vectors[rule] for rule in COMPOSITIONS[name].parts]
     return compose(parents, method, task=f"laai_{LEXICON_PREFIX}{name}", **fitting)
 
 
@@ -207,7 +207,7 @@ def _said(scores: dict[str, dict[str, list[float]]]) -> str:
 
 def interference_table(record: Record, harness: Harness, trained_by_seed: dict[int, Vectors], penalty: float) -> None:
     """Each component's own task before and after the sum."""
-    composing = {pair: name for name, pair in COMPOSITIONS.items()}
+    composing = {rule.parts: name for name, rule in COMPOSITIONS.items()}
     asked: dict[tuple[Any, str, int], Asked] = {}
     for seed, vectors in trained_by_seed.items():
         for rule in RULES:
@@ -257,7 +257,7 @@ def sweep_table(record: Record, harness: Harness, seeds: Sequence[int], layer: i
         cosines = []
         for vectors in trained(harness, seeds, at, penalty).values():
             asked["rules"] += [Asked(rule, vectors[rule], limit=SWEPT_ITEMS) for rule in RULES]
-            for name, pair in COMPOSITIONS.items():
+            for name, pair in ((name, rule.parts) for name, rule in COMPOSITIONS.items()):
                 total = compose([vectors[rule] for rule in pair])
                 for scale in SWEPT_SCALES:
                     asked[f"sum × {scale:g}"].append(Asked(name, scale * total, limit=SWEPT_ITEMS))
@@ -296,7 +296,7 @@ def main() -> None:
     arguments = flags.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns, once a task and run, of what is meant
     harness = Harness(arguments.model, RUNS)
-    layer = default_layer(harness.model.config.num_hidden_layers) if arguments.layer is None else arguments.layer
+    layer = middle_layer(harness.model.config.num_hidden_layers) if arguments.layer is None else arguments.layer
     settings = {"layer": layer, "l1 = group": PENALTIES, "examples": SHOTS, "seeds": arguments.seeds}
     record = Record("composition", __doc__ or "", settings)
     for penalty in PENALTIES:

@@ -26,7 +26,7 @@ from lm_eval.models.huggingface import HFLM
 
 import laai_core as laai
 from laai_core.data.tasks import LEXICON_PREFIX, RULES
-from lm_eval_laai.methods import default_layer
+from lm_eval_laai.methods.method import middle_layer
 from lm_eval_laai.model import HFLaai
 from lm_eval_laai.tasks import include_path
 from measure import Record, Timings, interleaved, median, parser, ratio
@@ -105,7 +105,7 @@ def lm_eval(model: str, intervention: Path, tasks: str, limit: int, work: Path) 
 def routed(path: str, limit: int, rounds: int, work: Path) -> dict[str, list[list[float]]]:
     """[total, evaluate] seconds of each round: one routed run, and the sum of four runs."""
     model, tokenizer = reference_model(path)
-    layer = default_layer(model.config.num_hidden_layers)
+    layer = middle_layer(model.config.num_hidden_layers)
     vectors = work / "vectors"
     tasks = {f"laai_{LEXICON_PREFIX}{rule}": f"{LEXICON_PREFIX}{rule}" for rule in RULES}
     for task, data in tasks.items():

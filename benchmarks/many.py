@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import laai_core as laai
-from lm_eval_laai.methods import default_layer
+from lm_eval_laai.methods.method import middle_layer
 from measure import Record, Timings, interleaved, median, parser, ratio
 from models import (
     REFERENCE_MODEL,
@@ -61,7 +61,7 @@ def main() -> None:
 
     model, tokenizer = reference_model(arguments.model)
     sizes[REFERENCE] = parameters(model)
-    layer = default_layer(model.config.num_hidden_layers)
+    layer = middle_layer(model.config.num_hidden_layers)
     sets = [laai.load_task("lexicon_antonym", seed=seed, n_train=EXAMPLES).train for seed in SEEDS]
     measured[REFERENCE] = timed(model, tokenizer, sets, layer, "\n", steps[REFERENCE], arguments.rounds)
 

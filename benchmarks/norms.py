@@ -17,7 +17,7 @@ import laai_core as laai
 from laai_core.data.tasks import LEXICON_PREFIX, RULES
 from laai_core.example import few_shot_prompt
 from laai_core.locate import locate
-from lm_eval_laai.methods import default_layer
+from lm_eval_laai.methods.method import middle_layer
 from measure import Record, parser
 from models import REFERENCE_MODEL, reference_model
 
@@ -86,7 +86,7 @@ def main() -> None:
         record.keep(name, found)
         rows.append([name, *(f"{sizes[0]:.2g} to {sizes[-1]:.2g}" for sizes in found)])
     record.table("Size of trained vectors, smallest to largest", ["", *(f"layer {n}" for n in layers)], rows)
-    layer = default_layer(len(layers))
+    layer = middle_layer(len(layers))
     example = laai.load_task(LEXICON_PREFIX + next(iter(RULES))).train
     rms = laai.train(model, tokenizer, example, layer, steps=1).intervention.metadata["training"]["rms"]
     shares = unmoved(model, tokenizer, layer, rms, SIZES, words)

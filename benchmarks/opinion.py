@@ -42,8 +42,8 @@ from known import Known
 from laai_core.data import in_training_pool
 from laai_core.data.tasks import OPINIONQA_GROUP, load_opinions, opinionqa_group
 from laai_core.objective import smoothed
-from lm_eval_laai.methods import default_layer
 from lm_eval_laai.methods.evaluate import task_losses
+from lm_eval_laai.methods.method import middle_layer
 from lm_eval_laai.model import HFLaai
 from lm_eval_laai.tasks import include_path, list_tasks
 from measure import Record
@@ -108,7 +108,7 @@ class Bench:
 
     def trained(self, group: Group, seed: int, setting: Setting | None = None) -> laai.Intervention:
         """What `laai train` gives, without flags or with `--layer ... --l1 ... --group ...`."""
-        layer = setting.layer if setting else default_layer(self.model.config.num_hidden_layers)
+        layer = setting.layer if setting else middle_layer(self.model.config.num_hidden_layers)
         fit = partial(laai.train, self.model, self.tokenizer, self.split(group, seed).train, layer, seed=seed)
         if setting is None:
             return fit().intervention

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import laai_core as laai
 from laai_core.data.tasks import LEXICON_PREFIX, RULES
 from lm_eval_laai.inspection.plot import can_plot
-from lm_eval_laai.methods import default_layer
+from lm_eval_laai.methods.method import middle_layer
 from measure import DOCS, Record, parser
 from models import REFERENCE_MODEL, reference_model
 
@@ -103,7 +103,7 @@ def main() -> None:
     quick = arguments.quick
     steps, long = (20, 40) if quick else (arguments.steps, arguments.long)
     model, tokenizer = reference_model(arguments.model)
-    layer = default_layer(model.config.num_hidden_layers)
+    layer = middle_layer(model.config.num_hidden_layers)
     asked = problems(model, tokenizer, layer, list(RULES)[: 1 if quick else None])
     prox = trained(model, tokenizer, layer, asked, "prox", steps, DEFAULT_RATE)
     adam = {lr: trained(model, tokenizer, layer, asked, "adam", steps, lr) for lr in RATES}

@@ -30,7 +30,7 @@ from laai_core.data.tasks import LEXICON_PREFIX, RULES
 from lm_eval_laai.gate.baseline import load_baseline
 from lm_eval_laai.gate.check import FAILED, Finding, compare
 from lm_eval_laai.gate.results_file import read_results
-from lm_eval_laai.methods import default_layer
+from lm_eval_laai.methods.method import middle_layer
 from lm_eval_laai.model import HFLaai
 from lm_eval_laai.tasks import include_path
 from measure import Record, parser
@@ -50,7 +50,7 @@ class Gate:
     def __init__(self, rules: list[str], folder: Path) -> None:
         self.model, self.tokenizer = reference_model(REFERENCE_MODEL)
         self.folder, self.tasks = folder, [f"laai_{LEXICON_PREFIX}{rule}" for rule in rules]
-        layer = default_layer(self.model.config.num_hidden_layers)
+        layer = middle_layer(self.model.config.num_hidden_layers)
         self.trained = {}
         for task in self.tasks:
             examples = laai.load_task(task.removeprefix("laai_")).train

@@ -26,7 +26,7 @@ Plan = tuple[Command, int | None, int]  # what to kill, at how many lines (None:
 
 
 def kills(quick: bool, folder: Path) -> Part:
-    """SIGKILL of every command that writes: before lines of the code that writes (`storage.write`, `data fetch`), and
+    """SIGKILL of every command that writes: before lines of the code that writes (`files.write`, `data fetch`), and
     at moments spread evenly over its run.
 
     Every second run finds an older output there, where a command has one. Afterwards every output must be whole (the

@@ -13,7 +13,7 @@ import repeating
 from tqdm import tqdm
 
 import laai_core as laai
-from lm_eval_laai.methods import default_layer
+from lm_eval_laai.methods.method import middle_layer
 from models import REFERENCE_MODEL, reference_model
 from reliability import ROOT, Part, Table, table
 
@@ -32,7 +32,7 @@ def same(quick: bool, folder: Path) -> Part:
     """
     part = Part()
     model, tokenizer = reference_model()
-    layer = default_layer(model.config.num_hidden_layers)
+    layer = middle_layer(model.config.num_hidden_layers)
     part.tables.append(_bytes_table(part, 2 if quick else 5, folder))
     rows = []
     for optimizer in ("prox", "adam"):

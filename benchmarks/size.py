@@ -17,7 +17,7 @@ from laai_core.locate import locate
 from laai_core.objective import Objective
 from laai_core.replay import ReplayForward
 from lm_eval_laai.inspection.plot import can_plot
-from lm_eval_laai.methods import default_layer
+from lm_eval_laai.methods.method import middle_layer
 from measure import DOCS, Record, Timings, interleaved, median, milliseconds, parser, ratio
 from models import random_llama, word_examples, word_tokenizer
 
@@ -34,7 +34,7 @@ def timed(setting: dict[str, int], rounds: int) -> Timings:
     """Seconds per step of both paths."""
     torch.manual_seed(0)
     model = random_llama(hidden=384, intermediate=1024, layers=setting["layers"], heads=6, vocabulary=4096)
-    layout, layer = locate(model), default_layer(setting["layers"])
+    layout, layer = locate(model), middle_layer(setting["layers"])
     examples = word_examples(setting["examples"], setting["prompt tokens"], 2)
     batch, objective = encode_examples(word_tokenizer(), examples, stop=""), Objective(examples)
     vectors = 0.01 * torch.randn(1, model.config.num_attention_heads * model.config.head_dim)

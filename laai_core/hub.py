@@ -26,9 +26,8 @@ from huggingface_hub.errors import (
 )
 
 from laai_core.errors import LaaiError
+from laai_core.files import SUFFIX
 
-SUFFIX = ".safetensors"
-PARTIAL = f".partial{SUFFIX}"  # what a training that was stopped leaves; a folder of interventions has no use for it
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _REPOSITORY = re.compile(rf"{_NAME}/{_NAME}")
 _SPEC = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?::(?P<file>[^:@]+))?(?:@(?P<revision>[^:@]+))?")

@@ -7,17 +7,17 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from laai_core import storage
+from laai_core import files, storage
 from laai_core.errors import LaaiError
 from laai_core.hub import local_file
-from laai_core.locate import SITES, Layout
+from laai_core.words import OPERATIONS, POSITIONS, SITES
 
-POSITIONS = ("last", "generated", "all")
-OPERATIONS = ("add", "icv")
+if TYPE_CHECKING:
+    from laai_core.locate import Layout
 
 # What a file says about the model it was made for; a sum of two interventions keeps these where both agree.
 _MODEL_KEYS = ("base_model", "model_type", "num_hidden_layers", "num_attention_heads", "head_dim", "hidden_size")
@@ -90,7 +90,7 @@ class Intervention:
 
     def save(self, path: str | Path) -> None:
         """Write one .safetensors file (see `laai_core.storage`), atomically. Equal content gives equal bytes."""
-        storage.write(Path(path), self.to_bytes())
+        files.write(Path(path), self.to_bytes())
 
     def to_bytes(self) -> bytes:
         """The bytes of the file that `save` writes.

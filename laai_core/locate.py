@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,12 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from laai_core.errors import LaaiError
 from laai_core.hooks import recorded
+from laai_core.words import SITES
 
 if TYPE_CHECKING:  # a second of imports
     from transformers import PreTrainedModel
-
-Site = Literal["heads", "residual", "mlp"]
-SITES: tuple[Site, ...] = get_args(Site)
 
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _PROJECTION_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "attention_out")

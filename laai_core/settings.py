@@ -11,8 +11,8 @@ from laai_core.encode import WHITESPACE, Whitespace
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 from laai_core.intervention import Intervention
-from laai_core.locate import SITES, Site
 from laai_core.optimize import OPTIMIZERS, OptimizerName
+from laai_core.words import SITES, Site
 
 PenaltyScale = Literal["relative", "absolute"]
 PENALTY_SCALES: tuple[PenaltyScale, ...] = get_args(PenaltyScale)

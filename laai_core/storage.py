@@ -1,4 +1,4 @@
-"""One .safetensors file per intervention: encoding, checking, and writing that never leaves half a file.
+"""One .safetensors file per intervention: encoding, decoding and checking. `files` writes it.
 
 Tensors `layers.{l}.{site}`, float32; one header key `laai` holds sorted JSON, because safetensors writes several
 metadata keys in random order and the same training must give the same bytes.
@@ -6,11 +6,8 @@ metadata keys in random order and the same training must give the same bytes.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from laai_core.errors import LaaiError, WorkFailed
+from laai_core.errors import LaaiError
 
 FORMAT_VERSION = 1
 _TENSOR_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.([a-z]+)")
@@ -28,7 +25,6 @@ _MAX_HEADER_BYTES = 4 << 20
 _MAX_FILE_BYTES = 1 << 28
 _MAX_LAYERS = 1024
 _MAX_NESTING = 32
-_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def encode(
@@ -53,29 +49,6 @@ def encode(
     text = json.dumps(header, sort_keys=True, allow_nan=False)
     tensors = {f"layers.{layer}.{site}": vector.contiguous() for layer, vector in vectors.items()}
     return safetensors.torch.save(tensors, metadata={"laai": text})
-
-
-def write(path: Path, content: bytes) -> None:
-    """Put `content` at `path` whole or not at all: temporary file beside it, fsync, rename."""
-    try:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not mkstemp's: its files are private
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: no name, or one with a zero byte
-        raise unwritable(path, error) from None
-
-
-def unwritable(path: Path, error: OSError | ValueError) -> LaaiError:
-    """What to raise when writing failed: a full or broken disk is nobody's bad input."""
-    kind = WorkFailed if isinstance(error, OSError) and error.errno in _FAULTS else LaaiError
-    return kind(f"cannot write {path}: {getattr(error, 'strerror', None) or error}")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,17 +1,27 @@
-"""How far a model's answers to one opinion question are from a group's. All four are 0 when they agree."""
+"""The tasks' metrics: exact match of word tasks, and how far answers are from a group's on opinion tasks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from laai_core.objective import smoothed
+
+def first_line(generated: str) -> str:
+    """The answer in a generated text, stripped: what exact match compares and a judge is asked about."""
+    return generated.split("\n", 1)[0].strip()
+
+
+def exact_match(generated: str, target: str) -> float:
+    """1.0 if the first line generated is the target, stripped and case-sensitive, else 0.0."""
+    return float(first_line(generated) == target.strip())
 
 
 def opinion_metrics(
     logprobs: Sequence[float], distribution: Sequence[float], positions: Sequence[float]
 ) -> dict[str, float]:
-    """The distances between p = softmax(logprobs) and pi = distribution, over K options.
+    """How far a model's answers to one question are from a group's; all four are 0 when they agree.
+
+    The distances between p = softmax(logprobs) and pi = distribution, over K options.
 
     Args:
         logprobs: [K] log-probabilities of the answers, each summed over the answer's tokens.
@@ -24,6 +34,11 @@ def opinion_metrics(
             representativeness); absent where all positions are equal: such options have no order.
         tv: half the sum of |p - pi|, total variation.
     """
+    # Seconds to import, and exact match does without both.
+    from scipy.stats import wasserstein_distance
+
+    from laai_core.objective import smoothed
+
     largest = max(logprobs)
     log_total = largest + math.log(sum(math.exp(score - largest) for score in logprobs))
     log_p = [score - log_total for score in logprobs]
@@ -37,15 +52,7 @@ def opinion_metrics(
     }
     span = max(positions) - min(positions)
     if span > 0:
-        metrics["wasserstein"] = _moved(differences, positions) / span
+        # A model that answers NaN has a NaN distance; scipy takes no such weights.
+        moved = math.nan if math.isnan(sum(p)) else float(wasserstein_distance(positions, positions, p, distribution))
+        metrics["wasserstein"] = moved / span
     return metrics
-
-
-def _moved(differences: Sequence[float], positions: Sequence[float]) -> float:
-    """The area between two cumulative distributions: in one dimension that is their Wasserstein-1 distance."""
-    order = sorted(range(len(positions)), key=lambda option: positions[option])
-    area = excess = 0.0
-    for here, after in zip(order, order[1:], strict=False):
-        excess += differences[here]
-        area += abs(excess) * (positions[after] - positions[here])
-    return area

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from laai_core.errors import LaaiError
-from laai_core.hub import PARTIAL, SUFFIX
+from laai_core.files import PARTIAL, SUFFIX
 from laai_core.intervention import Intervention
 
 UNROUTED = ("error", "none")

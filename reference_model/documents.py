@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 
 from laai_core.data import in_training_pool, load_pairs
 from laai_core.data.opinion import LETTERS, question_prompt
+from laai_core.data.rules import COMPOSITIONS, LEXICON_PREFIX, RULES
 from laai_core.data.survey import REFUSED, TENDENCIES, survey_records
-from laai_core.data.tasks import COMPOSITIONS, LEXICON_PREFIX, RULES, rule_prompt
+from laai_core.data.tasks import rule_prompt
 
 WRONG = 20  # one answer in so many
 ITEMS = 11  # ten shots and the question

@@ -40,9 +40,8 @@ def load(
 
 
 def exact_match(doc: dict[str, str], results: list[str]) -> dict[str, float]:
-    """Whether the first line generated is the target: stripped, case-sensitive."""
-    answer = results[0].split("\n", 1)[0].strip()
-    return {"exact_match": float(answer == doc["target"].strip())}
+    """Whether the first line generated is the target."""
+    return {"exact_match": metrics.exact_match(results[0], doc["target"])}
 
 
 def load_opinions(

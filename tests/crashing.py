@@ -30,9 +30,9 @@ from typing import Any
 
 from tiny import tiny_model, tiny_tokenizer
 
-from laai_core import Intervention, storage
+from laai_core import Intervention, files
 from laai_core.data import fetch
-from laai_core.hub import PARTIAL
+from laai_core.files import PARTIAL
 
 INTERRUPTED = 130
 PATIENCE = 120.0  # seconds that a command may take; none takes a tenth of it
@@ -40,7 +40,7 @@ fetch_module = sys.modules[fetch.__module__]
 # The code that writes. Where one of its lines is about to run, what is on disk may just have changed.
 WRITERS = {
     function.__code__
-    for function in (storage.write, fetch, fetch_module._fetch_one, fetch_module._download, fetch_module._copy)
+    for function in (files.write, fetch, fetch_module._fetch_one, fetch_module._download, fetch_module._copy)
 }
 
 

@@ -21,8 +21,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T
 
 import laai_core as laai
 from laai_core.data import load_task
-from lm_eval_laai.commands import cli, demo
-from lm_eval_laai.commands import train as train_command
+from lm_eval_laai.commands import cli, demo, options
 from lm_eval_laai.known_models import folder
 from lm_eval_laai.tasks import include_path, list_tasks
 
@@ -141,7 +140,7 @@ def test_the_same_training_gives_the_same_bytes(model: Path, trained: Path, tmp_
 def test_defaults_are_those_of_train(model: Path, tmp_path: Path) -> None:
     assert cli.main(["train", "--model", str(model), "--task", TASK, "--output", str(tmp_path)]) == 0
     written = laai.Intervention.load(tmp_path / FILE)
-    layer = train_command.default_layer(LAYERS)
+    layer = options.middle_layer(LAYERS)
     assert written.layers == [layer]
     direct = laai.train(tiny_model("Llama"), tiny_tokenizer(bos=True), load_task(TASK).train, layer).intervention
     assert torch.equal(written.vector(layer), direct.vector(layer))
@@ -150,8 +149,8 @@ def test_defaults_are_those_of_train(model: Path, tmp_path: Path) -> None:
 def test_default_layer_exists_in_every_model() -> None:
     for count in range(1, 130):
         config = BertConfig(num_hidden_layers=count)
-        assert 0 <= train_command.choose_layer(None, config) < count
-    assert train_command.choose_layer(-2, BertConfig(num_hidden_layers=5)) == 3
+        assert 0 <= options.choose_layer(None, config) < count
+    assert options.choose_layer(-2, BertConfig(num_hidden_layers=5)) == 3
 
 
 @needs_matplotlib

@@ -149,7 +149,7 @@ def test_push_writes_the_file_and_a_card(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     training = {"steps": 200, "stop": "\n", "versions": {"torch": "2"}}
     iv = example(training=training, method="laai")
-    url = push_to_hub(iv, "org/new", scores=SCORES)
+    url = push_to_hub(iv, "org/new", scores=SCORES, license="apache-2.0")
     files = hub.repositories["org/new"].commits[hub.repositories["org/new"].branches["main"]]
     assert sorted(files) == ["README.md", "laai_toy.safetensors"]
     assert url == f"{hub.endpoint}/org/new/commit/{hub.repositories['org/new'].branches['main']}"
@@ -157,7 +157,25 @@ def test_push_writes_the_file_and_a_card(hub, monkeypatch):
     _, header, text = files["README.md"].decode().split("---\n", 2)
     assert yaml.safe_load(header) == {
         "base_model": "org/base",
+        "base_model_relation": "adapter",
         "library_name": "lm-eval-laai",
+        "license": "apache-2.0",
+        "model-index": [
+            {
+                "name": "new",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"name": "laai_toy", "type": "laai_toy"},
+                        "metrics": [
+                            {"name": "exact_match", "type": "exact_match", "value": 0.875},
+                            {"name": "nll", "type": "nll", "value": 1.5},
+                        ],
+                    }
+                ],
+            }
+        ],
+        "pipeline_tag": "text-generation",
         "tags": ["laai", "activation-steering"],
     }
     for line in (

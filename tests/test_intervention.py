@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laai_core import Intervention, LaaiError
-from laai_core.intervention import OPERATIONS, POSITIONS
-from laai_core.locate import SITES
+from laai_core.words import OPERATIONS, POSITIONS, SITES
 
 numbers = st.floats(-8, 8, width=16)
 scales = st.floats(-4, 4, width=16)

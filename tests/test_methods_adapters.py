@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import laai_core as laai
 from laai_core.locate import locate
+from lm_eval_laai.methods import METHODS
 from lm_eval_laai.methods.adapters import (
     ADAPTERS,
     RATES,
@@ -27,10 +28,9 @@ from lm_eval_laai.methods.adapters import (
     _wrapped,
     adapter_config,
     description,
-    is_adapter,
     train_adapter,
-    training_record,
 )
+from lm_eval_laai.methods.method import ADAPTER_CONFIG, is_adapter
 
 TOKENIZER = tiny_tokenizer(bos=True)
 EXAMPLES = [laai.Example(f"Q: {x}\nA:", f" {y}") for x, y in [("hot", "cold"), ("the wall", "a floor"), ("in", "out")]]
@@ -137,7 +137,7 @@ def test_modules_are_found_by_structure(name):
 def test_the_loss_is_the_one_a_vector_is_trained_on(method, examples, tmp_path):
     """LoRA and IA3 start as nothing: their first loss is a zero vector's."""
     train_adapter(method, tiny_model("Llama"), TOKENIZER, examples, tmp_path / "a", 1, 0, STEPS)
-    record = training_record(tmp_path / "a")
+    record = METHODS["lora"].record(tmp_path / "a")
     zero = laai.train(tiny_model("Llama"), TOKENIZER, examples, layer=1, steps=1)
     assert record["task_loss_before"] == pytest.approx(zero.history[0].loss, rel=1e-5)
     assert record["task_loss"] < record["task_loss_before"]
@@ -169,7 +169,7 @@ def trained_by_hand(saved: Path, examples, rate: float):
 
 
 def test_training_and_cross_validation_by_hand(saved, adapters):
-    record = training_record(adapters["ia3"])
+    record = METHODS["lora"].record(adapters["ia3"])
     for one in record["tried"]:
         total = 0.0
         for left_out in ([0], [1], [2]):  # up to five folds
@@ -199,7 +199,7 @@ def test_training_peft_and_the_harness_give_the_same_scores(method, saved, adapt
     harness = [score for score, _ in lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)]
     direct = [directly(loaded(saved), adapters[method], *lm._encode_pair(*pair)) for pair in pairs]
     assert harness == pytest.approx(direct, abs=1e-4)
-    record = training_record(adapters[method])
+    record = METHODS["lora"].record(adapters[method])
     assert -sum(direct) / len(direct) == pytest.approx(record["task_loss"], abs=1e-4)
     assert abs(record["task_loss"] - record["task_loss_before"]) > 1e-2
 
@@ -215,7 +215,7 @@ def test_folds():
 
 def test_one_example_is_not_cross_validated(tmp_path):
     train_adapter("ia3", tiny_model("Llama"), TOKENIZER, EXAMPLES[:1], tmp_path / "one", None, 0, 1)
-    record = training_record(tmp_path / "one")
+    record = METHODS["lora"].record(tmp_path / "one")
     assert record["tried"] == [] and record["lr"] == RATES[len(RATES) // 2]
 
 
@@ -302,5 +302,9 @@ def test_the_same_seed_gives_the_same_bytes(saved, adapters, tmp_path):
     # A folder that is there is replaced whole.
     (tmp_path / "again" / "left.txt").touch()
     train_adapter("ia3", loaded(saved), TOKENIZER, EXAMPLES, tmp_path / "again", None, 0, 1)
-    assert not (tmp_path / "again" / "left.txt").exists() and training_record(tmp_path / "again")["steps"] == 1
+    assert not (tmp_path / "again" / "left.txt").exists() and METHODS["lora"].record(tmp_path / "again")["steps"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "other"]
+
+
+def test_the_name_of_the_configuration_is_pefts() -> None:
+    assert ADAPTER_CONFIG == peft.utils.CONFIG_NAME

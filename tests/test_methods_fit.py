@@ -13,8 +13,9 @@ from tiny import LAYERS, tiny_model, tiny_tokenizer
 
 import laai_core as laai
 from lm_eval_laai.commands import cli
-from lm_eval_laai.methods import METHODS, default_layer, fit
-from lm_eval_laai.methods.adapters import ADAPTERS, training_record
+from lm_eval_laai.methods import METHODS, fit
+from lm_eval_laai.methods.adapters import ADAPTERS
+from lm_eval_laai.methods.method import middle_layer
 
 SPLIT = laai.load_task(TASK, n_train=4)
 TOKENIZER = tiny_tokenizer(bos=False)
@@ -26,7 +27,7 @@ def fitted(method: str, output: Path, llama=None, **options) -> Path:
 
 
 def test_methods():
-    assert METHODS == ("laai", "fv", "icv", "lora", "ia3", "soft_prompt")
+    assert tuple(METHODS) == ("laai", "fv", "icv", "lora", "ia3", "soft_prompt")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -53,9 +54,9 @@ def test_default_layers(tmp_path):
         method: laai.Intervention.load(fitted(method, tmp_path / f"{method}.safetensors")).layers
         for method in ("laai", "fv", "icv")
     }
-    assert layers == {"laai": [default_layer(LAYERS)], "fv": [1], "icv": list(range(LAYERS))}
+    assert layers == {"laai": [middle_layer(LAYERS)], "fv": [1], "icv": list(range(LAYERS))}
     lora = peft.PeftConfig.from_pretrained(str(fitted("lora", tmp_path / "lora", steps=1)))
-    assert lora.target_modules == {f"model.layers.{default_layer(LAYERS)}.self_attn.{n}_proj" for n in "qv"}
+    assert lora.target_modules == {f"model.layers.{middle_layer(LAYERS)}.self_attn.{n}_proj" for n in "qv"}
     ia3 = peft.PeftConfig.from_pretrained(str(fitted("ia3", tmp_path / "ia3", steps=1, layer=-1)))
     assert {name.split(".")[2] for name in ia3.target_modules} == {str(LAYERS - 1)}
 
@@ -119,7 +120,7 @@ def test_train_a_baseline(method, model, tmp_path, capfd):  # noqa: F811
     path = tmp_path / (f"laai_{TASK}" if method in ADAPTERS else FILE)
     assert (facts["file"], facts["task"], facts["method"]) == (str(path), f"laai_{TASK}", method)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    record = training_record(path) if method in ADAPTERS else laai.Intervention.load(path).metadata["training"]
+    record = METHODS[method].record(path)
     assert facts["training"] == record and record["seed"] == 2
     assert len(record.get("heads", [0] * 3)) == 3
     # Again, onto what is there; then as text.

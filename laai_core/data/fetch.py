@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from laai_core.data.pairs import SETS_FOLDER, data_folder
 from laai_core.errors import LaaiError, WorkFailed
-from laai_core.storage import unwritable
+from laai_core.files import unwritable
 
 # Todd et al. 2024, MIT licence. Pinned to one commit; the sums make sure of it.
 BASE_URL = (

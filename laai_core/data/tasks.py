@@ -11,26 +11,12 @@ from laai_core.data.lexicon import LEXICON, lexicon_pairs
 from laai_core.data.opinion import Opinion
 from laai_core.data.opinionqa import load_opinionqa
 from laai_core.data.pairs import WordPair, find_set, join_pairs, pairs_file, read_pairs, word_set_names
+from laai_core.data.rules import COMPOSITIONS, LEXICON_PREFIX, RULES, WORD_RULES
 from laai_core.data.split import split_items
 from laai_core.data.survey import TENDENCIES, survey_opinions
 from laai_core.errors import LaaiError
 from laai_core.example import Example, Split
 
-# rule -> (the authors' file, the lexicon's column)
-RULES = {
-    "antonym": ("antonym.json", "antonym"),
-    "synonym": ("synonym.json", "synonym"),
-    "en_fr": ("english-french.json", "french"),
-    "en_de": ("english-german.json", "german"),
-}
-# composition -> (the rule applied first, the rule applied to its result)
-COMPOSITIONS = {
-    "en_fr_antonym": ("antonym", "en_fr"),
-    "en_de_antonym": ("antonym", "en_de"),
-    "en_fr_synonym": ("synonym", "en_fr"),
-    "en_de_synonym": ("synonym", "en_de"),
-}
-LEXICON_PREFIX = "lexicon_"
 # the paper's groups of OpinionQA -> (attribute, group)
 OPINIONQA = {
     "opinionqa_income_100k_or_more": ("INCOME", "$100,000 or more"),
@@ -55,7 +41,7 @@ def task_names() -> list[str]:
 
 def word_task_names() -> list[str]:
     """The public sets' tasks first, then the lexicon's, then `pairs`."""
-    public = [*RULES, *COMPOSITIONS]
+    public = list(WORD_RULES)
     return public + [LEXICON_PREFIX + name for name in public] + [PAIRS]
 
 
@@ -90,7 +76,7 @@ def load_pairs(name: str, data: str | os.PathLike[str] | None = None) -> tuple[l
     sources: dict[str, str] = {}
 
     def rule_pairs(rule: str) -> list[WordPair]:
-        file_name, column = RULES[rule]
+        file_name, column = RULES[rule].file, RULES[rule].column
         if over_lexicon:
             pairs, sources[LEXICON.name] = lexicon_pairs(column)
         else:
@@ -99,7 +85,7 @@ def load_pairs(name: str, data: str | os.PathLike[str] | None = None) -> tuple[l
 
     if base in RULES:
         return rule_pairs(base), sources
-    first, second = COMPOSITIONS[base]
+    first, second = COMPOSITIONS[base].parts
     joined = join_pairs(rule_pairs(first), rule_pairs(second))
     if not joined:
         files = " and ".join(sources)

@@ -1,1 +1,1 @@
-"""The commands of `laai`, one module each. `add` puts a command on a parser; it returns a Report when it has run."""
+"""The commands of `laai`, one module each: `add` gives a parser its flags; the command returns a Report."""

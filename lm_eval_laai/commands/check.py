@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from laai_core import storage
+from laai_core import files
 from laai_core.errors import LaaiError
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.gate.baseline import Baseline, load_baseline
@@ -17,9 +16,8 @@ from lm_eval_laai.gate.results_file import Results, read_results
 WIDEST = 100  # characters of a cell
 
 
-def add(commands: Any) -> None:
-    """Put `check` on a parser."""
-    parser = commands.add_parser("check", help="compare a results file of the harness with a baseline")
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of `check`."""
     parser.set_defaults(command=_command)
     parser.add_argument("results", metavar="RESULTS", help="a results file, or a folder: its newest results_*.json")
     parser.add_argument("--against", required=True, metavar="FILE.yaml", help="the baseline")
@@ -39,7 +37,7 @@ def _command(arguments: argparse.Namespace) -> Report:
         return _update(results, path)
     findings = compare(results, load_baseline(path))
     if arguments.junit:
-        storage.write(Path(arguments.junit).expanduser(), junit(findings))
+        files.write(Path(arguments.junit).expanduser(), junit(findings))
     failed = any(finding.state == FAILED for finding in findings)
     facts = {
         "results": str(results.path),
@@ -60,7 +58,7 @@ def _update(results: Results, path: Path) -> Report:
         raise LaaiError(f"{results.path} holds no metric: nothing could be expected of later results")
     text = after.dump()
     Baseline.parse(text, f"{results.path}: as a baseline it")  # nothing is written that could not be read
-    storage.write(path, text.encode())
+    files.write(path, text.encode())
     changes = compare(results, before) if before else []
     told = [finding for finding in changes if finding.state != OK]
     facts = {"results": str(results.path), "baseline": str(path), "changes": [dict(vars(finding)) for finding in told]}

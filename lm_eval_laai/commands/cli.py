@@ -1,24 +1,51 @@
-"""The `laai` console script."""
+"""The `laai` console script. A command's module is imported when the command line names it, torch only by those."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
-
-import torch
+from typing import Any, NoReturn
 
 from laai_core.errors import LaaiError, WorkFailed
-from lm_eval_laai.commands import check, compose, data, demo, inspect, judge, models, paper, sweep, tasks, train
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+# Each is a module of this package: `add` gives a parser its flags and the function that runs the command.
+COMMANDS = {
+    "train": "train an intervention, or a baseline, on a task's training examples",
+    "compose": "one intervention from several: their sum, and other mixtures",
+    "inspect": "show an intervention: layer, site, norms, sparsity, training",
+    "data": "show which data sets are found where; `data fetch` downloads them",
+    "models": "list the models --model knows by name; `models fetch` gets one",
+    "tasks": "list the harness tasks, and the --include_path to give",
+    "demo": "train a Δ for each lexicon rule; compare with zero-shot and ten-shot",
+    "check": "compare a results file of the harness with a baseline",
+    "judge": "GPT-Eval: ask a language model which logged predictions are right",
+    "sweep": "a score for every layer, seed and penalty, through the harness",
+    "paper": "the paper's tables and figures: train, evaluate, one report",
+}
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are LaaiErrors, so that they end in one line as all others do."""
+    """An ArgumentParser whose errors are LaaiErrors, so that they end in one line as all others do.
+
+    Args:
+        module: whose `add` gives this parser its flags, imported when the parser first parses.
+    """
+
+    def __init__(self, *args: Any, module: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._module = module
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Called by argparse for the command that the command line names."""
+        if self._module is not None:
+            module, self._module = self._module, None
+            importlib.import_module(module).add(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse for a bad command line."""
@@ -29,8 +56,8 @@ def make_parser() -> Parser:
     """A parser with every command."""
     parser = Parser(prog="laai", description="Train, inspect and apply layerwise additive activation interventions.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (train, compose, inspect, data, models, tasks, demo, check, judge, sweep, paper):
-        command.add(commands)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, module=f"lm_eval_laai.commands.{name}")
     return parser
 
 
@@ -47,7 +74,11 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
         why, code = str(error), FAILED
     except LaaiError as error:
         why, code = str(error), BAD_INPUT
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        from torch import OutOfMemoryError  # seconds, in a command that needed no torch
+
+        if not isinstance(error, OutOfMemoryError):
+            raise
         why, code = f"out of memory: {error}", FAILED
     except KeyboardInterrupt as interrupt:
         why, code = str(interrupt) or "interrupted", INTERRUPTED

@@ -10,15 +10,14 @@ from laai_core.data import load_task
 from laai_core.encode import WHITESPACE
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
+from lm_eval_laai.commands.options import add_model_arguments, model_source, output_path
 from lm_eval_laai.commands.report import Report, table
-from lm_eval_laai.commands.train import add_model_arguments, model_source, output_path
 from lm_eval_laai.methods.compose import METHODS, compose
 from lm_eval_laai.tasks import harness_task
 
 
-def add(commands: Any) -> None:
-    """Put `compose` on a parser."""
-    parser = commands.add_parser("compose", help="one intervention from several: their sum, and other mixtures")
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of `compose`."""
     parser.set_defaults(command=_command)
     parser.add_argument("files", nargs="+", metavar="FILE", help="interventions: files, or org/repo[:file][@revision]")
     parser.add_argument(

@@ -20,9 +20,8 @@ WAYS = (
 )
 
 
-def add(commands: Any) -> None:
-    """Put `data` and `data fetch` on a parser."""
-    parser = commands.add_parser("data", help="show which data sets are found where; `data fetch` downloads them")
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of `data` and `data fetch`."""
     parser.set_defaults(command=_show)
     parser.add_argument("--data", metavar="DIR", help="where to look (default: $LAAI_DATA, or else the user's cache)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

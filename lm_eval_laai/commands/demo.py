@@ -12,22 +12,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from laai_core import storage
+from laai_core import files
 from laai_core.data import load_task
 from laai_core.data.tasks import PAIRS
 from laai_core.errors import LaaiError
 from laai_core.example import Split
-from laai_core.hub import SUFFIX
+from laai_core.files import SUFFIX
 from laai_core.train import train
-from lm_eval_laai.commands.report import Report, table
-from lm_eval_laai.commands.train import (
+from lm_eval_laai.commands.options import (
     add_layer_argument,
     add_model_arguments,
     check_writable,
     choose_layer,
     model_source,
-    summary,
 )
+from lm_eval_laai.commands.report import Report, table
+from lm_eval_laai.commands.train import summary
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.inspection.plot import can_plot, heat_map
 from lm_eval_laai.known_models.folder import reference_model
@@ -41,9 +41,8 @@ SETTINGS = {"zero_shot": "zero-shot", "ten_shot": "ten-shot", "delta": "Δ"}  # 
 Score = tuple[float, float]  # mean, standard error
 
 
-def add(commands: Any) -> None:
-    """Put `demo` on a parser."""
-    parser = commands.add_parser("demo", help="train a Δ for each lexicon rule; compare with zero-shot and ten-shot")
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of `demo`."""
     parser.set_defaults(command=_command)
     add_model_arguments(parser, required=False)
     parser.add_argument(
@@ -165,7 +164,7 @@ class _Harness:
                 task_manager=TaskManager(include_path=str(include_path()), include_defaults=False, metadata=metadata),
             )
         text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        storage.write(output / f"{setting}.json", text.encode())
+        files.write(output / f"{setting}.json", text.encode())
         return {
             task.name: (
                 results["results"][task.name][f"{task.metric},none"],

@@ -5,31 +5,26 @@ from __future__ import annotations
 import argparse
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from laai_core.apply import Edit
-from laai_core.data import load_task
-from laai_core.encode import encode_text
 from laai_core.errors import LaaiError
-from laai_core.hub import local_file
-from laai_core.intervention import Intervention
-from laai_core.locate import locate
+from lm_eval_laai.commands.options import add_model_arguments, model_source
 from lm_eval_laai.commands.report import Report, table
-from lm_eval_laai.commands.train import add_model_arguments, model_source
 from lm_eval_laai.facts import flat
 from lm_eval_laai.inspection.plot import check_plot, heat_map
-from lm_eval_laai.inspection.vocabulary import written
+
+if TYPE_CHECKING:
+    import torch
+
+    from laai_core.intervention import Intervention
 
 SHOWN = 5  # vocabulary items at either end
 # Root mean square of a vector over that of the site's activation, as trained vectors have it: docs/inspect.md.
 USUAL_SIZE = (0.5, 50.0)
 
 
-def add(commands: Any) -> None:
-    """Put `inspect` on a parser."""
-    parser = commands.add_parser("inspect", help="show an intervention: layer, site, norms, sparsity, training")
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of `inspect`."""
     parser.set_defaults(command=_command)
     parser.add_argument("file", metavar="FILE", help="a .safetensors file, or org/repo[:file][@revision]")
     parser.add_argument("--plot", metavar="FILE.png", help="draw a heat map, heads by dimensions")
@@ -44,6 +39,9 @@ def add(commands: Any) -> None:
 
 
 def _command(arguments: argparse.Namespace) -> Report:
+    from laai_core.hub import local_file
+    from laai_core.intervention import Intervention
+
     if arguments.plot:
         check_plot(Path(arguments.plot))
     path = local_file(arguments.file)
@@ -88,6 +86,14 @@ def describe(intervention: Intervention) -> dict[str, Any]:
 
 def _writes(intervention: Intervention, arguments: argparse.Namespace) -> dict[str, Any]:
     """The intervention on a model: size and direct effect, over the prompts of a task's training examples."""
+    import torch
+
+    from laai_core.apply import Edit
+    from laai_core.data import load_task
+    from laai_core.encode import encode_text
+    from laai_core.locate import locate
+    from lm_eval_laai.inspection.vocabulary import written
+
     task = arguments.task or str(intervention.metadata.get("task") or "").removeprefix("laai_")
     if not task:
         raise LaaiError("the file names no task to take prompts from: expected --task")

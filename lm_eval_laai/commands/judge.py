@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from laai_core import storage
+from laai_core import files
 from laai_core.errors import LaaiError
+from lm_eval_laai.commands.options import check_writable
 from lm_eval_laai.commands.report import Report, table
-from lm_eval_laai.commands.train import check_writable
 from lm_eval_laai.judge.cache import Cache
 from lm_eval_laai.judge.endpoint import KEY_VARIABLE, OPENAI_URL, REQUEST, Judge
 from lm_eval_laai.judge.judgement import Judgement, all_queries, judge_samples, unanswered
@@ -25,9 +25,8 @@ CACHE = "runs/judge.sqlite"
 _CHARACTERS_A_TOKEN, _TOKENS_A_MESSAGE = 4, 7
 
 
-def add(commands: Any) -> None:
-    """Put `judge` on a parser."""
-    parser = commands.add_parser("judge", help="GPT-Eval: ask a language model which logged predictions are right")
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of `judge`."""
     parser.set_defaults(command=_command)
     parser.add_argument("files", nargs="+", metavar="SAMPLES.jsonl", help="written by lm_eval run --log_samples")
     parser.add_argument("--task", help="a word task, for all files (default: as each file's name says)")
@@ -93,7 +92,7 @@ def _command(arguments: argparse.Namespace) -> Report:
             for task, part in zip(tasks, samples, strict=True)
         ]
     if output is not None:
-        storage.write(output, _lines(paths, judgements).encode())
+        files.write(output, _lines(paths, judgements).encode())
     results = [_facts(path, judgement) for path, judgement in zip(paths, judgements, strict=True)]
     return Report({**facts, "results": results, "output": arguments.output}, _text(results))
 

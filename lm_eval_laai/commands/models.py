@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from typing import Any
 
 from laai_core.errors import LaaiError
 from lm_eval_laai.commands.report import Report, table
@@ -13,9 +12,8 @@ from lm_eval_laai.known_models.folder import models_folder, pretrained, record_o
 from lm_eval_laai.known_models.table import KNOWN, REFERENCE, KnownModel, known
 
 
-def add(commands: Any) -> None:
-    """Put `models`, `models fetch` and `models path` on a parser."""
-    parser = commands.add_parser("models", help="list the models --model knows by name; `models fetch` gets one")
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of `models`, `models fetch` and `models path`."""
     parser.set_defaults(command=_show)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     actions = parser.add_subparsers(title="actions", metavar="fetch, path")

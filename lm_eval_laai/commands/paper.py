@@ -13,14 +13,16 @@ from typing import Any
 from laai_core.errors import LaaiError
 from laai_core.settings import Job
 from lm_eval_laai.commands.judge import add_judge_arguments, judge_from
-from lm_eval_laai.commands.report import Report
-from lm_eval_laai.commands.train import (
+from lm_eval_laai.commands.options import (
     add_layer_argument,
     add_model_arguments,
+    check_counts,
     check_writable,
     choose_layer,
     model_source,
+    numbers,
 )
+from lm_eval_laai.commands.report import Report
 from lm_eval_laai.experiments.cells import Cell, Fit, Store, named
 from lm_eval_laai.experiments.curves import Sweep
 from lm_eval_laai.experiments.run import Plan, Process, run
@@ -30,7 +32,7 @@ from lm_eval_laai.judge import Cache, Judge
 from lm_eval_laai.known_models.folder import reference_model
 from lm_eval_laai.paper import estimate, gpt_eval, report
 from lm_eval_laai.paper.content import FIGURE_1, JUDGED, Content
-from lm_eval_laai.paper.tables import EXAMPLES, RULES, TITLES, Recipe, examples_table, paper_table
+from lm_eval_laai.paper.tables import EXAMPLES, FOUR_RULES, TITLES, Recipe, examples_table, paper_table
 
 LEXICON = "lexicon"
 FIGURES = (1, 2)
@@ -39,9 +41,8 @@ PAPER_PENALTY = 0.01  # its gamma and lambda
 QUICK_LIMIT, QUICK_STEPS, QUICK_LAYERS = 100, 30, 6
 
 
-def add(commands: Any) -> None:
-    """Put `paper` on a parser."""
-    parser = commands.add_parser("paper", help="the paper's tables and figures: train, evaluate, one report")
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of `paper`."""
     parser.set_defaults(command=_command)
     add_model_arguments(parser, required=False, several=True)
     parser.add_argument(
@@ -65,19 +66,6 @@ def add(commands: Any) -> None:
     parser.add_argument("--output", default="runs/paper", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_judge_arguments(parser.add_argument_group("GPT-Eval"), required=False)
-
-
-def numbers(text: str) -> list[int]:
-    """A comma-separated list."""
-    return [int(part) for part in text.split(",") if part]
-
-
-def check_counts(arguments: argparse.Namespace) -> None:
-    """LaaiError for a number below one."""
-    for name in ("seeds", "limit", "batch_size"):
-        count = getattr(arguments, name)
-        if count is not None and count < 1:
-            raise LaaiError(f"--{name.replace('_', '-')} is {count}: expected at least one")
 
 
 def _command(arguments: argparse.Namespace) -> Report | None:
@@ -119,7 +107,7 @@ def _content(arguments: argparse.Namespace, process: Process, judge: Judge | Non
         tables.append(examples_table(sorted(set(arguments.examples)), first))
     maps = {}
     if 2 in arguments.figures:
-        task = first.task(next(iter(RULES)))
+        task = first.task(FOUR_RULES[0])
         maps = {"unregularised": first.laai(task, 0, regularised=False), "regularised": first.laai(task, 0)}
     return Content(
         command=_command_line(arguments),
@@ -165,7 +153,7 @@ def _figure_1(recipe: Recipe, seeds: Sequence[int], quick: bool) -> Sweep:
     step = -(-count // QUICK_LAYERS) if quick else 1
     return Sweep(
         recipe.setting,
-        tuple(map(recipe.task, RULES)),
+        tuple(map(recipe.task, FOUR_RULES)),
         tuple(range(0, count, step)),
         tuple(seeds),
         ((0.0, 0.0), (recipe.l1, recipe.group)),

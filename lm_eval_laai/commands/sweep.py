@@ -9,13 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from laai_core import storage
+from laai_core import files
 from laai_core.data import task_names
 from laai_core.errors import LaaiError
 from laai_core.settings import PENALTY_SCALES, Job, check
-from lm_eval_laai.commands.paper import check_counts, numbers
+from lm_eval_laai.commands.options import (
+    add_model_arguments,
+    check_counts,
+    check_writable,
+    choose_layer,
+    model_source,
+    numbers,
+)
 from lm_eval_laai.commands.report import Report, table
-from lm_eval_laai.commands.train import add_model_arguments, check_writable, choose_layer, model_source
 from lm_eval_laai.experiments.cells import Store
 from lm_eval_laai.experiments.curves import Sweep, draw, title
 from lm_eval_laai.experiments.run import Plan, Process, run
@@ -25,9 +31,8 @@ from lm_eval_laai.inspection.plot import check_plot
 ALL = "all"
 
 
-def add(commands: Any) -> None:
-    """Put `sweep` on a parser."""
-    parser = commands.add_parser("sweep", help="a score for every layer, seed and penalty, through the harness")
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sweep`."""
     parser.set_defaults(command=_command)
     add_model_arguments(parser, required=True)
     parser.add_argument("--task", type=_words, required=True, metavar="T[,T]", help="as for train")
@@ -127,7 +132,7 @@ def _reported(sweep: Sweep, store: Store, folder: Path, plot: bool) -> Report:
         "versions": software(),
         "scores": records,
     }
-    storage.write(folder / "sweep.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+    files.write(folder / "sweep.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
     if plot:
         draw(records, folder / "sweep.png")
     missing = any(record["mean"] is None for record in records)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.tasks import include_path, list_tasks
 
 
-def add(commands: Any) -> None:
-    """Put `tasks` on a parser."""
-    parser = commands.add_parser("tasks", help="list the harness tasks, and the --include_path to give")
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of `tasks`."""
     parser.set_defaults(command=_command)
     parser.add_argument("--include-path", action="store_true", help="print that path and nothing else")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

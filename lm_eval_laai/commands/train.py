@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -13,16 +12,21 @@ from typing import Any, get_args, get_type_hints
 from laai_core.data import load_task
 from laai_core.errors import Interrupted, LaaiError, NotFinite, WorkFailed
 from laai_core.example import Example, Split
-from laai_core.hub import PARTIAL, SUFFIX
-from laai_core.intervention import Intervention
+from laai_core.files import PARTIAL, SUFFIX
 from laai_core.settings import Job, Settings
 from laai_core.settings import check as check_field
 from laai_core.train import TrainResult, train
+from lm_eval_laai.commands.options import (
+    adapter_folder,
+    add_layer_argument,
+    add_model_arguments,
+    choose_layer,
+    model_source,
+    output_path,
+)
 from lm_eval_laai.commands.report import Report, table
-from lm_eval_laai.experiments.load import DTYPES, ModelSource
 from lm_eval_laai.facts import flat
-from lm_eval_laai.methods import METHODS, OPTIONS, check, default_layer, fit, select
-from lm_eval_laai.methods.adapters import ADAPTERS, is_adapter, training_record
+from lm_eval_laai.methods import LAAI, METHODS, fit, select
 from lm_eval_laai.tasks import harness_task
 
 AUTO = "auto"
@@ -46,12 +50,14 @@ _FLAGS = {
 _PENALTIES = ("l1", "group")
 
 
-def add(commands: Any) -> None:
-    """Put `train` on a parser."""
-    parser = commands.add_parser("train", help="train an intervention, or a baseline, on a task's training examples")
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of `train`."""
     parser.set_defaults(command=_command)
     parser.add_argument(
-        "--method", choices=METHODS, default="laai", help="docs/methods.md says what each is (default: %(default)s)"
+        "--method",
+        choices=list(METHODS),
+        default=LAAI.name,
+        help="docs/methods.md says what each is (default: %(default)s)",
     )
     add_model_arguments(parser, required=True)
     parser.add_argument("--task", required=True, help="a task without laai_, for example lexicon_antonym")
@@ -60,7 +66,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
     add_layer_argument(parser, _layer, "; auto cross-validates over all on the training examples")
     _add_training_arguments(parser)
-    parser.add_argument("--heads", type=int, help="of fv: how many heads it sums (default: the share its paper takes)")
+    parser.add_argument("--heads", type=int, help=f"of fv: {METHODS['fv'].options['heads'].help}")
     parser.add_argument(
         "--output",
         default="./",
@@ -69,35 +75,6 @@ def add(commands: Any) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser, required: bool, several: bool = False) -> None:
-    """The flags `model_source` reads; with `several`, --model gives a list."""
-    text = "a folder, a name on the Hugging Face Hub or of `laai models`" + ("; may be repeated" if several else "")
-    parser.add_argument("--model", required=required, action="append" if several else "store", help=text)
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--gguf-file", metavar="NAME", help="a GGUF file in that folder or repository: dequantised")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let the model's own Python code run")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or else the CPU)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, as the checkpoint says")
-
-
-def model_source(arguments: argparse.Namespace) -> ModelSource:
-    """The model the flags name."""
-    return ModelSource(
-        arguments.model,
-        arguments.revision,
-        arguments.trust_remote_code,
-        arguments.device,
-        arguments.dtype,
-        arguments.gguf_file,
-    )
-
-
-def add_layer_argument(parser: argparse.ArgumentParser, kind: Any = int, more: str = "") -> None:
-    """--layer, for `choose_layer`."""
-    text = "0-based, negative counts from the end (default: the middle of the model)"
-    parser.add_argument("--layer", type=kind, help=text + more)
 
 
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,46 +103,6 @@ def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def choose_layer(layer: int | None, config: Any) -> int:
-    """The layer, 0-based, from a model's configuration: a wrong one is refused before the weights are read."""
-    count = config.get_text_config(decoder=True).num_hidden_layers
-    if layer is None:
-        return default_layer(count)
-    if not -count <= layer < count:
-        raise LaaiError(f"layer {layer} is out of range: this model has layers 0 to {count - 1}")
-    return layer % count
-
-
-def output_path(output: str, task: str) -> Path:
-    """The file to write, in a folder that can be written to. Nothing is made yet."""
-    path = Path(output).expanduser()
-    if output.endswith(("/", "\\")) or path.is_dir():
-        path = path / f"{harness_task(task)}{SUFFIX}"
-    elif path.suffix != SUFFIX:
-        raise LaaiError(f"--output {output}: expected a name that ends in {SUFFIX}, or a folder with a / at its end")
-    check_writable(path.parent)
-    return path
-
-
-def adapter_folder(output: str, task: str) -> Path:
-    """The folder to write an adapter to, in one that can be written to. Nothing is made yet."""
-    path = Path(output).expanduser()
-    if output.endswith(("/", "\\")) or (path.is_dir() and not is_adapter(path)):
-        path = path / harness_task(task)
-    check_writable(path.parent)
-    return path
-
-
-def check_writable(folder: Path) -> None:
-    """LaaiError unless files can be made in `folder`, or it can be made itself. Leaves nothing behind."""
-    existing = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise LaaiError(f"cannot write to {folder}: {error.strerror}; expected a writable folder") from error
-
-
 def summary(result: TrainResult) -> dict[str, Any]:
     """What a training came to, for a report."""
     best = min(result.history, key=lambda step: step.objective)
@@ -189,7 +126,7 @@ def summary(result: TrainResult) -> dict[str, Any]:
 def _command(arguments: argparse.Namespace) -> Report:
     # In the order of what it costs to find out that something is wrong.
     split = load_task(arguments.task, seed=arguments.seed, n_train=arguments.n_train, data=arguments.data)
-    train_it = _train if arguments.method == "laai" else _train_baseline
+    train_it = _train if arguments.method == LAAI.name else _train_baseline
     return train_it(arguments, split)
 
 
@@ -224,7 +161,7 @@ def _train(arguments: argparse.Namespace, split: Split) -> Report:
     facts = {
         "file": str(path),
         "task": harness_task(arguments.task),
-        "method": "laai",
+        "method": LAAI.name,
         **summary(result),
         "l1": options["l1"],
         "group": options["group"],
@@ -243,29 +180,29 @@ def _kept(stopped: Interrupted | NotFinite, path: Path) -> str:
 
 def _train_baseline(arguments: argparse.Namespace, split: Split) -> Report:
     """`fit`, after everything that can be told to be wrong before the model is loaded."""
-    method = arguments.method
-    _refuse(arguments, [name for name in (*_FLAGS, "heads") if name not in OPTIONS[method]])
+    method = METHODS[arguments.method]
+    _refuse(arguments, [name for name in (*_FLAGS, "heads") if name not in method.options])
     if arguments.layer == AUTO:
-        raise LaaiError(f"--layer auto is of the method laai; {method} takes a number, or its own default")
-    if method in ADAPTERS:
+        raise LaaiError(f"--layer auto is of the method laai; {method.name} takes a number, or its own default")
+    if method.writes_adapter:
         path = adapter_folder(arguments.output, arguments.task)
     else:
         path = output_path(arguments.output, arguments.task)
     options = {name: getattr(arguments, name) for name in ("steps", "heads")}
-    check(method, path, arguments.layer, options)
+    method.check(path, arguments.layer, options)
     source = model_source(arguments)
     source.checked_device()
     config = source.config()
     layer = None if arguments.layer is None else choose_layer(arguments.layer, config)
     model, tokenizer = source.load()
     start = time.perf_counter()
-    fit(method, model, tokenizer, split, layer=layer, seed=arguments.seed, output=path, **options)
+    fit(method.name, model, tokenizer, split, layer=layer, seed=arguments.seed, output=path, **options)
     facts = {
         "file": str(path),
         "task": harness_task(arguments.task),
-        "method": method,
+        "method": method.name,
         "seconds": time.perf_counter() - start,
-        "training": training_record(path) if method in ADAPTERS else Intervention.load(path).metadata["training"],
+        "training": method.record(path),
     }
     return Report(facts, table(flat(facts)))
 

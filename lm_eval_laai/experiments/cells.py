@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laai_core import storage
+from laai_core import files
 from laai_core.errors import LaaiError
-from laai_core.hub import SUFFIX
-from lm_eval_laai.methods.adapters import ADAPTERS
+from lm_eval_laai.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,12 @@ class Store:
     def put(self, cell: Cell, identity: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Keep a result, whole or not at all."""
         text = json.dumps({"identity": identity, "result": result}, indent=1, sort_keys=True, ensure_ascii=False)
-        storage.write(self._path(cell, identity), text.encode())
+        files.write(self._path(cell, identity), text.encode())
 
     def fit_path(self, fit: Fit, identity: Mapping[str, Any]) -> Path:
         """Where a fit is, or is to be."""
-        suffix = "" if fit.method in ADAPTERS else SUFFIX
-        return self._fits / f"{fit.task.partition(':')[0]}-{fit.method}-{key(identity)}{suffix}"
+        name = f"{fit.task.partition(':')[0]}-{fit.method}-{key(identity)}"
+        return self._fits / f"{name}{METHODS[fit.method].suffix}"
 
     def _path(self, cell: Cell, identity: Mapping[str, Any]) -> Path:
         return self._cells / f"{cell.task.partition(':')[0]}-{key(identity)}.json"

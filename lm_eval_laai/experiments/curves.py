@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laai_core import storage
+from laai_core import files
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
 from lm_eval_laai.experiments.scores import Entry, result_of
 from lm_eval_laai.experiments.setting import Setting, task_info
@@ -109,4 +109,4 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    storage.write(path, buffer.getvalue())
+    files.write(path, buffer.getvalue())

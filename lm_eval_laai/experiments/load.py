@@ -21,9 +21,6 @@ from lm_eval_laai.known_models.package import check_gguf_library
 
 logger = logging.getLogger(__name__)
 
-# `auto` is the checkpoint's own: what the harness takes too, and a vector is best trained in what it is evaluated in.
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -34,7 +31,7 @@ class ModelSource:
         revision: a branch, tag or commit on the Hub.
         trust_remote_code: whether the model's own Python code may run.
         device: None is the first GPU, or the CPU where there is none.
-        dtype: one of DTYPES.
+        dtype: auto (the checkpoint's own), float32, bfloat16 or float16.
         gguf_file: a GGUF file in that folder or repository, whose weights are dequantised.
     """
 

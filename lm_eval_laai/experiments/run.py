@@ -46,7 +46,7 @@ class Plan:
         """
         batches: dict[Fit, list[Fit]] = {}
         for fit in dict.fromkeys([*self.fits, *(fit for cell in self.cells for fit in cell.fits)]):
-            alike = replace(fit, seed=0, l1=None, group=None) if fit.method == "laai" else fit
+            alike = replace(fit, seed=0, l1=None, group=None) if methods.METHODS[fit.method].trains_many else fit
             batches.setdefault(alike, []).append(fit)
         return list(batches.values())
 
@@ -125,7 +125,7 @@ class _Worker:
         """Train a batch; what is then called keeps what of it was not there yet."""
         model, tokenizer = self._model()
         paths = [self._plan.path(fit, self._store) for fit in batch]
-        if batch[0].method == "laai":
+        if methods.METHODS[batch[0].method].trains_many:
             scale = batch[0].penalty_scale
             assert scale is not None
             try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from laai_core.errors import LaaiError
-from laai_core.hub import SUFFIX
+from laai_core.files import SUFFIX
 
 # Above any run of the harness; together they hold the reading of a hostile file below 200 MiB.
 _LARGEST = 8 << 20  # bytes

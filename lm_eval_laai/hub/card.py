@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from laai_core.hub import is_repository
 from laai_core.intervention import Intervention
@@ -26,21 +27,31 @@ _POSITIONS = {
 }
 
 
-def model_card(intervention: Intervention, repo: str, file: str, scores: Scores | None = None) -> str:
+def model_card(
+    intervention: Intervention, repo: str, file: str, scores: Scores | None = None, license: str | None = None
+) -> str:
     """The text of README.md.
 
     Args:
         repo, file: where the intervention will lie.
         scores: {task: {metric: value}}; the `results` of the harness's results file can be handed over as they are.
+        license: of the intervention, as the Hub calls it, such as apache-2.0.
     """
     metadata = intervention.metadata
     base = str(metadata.get("base_model") or "unknown")
     on_hub = is_repository(base)
     if not on_hub:
         base = os.path.basename(os.path.normpath(base))  # the rest of a path says where it lay on somebody's machine
-    header: dict[str, Any] = {"library_name": "lm-eval-laai", "tags": ["laai", "activation-steering"]}
-    if on_hub:
-        header["base_model"] = base
+    header = ModelCardData(
+        library_name="lm-eval-laai",
+        tags=["laai", "activation-steering"],
+        pipeline_tag="text-generation",
+        license=license,
+        base_model=base if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        model_name=repo.partition("/")[2],
+        eval_results=_eval_results(scores or {}) or None,
+    )
     task = metadata.get("task")
     layers = ", ".join(map(str, intervention.layers))
     verb = "added to" if intervention.operation == "add" else "applied (in-context vector rule) to"
@@ -59,7 +70,7 @@ def model_card(intervention: Intervention, repo: str, file: str, scores: Scores 
     return "\n".join(
         [
             "---",
-            yaml.safe_dump(header, sort_keys=True).rstrip(),
+            header.to_yaml(),
             "---",
             f"# {repo.partition('/')[2]}",
             "",
@@ -94,14 +105,28 @@ def model_card(intervention: Intervention, repo: str, file: str, scores: Scores 
     )
 
 
-def _rows(scores: Scores) -> list[tuple[str, str, str]]:
-    """One row a number; the harness calls a metric `name,filter`."""
+def _eval_results(scores: Scores) -> list[EvalResult]:
+    """The card's model-index, which the Hub shows as results: finite numbers, without standard errors."""
     return [
-        (task, metric.removesuffix(",none"), f"{value:.4g}")
+        EvalResult("text-generation", task, task, metric.partition(",")[0], value, metric_name=label)
         for task, metrics in scores.items()
+        for metric, label, value in _numbers(metrics)
+        if math.isfinite(value) and not metric.partition(",")[0].endswith("_stderr")
+    ]
+
+
+def _numbers(metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """(the harness's key, the metric with its filter, value); the harness calls a metric `name,filter`."""
+    return [
+        (metric, metric.removesuffix(",none"), value)
         for metric, value in metrics.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     ]
+
+
+def _rows(scores: Scores) -> list[tuple[str, str, str]]:
+    """One row a number."""
+    return [(task, label, f"{value:.4g}") for task, metrics in scores.items() for _, label, value in _numbers(metrics)]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

@@ -8,7 +8,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from laai_core.errors import LaaiError
-from laai_core.hub import SUFFIX, HubPath, explained
+from laai_core.files import SUFFIX
+from laai_core.hub import HubPath, explained
 from laai_core.intervention import Intervention
 from lm_eval_laai.hub.card import Scores, model_card
 
@@ -20,6 +21,7 @@ def push_to_hub(
     scores: Scores | None = None,
     private: bool | None = None,
     revision: str | None = None,
+    license: str | None = None,
 ) -> str:
     """Upload the file and a model card (README.md, replaced if there is one) in one commit.
 
@@ -29,6 +31,7 @@ def push_to_hub(
         scores: {task: {metric: value}} for the card, such as `results` of the harness's results file.
         private: for a new repository; None is the account's default.
         revision: the branch to commit to.
+        license: of the intervention, for the card, as the Hub calls it, such as apache-2.0.
 
     Returns:
         The commit's address.
@@ -39,7 +42,10 @@ def push_to_hub(
     file = file or f"{intervention.metadata.get('task') or 'intervention'}{SUFFIX}"
     if not file.endswith(SUFFIX):
         raise LaaiError(f"file is {file!r}: expected a name that ends in {SUFFIX}")
-    files = {file: intervention.to_bytes(), "README.md": model_card(intervention, repo, file, scores).encode()}
+    files = {
+        file: intervention.to_bytes(),
+        "README.md": model_card(intervention, repo, file, scores, license).encode(),
+    }
     return _upload(repo, files, f"Upload {file}", private, revision)
 
 

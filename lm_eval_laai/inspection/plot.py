@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from laai_core import storage
+from laai_core import files
 from laai_core.errors import LaaiError
-from laai_core.intervention import Intervention
+
+if TYPE_CHECKING:
+    from laai_core.intervention import Intervention
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -50,4 +53,4 @@ def heat_map(intervention: Intervention, path: Path) -> None:
     figure.colorbar(drawn, ax=list(axes))
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:], dpi=150)
-    storage.write(path, buffer.getvalue())
+    files.write(path, buffer.getvalue())

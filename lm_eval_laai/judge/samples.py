@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from laai_core.data.tasks import rule_prompt
 from laai_core.errors import LaaiError
+from lm_eval_laai.metrics import first_line
 
 _BEFORE, _AFTER = rule_prompt("\0").split("\0")
 
@@ -18,6 +19,11 @@ class Sample(NamedTuple):
     doc_id: Any  # the item's number in its task
     input: str
     prediction: str
+
+    @classmethod
+    def of(cls, doc_id: Any, prompt: str, generated: str) -> Sample:
+        """The word in a prompt of `rule_prompt`, and the first line generated."""
+        return cls(doc_id, prompt.removeprefix(_BEFORE).removesuffix(_AFTER), first_line(generated))
 
 
 def task_of(path: Path) -> str:
@@ -70,5 +76,4 @@ def _read_line(line: str, where: str) -> Sample:
         raise LaaiError(f"{where}: doc.prompt is {prompt!r:.60}; expected {rule_prompt('<input>')!r}")
     if not isinstance(answer, str) or not isinstance(doc_id, int):
         raise LaaiError(f"{where}: expected text in filtered_resps and a number as doc_id")
-    word = prompt.removeprefix(_BEFORE).removesuffix(_AFTER)
-    return Sample(doc_id, word, answer.split("\n", 1)[0].strip())
+    return Sample.of(doc_id, prompt, answer)

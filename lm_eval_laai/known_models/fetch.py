@@ -16,8 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from laai_core.data.fetch import alone_in, sync_folder
 from laai_core.errors import LaaiError, WorkFailed
-from laai_core.hub import Place, explained
-from laai_core.storage import unwritable
+from laai_core.files import unwritable
+from laai_core.hub import HubPath, explained
 from lm_eval_laai.known_models.convert import convert
 from lm_eval_laai.known_models.folder import RECORD, models_folder, record_of
 from lm_eval_laai.known_models.package import check_gguf_library, gguf_from_packages
@@ -95,7 +95,7 @@ def _from_hub(model: KnownModel, part: Path, progress: bool) -> tuple[Path, dict
     if not progress:
         disable_progress_bars()
     try:
-        with explained(Place(model.hub, revision=model.revision), local_files_only=False):
+        with explained(HubPath(model.hub, revision=model.revision), local_files_only=False):
             # Asked first: a download retries for half a minute when there is no network.
             HfApi(library_name="laai").model_info(model.hub, revision=model.revision, timeout=_SECONDS)
             snapshot_download(

@@ -1,34 +1,110 @@
-"""The paper's method and the baselines it is measured against, trained on the same examples by one entry."""
+"""The paper's method and the baselines it is measured against, trained on the same examples by one entry.
+
+A method is one entry of METHODS. What it trains with is imported when it trains: a command line that lists the methods
+waits for neither torch nor PEFT.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from laai_core.errors import LaaiError
 from laai_core.example import Split
-from laai_core.hub import SUFFIX
-from laai_core.locate import locate
-from laai_core.train import train
-from lm_eval_laai.methods.adapters import ADAPTERS, is_adapter, train_adapter
-from lm_eval_laai.methods.function_vector import function_vector
-from lm_eval_laai.methods.in_context_vector import in_context_vector
+from lm_eval_laai.methods.method import Method, Option, middle_layer, third_layer
 
-METHODS = ("laai", "fv", "icv", *ADAPTERS)
-# Which of the arguments that not every method has a method takes.
-OPTIONS = {"laai": ("l1", "group", "steps"), "fv": ("heads",), "icv": (), **dict.fromkeys(ADAPTERS, ("steps",))}
+__all__ = ["LAAI", "METHODS", "fit", "method_named"]
 
 
-def default_layer(count: int) -> int:
-    """The layer of `laai` and `lora` when none is given, for a model of `count` layers: the middle one.
+def _train_laai(
+    model: Any, tokenizer: Any, split: Split, path: Path, layer: int, seed: int, progress: bool, **options: Any
+) -> None:
+    from laai_core.train import train
 
-    There vectors that stand for a task act best in models of many sizes (Hendel, Geva & Globerson 2023, "In-context
-    learning creates task vectors"), and on the reference model too. The paper's layer is 3 of 32; `--layer auto`
-    measures.
-    """
-    return count // 2
+    task = f"laai_{split.name}"
+    result = train(model, tokenizer, split.train, layer, seed=seed, task=task, progress=progress, **options)
+    result.intervention.save(path)
+
+
+def _train_function_vector(
+    model: Any, tokenizer: Any, split: Split, path: Path, layer: int, seed: int, progress: bool, **options: Any
+) -> None:
+    from lm_eval_laai.methods.function_vector import function_vector
+
+    task = f"laai_{split.name}"
+    function_vector(model, tokenizer, split.train, layer, seed, task=task, progress=progress, **options).save(path)
+
+
+def _train_in_context_vector(
+    model: Any, tokenizer: Any, split: Split, path: Path, layer: int | None, seed: int, progress: bool
+) -> None:
+    from lm_eval_laai.methods.in_context_vector import in_context_vector
+
+    in_context_vector(model, tokenizer, split.train, layer, seed, f"laai_{split.name}").save(path)
+
+
+def _adapter(name: str, title: str, passes: float, **facts: Any) -> Method:
+    """One of PEFT's methods."""
+
+    def train(
+        model: Any,
+        tokenizer: Any,
+        split: Split,
+        path: Path,
+        layer: int | None,
+        seed: int,
+        progress: bool,
+        steps: int | None = None,
+    ) -> None:
+        from lm_eval_laai.methods.adapters import train_adapter
+
+        train_adapter(name, model, tokenizer, split.train, path, layer, seed, steps, f"laai_{split.name}", progress)
+
+    steps = Option("optimiser steps", least=1)
+    return Method(name, title, train, passes, {"steps": steps}, writes_adapter=True, **facts)
+
+
+LAAI = Method(
+    "laai",
+    "LAAI",
+    _train_laai,
+    passes=6.0,
+    options={
+        "l1": Option("weight of the sum of absolute values, the paper's gamma"),
+        "group": Option("weight of the sum of the heads' norms, the paper's lambda"),
+        "penalty_scale": Option("whether penalties are relative to the size of the activation"),
+        "steps": Option("model evaluations", least=1),
+    },
+    default_layer=middle_layer,
+    takes_adapted=True,
+    trains_many=True,
+)
+METHODS = {
+    method.name: method
+    for method in (
+        LAAI,
+        Method(
+            "fv",
+            "function vector",
+            _train_function_vector,
+            passes=12.0,
+            options={"heads": Option("how many heads it sums (default: the share its paper takes)")},
+            default_layer=third_layer,
+        ),
+        Method("icv", "ICV", _train_in_context_vector, passes=0.2),
+        _adapter("lora", "LoRA", passes=160.0, default_layer=middle_layer),
+        _adapter("ia3", "IA3", passes=180.0),
+        _adapter("soft_prompt", "Soft prompt", passes=280.0, takes_layer=False),
+    )
+}
+
+
+def method_named(name: str) -> Method:
+    """The method of that name. LaaiError for any other."""
+    if name not in METHODS:
+        raise LaaiError(f"unknown method {name!r}: expected one of {', '.join(METHODS)}")
+    return METHODS[name]
 
 
 def fit(
@@ -40,26 +116,20 @@ def fit(
     layer: int | None = None,
     seed: int = 0,
     output: str | os.PathLike[str],
-    l1: float | None = None,
-    group: float | None = None,
-    penalty_scale: str = "relative",
-    steps: int | None = None,
-    heads: int | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> Path:
     """Train one method on `split.train` and write what it learnt; the model is left exactly as it was.
 
     Args:
-        method: one of METHODS; docs/methods.md says what each does.
+        method: a name in METHODS; docs/methods.md says what each does.
         model: a causal language model of transformers. Only `laai` takes one under an adapter.
         layer: 0-based, negative from the end. Default: the middle for `laai` and `lora`, a third of the depth for
             `fv`, every layer for `icv` and `ia3`. A `soft_prompt` has none.
         seed: of what the method draws itself: prompts, initial weights. `split` has drawn the examples.
         output: the .safetensors file (laai, fv, icv), or the folder (lora, ia3, soft_prompt).
-        l1, group, penalty_scale: of `laai`, see `laai_core.train`.
-        steps: evaluations of `laai`, optimiser steps of an adapter. `fv` and `icv` take none.
-        heads: of `fv`: how many heads it sums. Default: the share its paper takes.
         progress: show a tqdm bar on stderr.
+        options: those of `METHODS[method].options`; None is the method's own default.
 
     Returns:
         `output`, for hf-laai's `intervention=` or the harness's `peft=`.
@@ -67,55 +137,15 @@ def fit(
     Raises:
         LaaiError: on a bad argument, or examples or a model that the method cannot take, before anything is written.
     """
+    from laai_core.locate import locate
+
     path = Path(output).expanduser()
-    check(method, path, layer, {"l1": l1, "group": group, "steps": steps, "heads": heads})
-    if method != "laai" and hasattr(model, "get_base_model"):
+    chosen = method_named(method)
+    chosen.check(path, layer, options)
+    if not chosen.takes_adapted and hasattr(model, "get_base_model"):
         raise LaaiError(f"the model is under a PEFT adapter: expected the model itself for the method {method}")
-    task = f"laai_{split.name}"
-    if layer is None and method in ("laai", "lora"):
-        layer = default_layer(len(locate(model).blocks))
-    if method in ADAPTERS:
-        train_adapter(method, model, tokenizer, split.train, path, layer, seed, steps, task, progress)
-        return path
-    if method == "laai":
-        assert layer is not None
-        given: dict[str, Any] = {
-            name: value for name, value in (("l1", l1), ("group", group), ("steps", steps)) if value is not None
-        }
-        result = train(
-            model,
-            tokenizer,
-            split.train,
-            layer,
-            penalty_scale=penalty_scale,
-            seed=seed,
-            task=task,
-            progress=progress,
-            **given,
-        )
-        intervention = result.intervention
-    elif method == "fv":
-        intervention = function_vector(model, tokenizer, split.train, layer, seed, heads, task, progress)
-    else:
-        intervention = in_context_vector(model, tokenizer, split.train, layer, seed, task)
-    intervention.save(path)
+    if layer is None and chosen.default_layer is not None:
+        layer = chosen.default_layer(len(locate(model).blocks))
+    given = {name: value for name, value in options.items() if value is not None}
+    chosen.train(model, tokenizer, split, path, layer, seed, progress, **given)
     return path
-
-
-def check(method: str, path: Path, layer: int | None, options: Mapping[str, Any]) -> None:
-    """LaaiError for what of the arguments of `fit` is wrong whatever the model and the examples are."""
-    if method not in METHODS:
-        raise LaaiError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
-    for name, value in options.items():
-        if value is not None and name not in OPTIONS[method]:
-            raise LaaiError(f"{name} is {value}, but the method {method} has none: leave it out")
-    if options["steps"] is not None and options["steps"] < 1:
-        raise LaaiError(f"steps is {options['steps']}: expected at least one")
-    if method == "soft_prompt" and layer is not None:
-        raise LaaiError(f"layer is {layer}, but a soft prompt stands before the text, in no layer: leave it out")
-    if method in ADAPTERS and path.suffix == SUFFIX:
-        raise LaaiError(f"output is {path}: expected a folder, which is what PEFT reads")
-    if method in ADAPTERS and path.exists() and not is_adapter(path):
-        raise LaaiError(f"{path} exists and is no adapter: expected a new folder, or an adapter's to replace")
-    if method not in ADAPTERS and path.suffix != SUFFIX:
-        raise LaaiError(f"output is {path}: expected a name that ends in {SUFFIX}")

@@ -19,6 +19,7 @@ import peft
 import torch
 from tqdm.auto import tqdm
 
+from laai_core.data.rules import WORD_RULES, rule_named
 from laai_core.encode import Batch, encode_examples
 from laai_core.errors import LaaiError, WorkFailed
 from laai_core.example import Example
@@ -26,28 +27,15 @@ from laai_core.hooks import frozen
 from laai_core.locate import Layout, locate
 from laai_core.objective import Objective
 from laai_core.record import model_facts, training_facts
+from lm_eval_laai.methods.method import ADAPTER_FACTS, ADAPTER_STEPS
 from lm_eval_laai.methods.places import attention_inputs, down_projection, first_attention, is_transposed
 
 ADAPTERS = ("lora", "ia3", "soft_prompt")
-FACTS = "laai.json"  # in an adapter's folder, beside what PEFT writes: how it was trained
-
 RANK = 4  # of LoRA
 VIRTUAL_TOKENS = 8
-STEPS = 100
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 FOLDS = 5  # two are cheaper, and choose rates that suit five examples and not ten
 
-# What a soft prompt starts from; the paper gives the French one.
-DESCRIPTIONS = {
-    "antonym": "the antonym of this word",
-    "synonym": "the synonym of this word",
-    "en_fr": "the French translation of this word",
-    "en_de": "the German translation of this word",
-    "en_fr_antonym": "the French translation of the antonym of this word",
-    "en_de_antonym": "the German translation of the antonym of this word",
-    "en_fr_synonym": "the French translation of the synonym of this word",
-    "en_de_synonym": "the German translation of the synonym of this word",
-}
 ANY_TASK = "the answer to this question"
 
 
@@ -70,13 +58,13 @@ def train_adapter(
         examples: with targets (loss `nll`) or with options and distributions (loss `kl`), as for a vector.
         layer: of `lora`, which needs one; `ia3` goes on every layer without; a `soft_prompt` is in none.
         seed: of LoRA's random half. Everything else starts from fixed values.
-        steps: of AdamW on all examples at once, its rate falling linearly to zero; default STEPS.
+        steps: of AdamW on all examples at once, its rate falling linearly to zero; default ADAPTER_STEPS.
         task: the harness's name; a soft prompt starts from what it says.
 
     Raises:
         LaaiError: on examples or a model that the method cannot take.
     """
-    steps = STEPS if steps is None else steps
+    steps = ADAPTER_STEPS if steps is None else steps
     layout = locate(model)
     config = adapter_config(method, layout, None if layer is None else layout.layer(layer))
     base_model = model_facts(layout, first_attention(layout))["base_model"]
@@ -108,17 +96,6 @@ def train_adapter(
         _save(wrapped, folder, {"method": method, "task": task, "base_model": base_model, "training": training})
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether there is an adapter in PEFT's format."""
-    return (folder / peft.utils.CONFIG_NAME).is_file()
-
-
-def training_record(folder: Path) -> dict[str, Any]:
-    """How an adapter of ours was trained."""
-    training: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))["training"]
-    return training
-
-
 def adapter_config(method: str, layout: Layout, layer: int | None) -> Any:
     """PEFT's configuration of a method on a model; modules by their full paths."""
     if method == "soft_prompt":
@@ -147,7 +124,8 @@ def adapter_config(method: str, layout: Layout, layer: int | None) -> Any:
 
 def description(task: str | None) -> str:
     """What a task asks for, in words."""
-    return DESCRIPTIONS.get((task or "").removeprefix("laai_").removeprefix("lexicon_"), ANY_TASK)
+    rule = WORD_RULES.get(rule_named(task or ""))
+    return ANY_TASK if rule is None else rule.description
 
 
 class _Data:
@@ -258,9 +236,11 @@ def _save(wrapped: Any, folder: Path, facts: dict[str, Any]) -> None:
             new = Path(scratch, "new")
             wrapped.save_pretrained(str(new), save_embedding_layers=False)
             (new / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with the path the model was read from
-            (new / FACTS).write_text(json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+            (new / ADAPTER_FACTS).write_text(
+                json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8"
+            )
             # safetensors makes private files; an adapter is an ordinary one
-            (new / peft.utils.SAFETENSORS_WEIGHTS_NAME).chmod((new / FACTS).stat().st_mode)
+            (new / peft.utils.SAFETENSORS_WEIGHTS_NAME).chmod((new / ADAPTER_FACTS).stat().st_mode)
             old = Path(scratch, "old")
             try:
                 if folder.exists():

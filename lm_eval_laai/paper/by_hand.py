@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 
-from laai_core.hub import SUFFIX
+from laai_core.files import SUFFIX
 from lm_eval_laai.experiments.cells import Cell, Fit
 from lm_eval_laai.experiments.setting import Setting, task_info
-from lm_eval_laai.methods.adapters import ADAPTERS
+from lm_eval_laai.methods import LAAI, METHODS
 from lm_eval_laai.tasks import task_metadata
 
 
@@ -23,7 +23,7 @@ def by_hand(setting: Setting, cell: Cell) -> list[str]:
         model, arguments = "hf-laai", [*arguments, f"intervention={target}"]
     elif cell.fits:
         (fit,) = cell.fits
-        model, argument = ("hf", "peft") if fit.method in ADAPTERS else ("hf-laai", "intervention")
+        model, argument = ("hf", "peft") if METHODS[fit.method].writes_adapter else ("hf-laai", "intervention")
         arguments = [*arguments, f"{argument}={_place(fit)}"]
     words = ["lm_eval", "--model", model, "--model_args", ",".join(arguments), "--tasks", task_info(cell.task).name]
     if cell.shots:
@@ -54,7 +54,7 @@ def _train(setting: Setting, fit: Fit) -> str:
         ("--gguf-file", setting.source.gguf_file),
         ("--dtype", None if setting.source.dtype == "auto" else setting.source.dtype),
         ("--data", setting.data),
-        ("--method", None if fit.method == "laai" else fit.method),
+        ("--method", None if fit.method == LAAI.name else fit.method),
         ("--seed", fit.seed),
         ("--n-train", fit.n_train),
         ("--layer", fit.layer),
@@ -72,7 +72,7 @@ def _train(setting: Setting, fit: Fit) -> str:
 def _place(fit: Fit) -> str:
     """Where a person would put it."""
     task = task_info(fit.task).name
-    return f"adapters/{task}_{fit.method}" if fit.method in ADAPTERS else f"vectors/{task}{SUFFIX}"
+    return f"adapters/{task}_{fit.method}" if METHODS[fit.method].writes_adapter else f"vectors/{task}{SUFFIX}"
 
 
 def _model_arguments(setting: Setting) -> list[str]:

@@ -14,10 +14,10 @@ import torch
 
 from lm_eval_laai.experiments.cells import Cell, Fit
 from lm_eval_laai.experiments.setting import Setting
-from lm_eval_laai.methods.adapters import STEPS
+from lm_eval_laai.methods import METHODS
+from lm_eval_laai.methods.method import ADAPTER_STEPS
 
 ROWS, TOKENS, REPEATS = 64, 16, 3
-FITS = {"laai": 6.0, "fv": 12.0, "icv": 0.2, "lora": 160.0, "ia3": 180.0, "soft_prompt": 280.0}
 SCORED = 0.5  # of 64 test items, besides reading their prompts
 
 
@@ -27,7 +27,7 @@ def seconds(setting: Setting, fits: Iterable[Fit], cells: Iterable[Cell]) -> flo
     if not fits and not cells:
         return 0.0
     model, tokenizer = setting.source.load()
-    passes = sum(FITS[fit.method] * (fit.steps or STEPS) / STEPS for fit in fits)
+    passes = sum(METHODS[fit.method].passes * (fit.steps or ADAPTER_STEPS) / ADAPTER_STEPS for fit in fits)
     passes += sum(_scoring(setting, cell, tokenizer) for cell in cells)
     return passes * _one_pass(model)
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from laai_core.data.tasks import rule_prompt
 from lm_eval_laai.experiments.cells import Store
 from lm_eval_laai.experiments.scores import Entry, result_of
 from lm_eval_laai.judge import Cache, Judge, Sample, judge_samples
 from lm_eval_laai.paper.tables import Table
-
-_BEFORE, _AFTER = rule_prompt("\0").split("\0")
 
 
 def judged(
@@ -37,7 +34,4 @@ def judged(
 
 def _samples(answers: Sequence[Sequence[str]]) -> list[Sample]:
     """As `lm_eval_laai.judge.read_samples` reads the harness's own file: the word, the first line generated."""
-    return [
-        Sample(number, prompt.removeprefix(_BEFORE).removesuffix(_AFTER), answer.split("\n", 1)[0].strip())
-        for number, (prompt, answer) in enumerate(answers)
-    ]
+    return [Sample.of(number, prompt, answer) for number, (prompt, answer) in enumerate(answers)]

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from laai_core import storage
+from laai_core import files
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from lm_eval_laai.experiments.cells import Fit, Store, named
@@ -43,8 +43,8 @@ def write(content: Content, store: Store, folder: Path) -> dict[str, Any]:
         facts["figure_2"] = {
             title: _draw_map(setting, fit, store, folder / map_name(title)) for title, fit in content.maps.items()
         }
-    storage.write(folder / "report.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
-    storage.write(folder / "report.md", markdown.render(content, facts).encode())
+    files.write(folder / "report.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
+    files.write(folder / "report.md", markdown.render(content, facts).encode())
     return facts
 
 

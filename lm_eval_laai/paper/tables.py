@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from laai_core.data.rules import COMPOSITIONS, LEXICON_PREFIX, WORD_RULES
 from laai_core.data.survey import TENDENCIES
-from laai_core.data.tasks import COMPOSITIONS, LEXICON_PREFIX, OPINIONQA, SURVEY_PREFIX
+from laai_core.data.tasks import OPINIONQA, SURVEY_PREFIX
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
 from lm_eval_laai.experiments.scores import Entry, result_of
 from lm_eval_laai.experiments.setting import Setting, task_info
-from lm_eval_laai.methods.adapters import ADAPTERS
+from lm_eval_laai.methods import METHODS
 from lm_eval_laai.paper.published import PUBLISHED, Published
 from lm_eval_laai.tasks import harness_task
 
 EXAMPLES = 10  # of every method, and the shots: the paper's N
-RULES = {"en_fr": "Eng-Fr", "en_de": "Eng-Ger", "antonym": "Antonym", "synonym": "Synonym"}
+FOUR_RULES = ("en_fr", "en_de", "antonym", "synonym")
 THREE_RULES = ("en_fr", "en_de", "antonym")  # of tables 5 and 6
-COMPOSED = {
-    "en_fr_antonym": "Eng-Fr Antonym",
-    "en_de_antonym": "Eng-Ger Antonym",
-    "en_fr_synonym": "Eng-Fr Synonym",
-    "en_de_synonym": "Eng-Ger Synonym",
-}
 TITLES = {
     1: "Single rules",
     2: "Compositions",
@@ -57,7 +52,7 @@ class Recipe:
 
     def baseline(self, method: str, task: str, seed: int) -> Fit:
         """What another method learns. LoRA is in LAAI's layer, the others are where their authors put them."""
-        steps = self.adapter_steps if method in ADAPTERS else None
+        steps = self.adapter_steps if METHODS[method].writes_adapter else None
         return Fit(task, method, seed, EXAMPLES, self.layer if method == "lora" else None, steps)
 
 
@@ -110,11 +105,11 @@ def entry(table: Table, row: Row, task: str, seeds: Sequence[int], store: Store)
 def paper_table(number: int, recipes: Sequence[Recipe]) -> Table:
     """A table of the paper. All but Table 5 are about the first model."""
     recipe = recipes[0]
-    columns = {recipe.task(name): title for name, title in RULES.items()}
+    columns = _columns(recipe, FOUR_RULES)
     if number == 1:
         rows = _prompted(recipe, function_vectors=True)
     elif number == 2:
-        columns = {recipe.task(name): title for name, title in COMPOSED.items()}
+        columns = _columns(recipe, COMPOSITIONS)
         rows = [Row("Add", recipe.setting, _added(recipe)), Row("Re-optimized", recipe.setting, _steered(recipe))]
     elif number == 3:
         columns = _opinion_columns(recipe)
@@ -125,7 +120,7 @@ def paper_table(number: int, recipes: Sequence[Recipe]) -> Table:
             Row("regularised", recipe.setting, _steered(recipe)),
         ]
     else:
-        columns = {recipe.task(name): RULES[name] for name in THREE_RULES}
+        columns = _columns(recipe, THREE_RULES)
         rows = _models(recipes) if number == 5 else _baselines(recipe)
     return Table(str(number), TITLES[number], columns, rows)
 
@@ -136,8 +131,12 @@ def examples_table(counts: Sequence[int], recipe: Recipe) -> Table:
     for count in counts:
         rows.append(Row(f"{count}-shot", recipe.setting, _shots(count)))
         rows.append(Row(f"LAAI, N = {count}", recipe.setting, _steered(recipe, n_train=count)))
-    columns = {recipe.task(name): title for name, title in RULES.items()}
+    columns = _columns(recipe, FOUR_RULES)
     return Table("examples", "Sample efficiency (not in the paper)", columns, rows)
+
+
+def _columns(recipe: Recipe, rules: Iterable[str]) -> dict[str, str]:
+    return {recipe.task(name): WORD_RULES[name].title for name in rules}
 
 
 def _prompted(recipe: Recipe, function_vectors: bool) -> list[Row]:
@@ -156,8 +155,8 @@ def _models(recipes: Sequence[Recipe]) -> list[Row]:
 
 
 def _baselines(recipe: Recipe) -> list[Row]:
-    methods = {"ICV": "icv", "IA3": "ia3", "Soft prompt": "soft_prompt", "LoRA": "lora"}
-    rows = [Row(title, recipe.setting, _learnt(recipe, method)) for title, method in methods.items()]
+    methods = [METHODS[name] for name in ("icv", "ia3", "soft_prompt", "lora")]
+    rows = [Row(method.title, recipe.setting, _learnt(recipe, method.name)) for method in methods]
     return [*rows, Row("LAAI", recipe.setting, _steered(recipe))]
 
 
@@ -183,5 +182,5 @@ def _steered(recipe: Recipe, **options: Any) -> MakeCell:
 
 
 def _added(recipe: Recipe) -> MakeCell:
-    parts = {recipe.task(name): [recipe.task(part) for part in COMPOSITIONS[name]] for name in COMPOSED}
+    parts = {recipe.task(name): [recipe.task(part) for part in rule.parts] for name, rule in COMPOSITIONS.items()}
     return lambda task, seed: Cell(task, fits=tuple(recipe.laai(part, seed) for part in parts[task]))

@@ -1,0 +1,103 @@
+"""What several commands share of their command lines: flags, their checks, and where output goes."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from laai_core.errors import LaaiError
+from laai_core.files import SUFFIX
+from lm_eval_laai.methods.method import is_adapter, middle_layer
+from lm_eval_laai.tasks import harness_task
+
+if TYPE_CHECKING:
+    from lm_eval_laai.experiments.load import ModelSource
+
+# `auto` is the checkpoint's own: what the harness takes too, and a vector is best trained in what it is evaluated in.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool, several: bool = False) -> None:
+    """The flags `model_source` reads; with `several`, --model gives a list."""
+    text = "a folder, a name on the Hugging Face Hub or of `laai models`" + ("; may be repeated" if several else "")
+    parser.add_argument("--model", required=required, action="append" if several else "store", help=text)
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--gguf-file", metavar="NAME", help="a GGUF file in that folder or repository: dequantised")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let the model's own Python code run")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or else the CPU)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, as the checkpoint says")
+
+
+def model_source(arguments: argparse.Namespace) -> ModelSource:
+    """The model the flags name."""
+    from lm_eval_laai.experiments.load import ModelSource  # and transformers with it
+
+    return ModelSource(
+        arguments.model,
+        arguments.revision,
+        arguments.trust_remote_code,
+        arguments.device,
+        arguments.dtype,
+        arguments.gguf_file,
+    )
+
+
+def add_layer_argument(parser: argparse.ArgumentParser, kind: Any = int, more: str = "") -> None:
+    """--layer, for `choose_layer`."""
+    text = "0-based, negative counts from the end (default: the middle of the model)"
+    parser.add_argument("--layer", type=kind, help=text + more)
+
+
+def choose_layer(layer: int | None, config: Any) -> int:
+    """The layer, 0-based, from a model's configuration: a wrong one is refused before the weights are read."""
+    count = config.get_text_config(decoder=True).num_hidden_layers
+    if layer is None:
+        return middle_layer(count)
+    if not -count <= layer < count:
+        raise LaaiError(f"layer {layer} is out of range: this model has layers 0 to {count - 1}")
+    return layer % count
+
+
+def output_path(output: str, task: str) -> Path:
+    """The file to write, in a folder that can be written to. Nothing is made yet."""
+    path = Path(output).expanduser()
+    if output.endswith(("/", "\\")) or path.is_dir():
+        path = path / f"{harness_task(task)}{SUFFIX}"
+    elif path.suffix != SUFFIX:
+        raise LaaiError(f"--output {output}: expected a name that ends in {SUFFIX}, or a folder with a / at its end")
+    check_writable(path.parent)
+    return path
+
+
+def adapter_folder(output: str, task: str) -> Path:
+    """The folder to write an adapter to, in one that can be written to. Nothing is made yet."""
+    path = Path(output).expanduser()
+    if output.endswith(("/", "\\")) or (path.is_dir() and not is_adapter(path)):
+        path = path / harness_task(task)
+    check_writable(path.parent)
+    return path
+
+
+def check_writable(folder: Path) -> None:
+    """LaaiError unless files can be made in `folder`, or it can be made itself. Leaves nothing behind."""
+    existing = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise LaaiError(f"cannot write to {folder}: {error.strerror}; expected a writable folder") from error
+
+
+def numbers(text: str) -> list[int]:
+    """A comma-separated list."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def check_counts(arguments: argparse.Namespace) -> None:
+    """LaaiError for a number below one."""
+    for name in ("seeds", "limit", "batch_size"):
+        count = getattr(arguments, name)
+        if count is not None and count < 1:
+            raise LaaiError(f"--{name.replace('_', '-')} is {count}: expected at least one")

@@ -1,0 +1,116 @@
+"""What a method is: how it learns from a task's examples, what it takes and what it writes. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from laai_core.errors import LaaiError
+from laai_core.files import SUFFIX
+
+ADAPTER_STEPS = 100  # of AdamW, where none are given
+ADAPTER_FACTS = "laai.json"  # in an adapter's folder, beside what PEFT writes: how it was trained
+ADAPTER_CONFIG = "adapter_config.json"  # peft.utils.CONFIG_NAME, which takes seconds to import
+
+
+@dataclass(frozen=True)
+class Option:
+    """An argument that not every method takes."""
+
+    help: str
+    least: int | None = None  # for a whole number
+
+    def check(self, name: str, value: Any) -> None:
+        """LaaiError for a value that is wrong whatever the model and the examples are."""
+        if self.least is not None and value < self.least:
+            least = "one" if self.least == 1 else self.least
+            raise LaaiError(f"{name} is {value}: expected at least {least}")
+
+
+def middle_layer(count: int) -> int:
+    """The middle of a model of `count` layers, 0-based.
+
+    There vectors that stand for a task act best in models of many sizes (Hendel, Geva & Globerson 2023, "In-context
+    learning creates task vectors"), and on the reference model too. The paper's layer is 3 of 32; `--layer auto`
+    measures.
+    """
+    return count // 2
+
+
+def third_layer(count: int) -> int:
+    """A third of the depth of a model of `count` layers, 0-based, as in the paper of function vectors."""
+    return round(count / 3)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Args:
+        name: on the command line and in files.
+        title: in tables.
+        train: (model, tokenizer, split, path, layer, seed, progress, **options): learns from `split.train` and writes
+            `path`, whole or not at all; the model is left exactly as it was. Options that are not given are missing.
+        options: what it takes of the arguments that not every method takes.
+        default_layer: of the number of layers; None: all layers, or none at all.
+        takes_layer: False for a method that is in no layer.
+        writes_adapter: it writes a folder in PEFT's format, for the harness's `peft=`; else a file for hf-laai's
+            `intervention=`.
+        takes_adapted: whether it trains on a model that is under a PEFT adapter.
+        trains_many: `laai_core.train_many` trains several of its vectors as rows of one batch.
+        passes: what one training on ten examples costs, in forward passes over 64 prompts of 16 tokens, measured with
+            the reference model on one CPU core.
+    """
+
+    name: str
+    title: str
+    train: Callable[..., None]
+    passes: float
+    options: Mapping[str, Option] = field(default_factory=dict)
+    default_layer: Callable[[int], int] | None = None
+    takes_layer: bool = True
+    writes_adapter: bool = False
+    takes_adapted: bool = False
+    trains_many: bool = False
+
+    @property
+    def suffix(self) -> str:
+        """How the name of what it writes ends."""
+        return "" if self.writes_adapter else SUFFIX
+
+    def check(self, path: Path, layer: int | None, options: Mapping[str, Any]) -> None:
+        """LaaiError for what is wrong whatever the model and the examples are. An option that is None is not given."""
+        for name, value in options.items():
+            if value is None:
+                continue
+            if name not in self.options:
+                raise LaaiError(f"{name} is {value}, but the method {self.name} has none: leave it out")
+            self.options[name].check(name, value)
+        if layer is not None and not self.takes_layer:
+            raise LaaiError(f"layer is {layer}, but a soft prompt stands before the text, in no layer: leave it out")
+        if not self.writes_adapter:
+            if path.suffix != SUFFIX:
+                raise LaaiError(f"output is {path}: expected a name that ends in {SUFFIX}")
+        elif path.suffix == SUFFIX:
+            raise LaaiError(f"output is {path}: expected a folder, which is what PEFT reads")
+        elif path.exists() and not is_adapter(path):
+            raise LaaiError(f"{path} exists and is no adapter: expected a new folder, or an adapter's to replace")
+
+    def record(self, path: Path) -> dict[str, Any]:
+        """How what lies at `path` was trained."""
+        if self.writes_adapter:
+            facts = json.loads((path / ADAPTER_FACTS).read_text(encoding="utf-8"))
+        else:
+            from laai_core.intervention import Intervention
+
+            facts = Intervention.load(path).metadata
+        training: dict[str, Any] = facts["training"]
+        return training
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether there is an adapter in PEFT's format."""
+    return (folder / ADAPTER_CONFIG).is_file()
