@@ -7,9 +7,8 @@ from dataclasses import asdict
 
 from laai_core.errors import LaaiError
 from lm_eval_laai.commands.report import Report, table
-from lm_eval_laai.known_models.fetch import SOURCES, fetch
 from lm_eval_laai.known_models.folder import models_folder, pretrained, record_of, reference_model
-from lm_eval_laai.known_models.table import KNOWN, REFERENCE, KnownModel, known
+from lm_eval_laai.known_models.table import KNOWN, REFERENCE, SOURCES, KnownModel, known
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +72,9 @@ def _sizes(model: KnownModel) -> tuple[str, str]:
 
 
 def _fetch(arguments: argparse.Namespace) -> Report:
+    # Here and not above: it brings transformers, and the other actions need none.
+    from lm_eval_laai.known_models.fetch import fetch
+
     folder = fetch(arguments.name, arguments.source, arguments.accept_licence)
     record = record_of(arguments.name)
     assert record is not None

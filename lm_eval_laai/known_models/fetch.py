@@ -21,10 +21,8 @@ from laai_core.hub import HubPath, explained
 from lm_eval_laai.known_models.convert import convert
 from lm_eval_laai.known_models.folder import RECORD, models_folder, record_of
 from lm_eval_laai.known_models.package import check_gguf_library, gguf_from_packages
-from lm_eval_laai.known_models.table import REFERENCE, KnownModel, known
+from lm_eval_laai.known_models.table import HUB, PACKAGE, REFERENCE, KnownModel, known
 
-HUB, PACKAGE = "hub", "package"
-SOURCES = ("auto", HUB, PACKAGE)
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*")
 _SECONDS = 10.0  # to wait for the Hub's first answer
 

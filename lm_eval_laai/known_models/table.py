@@ -9,6 +9,9 @@ from laai_core.errors import LaaiError
 
 REFERENCE = "reference"  # the repository's own model: in a clone, never fetched
 
+HUB, PACKAGE = "hub", "package"  # where a model can be got from
+SOURCES = ("auto", HUB, PACKAGE)
+
 
 @dataclass(frozen=True)
 class Package:
