@@ -1,4 +1,4 @@
-"""`laai demo`: train a Δ for each lexicon rule and compare it with zero-shot and ten-shot, all through the harness."""
+"""`laai demo`: train a Δ for each of a few word rules, and compare it with zero-shot and ten-shot in the harness."""
 
 from __future__ import annotations
 
@@ -18,24 +18,30 @@ from laai_core.data.tasks import PAIRS
 from laai_core.errors import LaaiError
 from laai_core.example import Split
 from laai_core.files import SUFFIX
-from laai_core.train import train
 from lm_eval_laai.commands.options import (
     add_layer_argument,
     add_model_arguments,
     check_writable,
-    choose_layer,
+    checked_layer,
     model_source,
 )
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.commands.train import summary
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.inspection.plot import can_plot, heat_map
-from lm_eval_laai.known_models.folder import reference_model
+from lm_eval_laai.known_models.table import REFERENCE
+from lm_eval_laai.methods.select import train_chosen
+from lm_eval_laai.metrics import first_line
 from lm_eval_laai.register import register
 from lm_eval_laai.tasks import TaskInfo, harness_task, include_path, list_tasks, task_metadata
 
 SHOTS = 10  # solved examples in the prompt, and training examples: the same ones
-GROUP = "laai_lexicon"
+MODEL = "smollm2-135m"
+# By default two English rules, which the model's language is, and so many items that it takes minutes on two cores.
+TASKS = ["laai_lexicon_antonym", "laai_lexicon_synonym"]
+LIMIT = 100
+REFERENCE_TASKS = ["laai_lexicon"]  # with --model reference, all items: it is small
+SHOWN = 5  # test words a task with the model's answers
 SETTINGS = {"zero_shot": "zero-shot", "ten_shot": "ten-shot", "delta": "Δ"}  # file name: title
 
 Score = tuple[float, float]  # mean, standard error
@@ -46,18 +52,29 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_command)
     add_model_arguments(parser, required=False)
     parser.add_argument(
-        "--tasks", nargs="+", default=[GROUP], metavar="TASK", help=f"or groups, or pairs:FILE.json (default: {GROUP})"
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help=f"or groups, or pairs:FILE.json (default: {', '.join(TASKS)}; for the reference model "
+        f"{', '.join(REFERENCE_TASKS)})",
     )
     parser.add_argument("--data", metavar="DIR", help="folder of the public data sets, for tasks that need one")
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
     add_layer_argument(parser)
-    parser.add_argument("--limit", type=int, help="test items a task (default: all)")
+    parser.add_argument(
+        "--limit", type=int, help=f"test items a task (default: {LIMIT}; all with the reference model)"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="prompts at once (default: %(default)s)")
     parser.add_argument("--output", default="runs/demo", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _command(arguments: argparse.Namespace) -> Report:
+    arguments.model = arguments.model or MODEL
+    reference = arguments.model == REFERENCE
+    if arguments.tasks is None:
+        arguments.tasks = REFERENCE_TASKS if reference else TASKS
+        arguments.limit = arguments.limit or (None if reference else LIMIT)
     if arguments.limit is not None and arguments.limit < 2:
         raise LaaiError(f"limit is {arguments.limit}: expected at least 2, which a standard error needs")
     if arguments.batch_size < 1:
@@ -66,10 +83,9 @@ def _command(arguments: argparse.Namespace) -> Report:
     splits = {t.name: load_task(t.data_set, arguments.seed, SHOTS, arguments.data) for t in tasks}
     output = Path(arguments.output).expanduser()
     check_writable(output)
-    arguments.model = arguments.model or reference_model()
     source = model_source(arguments)
     source.checked_device()
-    layer = choose_layer(arguments.layer, source.config())
+    layer = checked_layer(arguments.layer, source.config())
     trained = _train_all(source, splits, layer, arguments.seed, output)
     harness = _Harness(source, arguments)
     scores = {
@@ -79,6 +95,7 @@ def _command(arguments: argparse.Namespace) -> Report:
     }
     facts = {
         "model": source.name,
+        "answers": harness.answers,
         "seed": arguments.seed,
         "output": str(output),
         "trained": trained,
@@ -105,14 +122,14 @@ def _chosen(names: Sequence[str]) -> list[TaskInfo]:
 
 
 def _train_all(
-    source: ModelSource, splits: dict[str, Split], layer: int, seed: int, output: Path
+    source: ModelSource, splits: dict[str, Split], layer: int | None, seed: int, output: Path
 ) -> dict[str, dict[str, Any]]:
     """A file for each task, named as intervention=FOLDER looks it up, and its heat map. Returns the summaries."""
     model, tokenizer = source.load()
     trained = {}
     for number, (task, split) in enumerate(splits.items(), start=1):
         _say(f"[{number}/{len(splits)}] training on {len(split.train)} examples of {task}")
-        result = train(model, tokenizer, split.train, layer=layer, seed=seed, task=task, progress=True)
+        result, _ = train_chosen(model, tokenizer, split.train, layer, seed=seed, task=task, progress=True)
         path = output / f"{task}{SUFFIX}"
         result.intervention.save(path)
         if can_plot():
@@ -128,6 +145,7 @@ class _Harness:
 
     def __init__(self, source: ModelSource, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
+        self.answers: dict[str, dict[str, list[tuple[str, str]]]] = {}  # setting: task: (prompt, answer) of some items
         self._device = str(source.checked_device())
         self._model_args: dict[str, Any] = {"pretrained": source.pretrained, "dtype": source.dtype}
         if source.revision:
@@ -160,9 +178,10 @@ class _Harness:
                 batch_size=self._arguments.batch_size,
                 device=self._device,
                 limit=self._arguments.limit,
-                log_samples=False,
+                log_samples=True,
                 task_manager=TaskManager(include_path=str(include_path()), include_defaults=False, metadata=metadata),
             )
+        self.answers[setting] = {task: _answers(rows) for task, rows in results.pop("samples").items()}
         text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
         files.write(output / f"{setting}.json", text.encode())
         return {
@@ -172,6 +191,16 @@ class _Harness:
             )
             for task in _chosen(self._arguments.tasks)
         }
+
+
+def _answers(samples: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(prompt, first line of the answer) of the first items of a task that generates; none of another."""
+    found = []
+    for sample in sorted(samples, key=lambda one: one["doc_id"])[:SHOWN]:
+        answer = sample["filtered_resps"][0]
+        if isinstance(answer, str):
+            found.append((sample["doc"]["prompt"], first_line(answer)))
+    return found
 
 
 @contextmanager
@@ -199,9 +228,22 @@ def _text(facts: dict[str, Any], tasks: Sequence[TaskInfo]) -> str:
     rows.append(("average", *(_plus_minus(facts["average"][name]) for name in SETTINGS)))
     return (
         f"{table(rows)}\n\n"
+        f"{_shown(facts['answers'], tasks)}"
         f"{tasks[0].metric} ± standard error, {facts['model']}, {SHOTS} examples of seed {facts['seed']}\n"
         f"Δ, results and heat maps: {facts['output']}"
     )
+
+
+def _shown(answers: dict[str, dict[str, list[tuple[str, str]]]], tasks: Sequence[TaskInfo]) -> str:
+    """The first test words, with the model's answers without and with Δ."""
+    rows = [
+        (task.name, prompt.partition("\n")[0].removeprefix("Q: "), without or "(nothing)", steered or "(nothing)")
+        for task in tasks
+        for (prompt, without), (_, steered) in zip(
+            answers["zero_shot"].get(task.name, []), answers["delta"].get(task.name, []), strict=True
+        )
+    ]
+    return f"{table([('rule', 'word', 'answer without Δ', 'with Δ'), *rows])}\n\n" if rows else ""
 
 
 def _plus_minus(score: Score) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from laai_core.errors import LaaiError
 from laai_core.files import SUFFIX
-from lm_eval_laai.methods.method import is_adapter, middle_layer
+from lm_eval_laai.methods.method import is_adapter
 from lm_eval_laai.tasks import harness_task
 
 if TYPE_CHECKING:
@@ -45,19 +45,23 @@ def model_source(arguments: argparse.Namespace) -> ModelSource:
 
 
 def add_layer_argument(parser: argparse.ArgumentParser, kind: Any = int, more: str = "") -> None:
-    """--layer, for `choose_layer`."""
-    text = "0-based, negative counts from the end (default: the middle of the model)"
+    """--layer, for `checked_layer`."""
+    text = "0-based, negative counts from the end (default: chosen by cross-validation on the training examples)"
     parser.add_argument("--layer", type=kind, help=text + more)
 
 
-def choose_layer(layer: int | None, config: Any) -> int:
+def layer_count(config: Any) -> int:
+    """Decoder blocks of the model, from its configuration."""
+    count: int = config.get_text_config(decoder=True).num_hidden_layers
+    return count
+
+
+def checked_layer(layer: int | None, config: Any) -> int | None:
     """The layer, 0-based, from a model's configuration: a wrong one is refused before the weights are read."""
-    count = config.get_text_config(decoder=True).num_hidden_layers
-    if layer is None:
-        return middle_layer(count)
-    if not -count <= layer < count:
+    count = layer_count(config)
+    if layer is not None and not -count <= layer < count:
         raise LaaiError(f"layer {layer} is out of range: this model has layers 0 to {count - 1}")
-    return layer % count
+    return None if layer is None else layer % count
 
 
 def output_path(output: str, task: str) -> Path:

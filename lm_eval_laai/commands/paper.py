@@ -18,7 +18,8 @@ from lm_eval_laai.commands.options import (
     add_model_arguments,
     check_counts,
     check_writable,
-    choose_layer,
+    checked_layer,
+    layer_count,
     model_source,
     numbers,
 )
@@ -30,9 +31,10 @@ from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.inspection.plot import check_plot
 from lm_eval_laai.judge import Cache, Judge
 from lm_eval_laai.known_models.folder import reference_model
+from lm_eval_laai.methods.method import middle_layer
 from lm_eval_laai.paper import estimate, gpt_eval, report
 from lm_eval_laai.paper.content import FIGURE_1, JUDGED, Content
-from lm_eval_laai.paper.tables import EXAMPLES, FOUR_RULES, TITLES, Recipe, examples_table, paper_table
+from lm_eval_laai.paper.tables import EXAMPLES, FOUR_RULES, STEPS, TITLES, Recipe, examples_table, paper_table
 
 LEXICON = "lexicon"
 FIGURES = (1, 2)
@@ -134,7 +136,8 @@ def _recipe(arguments: argparse.Namespace, model: str, process: Process) -> Reci
     source = model_source(argparse.Namespace(**{**vars(arguments), "model": model}))
     source = replace(source, device=process.device(source.device))
     source.checked_device()
-    layer = choose_layer(arguments.layer if lexicon or arguments.layer is not None else PAPER_LAYER, source.config())
+    usual = middle_layer(layer_count(source.config())) if lexicon else PAPER_LAYER
+    layer = checked_layer(usual if arguments.layer is None else arguments.layer, source.config())
     limit = QUICK_LIMIT if arguments.quick and arguments.limit is None else arguments.limit
     setting = Setting(source, None if lexicon else _data_folder(arguments), limit, arguments.batch_size)
     steps = QUICK_STEPS if arguments.quick else None
@@ -149,7 +152,7 @@ def _data_folder(arguments: argparse.Namespace) -> str | None:
 
 def _figure_1(recipe: Recipe, seeds: Sequence[int], quick: bool) -> Sweep:
     """Every layer; in a quick run a few that are evenly spread."""
-    count = recipe.setting.source.config().get_text_config(decoder=True).num_hidden_layers
+    count = layer_count(recipe.setting.source.config())
     step = -(-count // QUICK_LAYERS) if quick else 1
     return Sweep(
         recipe.setting,
@@ -159,6 +162,8 @@ def _figure_1(recipe: Recipe, seeds: Sequence[int], quick: bool) -> Sweep:
         ((0.0, 0.0), (recipe.l1, recipe.group)),
         recipe.penalty_scale,
         EXAMPLES,
+        STEPS,
+        "zero",
     )
 
 

@@ -17,7 +17,8 @@ from lm_eval_laai.commands.options import (
     add_model_arguments,
     check_counts,
     check_writable,
-    choose_layer,
+    checked_layer,
+    layer_count,
     model_source,
     numbers,
 )
@@ -114,10 +115,10 @@ def _penalties(arguments: argparse.Namespace) -> tuple[tuple[float, float], ...]
 
 def _chosen_layers(layers: Sequence[int] | str, config: Any) -> tuple[int, ...]:
     if isinstance(layers, str):
-        layers = range(config.get_text_config(decoder=True).num_hidden_layers)
+        layers = range(layer_count(config))
     if not layers:
         raise LaaiError("--layers is empty: expected at least one")
-    return tuple(sorted({choose_layer(layer, config) for layer in layers}))
+    return tuple(sorted({layer for each in layers if (layer := checked_layer(each, config)) is not None}))
 
 
 def _reported(sweep: Sweep, store: Store, folder: Path, plot: bool) -> Report:

@@ -11,34 +11,24 @@ from typing import Any, get_args, get_type_hints
 
 from laai_core.data import load_task
 from laai_core.errors import Interrupted, LaaiError, NotFinite, WorkFailed
-from laai_core.example import Example, Split
+from laai_core.example import Split
 from laai_core.files import PARTIAL, SUFFIX
 from laai_core.settings import Job, Settings
 from laai_core.settings import check as check_field
-from laai_core.train import TrainResult, train
+from laai_core.train import TrainResult
 from lm_eval_laai.commands.options import (
     adapter_folder,
     add_layer_argument,
     add_model_arguments,
-    choose_layer,
+    checked_layer,
     model_source,
     output_path,
 )
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.facts import flat
-from lm_eval_laai.methods import LAAI, METHODS, fit, select
+from lm_eval_laai.methods import LAAI, METHODS, fit
+from lm_eval_laai.methods.select import train_chosen
 from lm_eval_laai.tasks import harness_task
-
-AUTO = "auto"
-
-
-def _weight(text: str) -> float | str:
-    return text if text == AUTO else float(text)
-
-
-def _layer(text: str) -> int | str:
-    return text if text == AUTO else int(text)
-
 
 # Fields of Job and Settings that are flags of the same name: their kinds, defaults and helps are told there.
 _FLAGS = {
@@ -47,7 +37,7 @@ _FLAGS = {
     for one in fields(kind)
     if "help" in one.metadata and one.name not in ("stop", "site")
 }
-_PENALTIES = ("l1", "group")
+_CHOSEN = ("l1", "group", "steps")  # by cross-validation where they are not given
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +54,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
     parser.add_argument("--n-train", type=int, default=10, help="training examples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
-    add_layer_argument(parser, _layer, "; auto cross-validates over all on the training examples")
+    add_layer_argument(parser)
     _add_training_arguments(parser)
     parser.add_argument("--heads", type=int, help=f"of fv: {METHODS['fv'].options['heads'].help}")
     parser.add_argument(
@@ -80,15 +70,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Without defaults, so that it can be told what was given; `_training_options` fills them in."""
     for name, one in _FLAGS.items():
-        text = one.metadata["help"] + ("; auto cross-validates" if name in _PENALTIES else "")
-        text += "" if one.default is None else f" (default: {one.default})"
+        default = "chosen by cross-validation" if name in _CHOSEN else one.default
+        text = one.metadata["help"] + ("" if default is None else f" (default: {default})")
         parser.add_argument(_flag(name), type=_kind(name), choices=one.metadata.get("choices"), help=text)
 
 
 def _kind(name: str) -> Any:
-    """What a flag's text becomes: the type in the field's annotation, or also `auto` for a penalty."""
-    if name in _PENALTIES:
-        return _weight
+    """What a flag's text becomes: the type in the field's annotation."""
     hint = {**get_type_hints(Job), **get_type_hints(Settings)}[name]
     return next((kind for kind in (int, float) if kind in (hint, *get_args(hint))), str)
 
@@ -96,10 +84,10 @@ def _kind(name: str) -> Any:
 def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for `train`, checked."""
     given = {name: getattr(arguments, name) for name in _FLAGS}
-    options = {name: _FLAGS[name].default if value is None else value for name, value in given.items()}
-    fixed = {name: None if name in _PENALTIES and value == AUTO else value for name, value in options.items()}
-    check_field(Job, **fixed)
-    check_field(Settings, **fixed)
+    defaults = {name: None if name in _CHOSEN else one.default for name, one in _FLAGS.items()}
+    options = {name: defaults[name] if value is None else value for name, value in given.items()}
+    check_field(Job, **options)
+    check_field(Settings, **options)
     return options
 
 
@@ -137,16 +125,15 @@ def _train(arguments: argparse.Namespace, split: Split) -> Report:
     source = model_source(arguments)
     source.checked_device()
     config = source.config()
-    layer = AUTO if arguments.layer == AUTO else choose_layer(arguments.layer, config)
+    layer = checked_layer(arguments.layer, config)
     model, tokenizer = source.load()
     start = time.perf_counter()
-    layer, tried = _cross_validated(model, tokenizer, split.train, layer, options)
     try:
-        result = train(
+        result, choice = train_chosen(
             model,
             tokenizer,
             split.train,
-            layer=layer,
+            layer,
             seed=arguments.seed,
             task=f"laai_{split.name}",
             progress=True,
@@ -163,9 +150,9 @@ def _train(arguments: argparse.Namespace, split: Split) -> Report:
         "task": harness_task(arguments.task),
         "method": LAAI.name,
         **summary(result),
-        "l1": options["l1"],
-        "group": options["group"],
-        "tried": [asdict(one) for one in tried],
+        "l1": choice.l1,
+        "group": choice.group,
+        "tried": [asdict(one) for one in choice.tried],
         "seconds": seconds,
     }
     return Report(facts, _text(facts))
@@ -182,8 +169,6 @@ def _train_baseline(arguments: argparse.Namespace, split: Split) -> Report:
     """`fit`, after everything that can be told to be wrong before the model is loaded."""
     method = METHODS[arguments.method]
     _refuse(arguments, [name for name in (*_FLAGS, "heads") if name not in method.options])
-    if arguments.layer == AUTO:
-        raise LaaiError(f"--layer auto is of the method laai; {method.name} takes a number, or its own default")
     if method.writes_adapter:
         path = adapter_folder(arguments.output, arguments.task)
     else:
@@ -193,7 +178,7 @@ def _train_baseline(arguments: argparse.Namespace, split: Split) -> Report:
     source = model_source(arguments)
     source.checked_device()
     config = source.config()
-    layer = None if arguments.layer is None else choose_layer(arguments.layer, config)
+    layer = checked_layer(arguments.layer, config)
     model, tokenizer = source.load()
     start = time.perf_counter()
     fit(method.name, model, tokenizer, split, layer=layer, seed=arguments.seed, output=path, **options)
@@ -213,32 +198,13 @@ def _refuse(arguments: argparse.Namespace, names: Sequence[str]) -> None:
             raise LaaiError(f"the method {arguments.method} has no {_flag(name)}: leave it out")
 
 
-def _cross_validated(
-    model: Any, tokenizer: Any, examples: Sequence[Example], layer: int | str, options: dict[str, Any]
-) -> tuple[int, list[select.Tried]]:
-    """The layer, and what was tried for it and for the penalties; puts the chosen penalties into `options`."""
-    shared = {name: options[name] for name in ("penalty_scale", "whitespace", "projection", "batch_size", "forward")}
-    tried: list[select.Tried] = []
-    if isinstance(layer, str):
-        # The layer first, under penalties that are given or usual; then the penalties at that layer.
-        usual = {n: _FLAGS[n].default if options[n] == AUTO else options[n] for n in ("l1", "group")}
-        choice = select.choose_layer(model, tokenizer, examples, **usual, **shared)
-        layer, tried = choice.layer, choice.tried
-    if AUTO in (options["l1"], options["group"]):
-        given = {n: None if options[n] == AUTO else options[n] for n in ("l1", "group")}
-        choice = select.choose_penalty(model, tokenizer, examples, layer, **given, **shared)
-        options["l1"], options["group"] = choice.l1, choice.group
-        tried = tried + choice.tried
-    return layer, tried
-
-
 def _text(facts: dict[str, Any]) -> str:
     stopped = f", {facts['stopped']}" if facts["stopped"] else ""
     rows = [
-        (one["layer"], f"{one['l1']:.3g}", f"{one['group']:.3g}", f"{one['validation_loss']:.4f}")
+        (one["layer"], f"{one['l1']:.3g}", f"{one['group']:.3g}", one["steps"], f"{one['held_out_loss']:.4f}")
         for one in facts["tried"]
     ]
-    tried = table([("layer", "l1", "group", "validation loss"), *rows]) + "\n\n" if rows else ""
+    tried = table([("layer", "l1", "group", "evaluations", "held-out loss"), *rows]) + "\n\n" if rows else ""
     return tried + table(
         [
             ("file", facts["file"]),

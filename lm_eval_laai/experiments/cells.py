@@ -23,10 +23,11 @@ class Fit:
     seed: int
     n_train: int
     layer: int | None = None  # 0-based; None is the method's own choice
-    steps: int | None = None  # of a method that takes them; None is the method's own number
+    steps: int | None = None  # of a method that takes them; None is the method's own number, or chosen by it
     l1: float | None = None  # this and what follows are LAAI's
     group: float | None = None
     penalty_scale: str | None = None
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def named(piece: Cell | Fit) -> str:
     words = [piece.method, "of", piece.task, f"seed {piece.seed}", f"N {piece.n_train}"]
     if piece.layer is not None:
         words.append(f"layer {piece.layer}")
+    if piece.start is not None:
+        words.append(f"start {piece.start}")
     if piece.l1 is not None:
         words.append(f"l1 {piece.l1:g} group {piece.group:g}")
     return " ".join(words)

@@ -27,11 +27,13 @@ class Sweep:
     penalties: tuple[tuple[float, float], ...]  # (l1, group)
     penalty_scale: str
     n_train: int
+    steps: int | None = None  # None: chosen by cross-validation for every fit
+    start: str = "icl"
 
     def cell(self, task: str, layer: int, seed: int, penalty: tuple[float, float]) -> Cell:
         """One score."""
         l1, group = penalty
-        fit = Fit(task, "laai", seed, self.n_train, layer, l1=l1, group=group, penalty_scale=self.penalty_scale)
+        fit = Fit(task, "laai", seed, self.n_train, layer, self.steps, l1, group, self.penalty_scale, self.start)
         return Cell(task, fits=(fit,))
 
     def cells(self) -> list[Cell]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from laai_core.errors import LaaiError, NotFinite
 from laai_core.intervention import Intervention
-from laai_core.settings import Job
+from laai_core.settings import Job, StartName
 from laai_core.train import train_many
 from lm_eval_laai import methods
 from lm_eval_laai.experiments.cells import Cell, Fit, Store, named
@@ -46,7 +46,7 @@ class Plan:
         """
         batches: dict[Fit, list[Fit]] = {}
         for fit in dict.fromkeys([*self.fits, *(fit for cell in self.cells for fit in cell.fits)]):
-            alike = replace(fit, seed=0, l1=None, group=None) if methods.METHODS[fit.method].trains_many else fit
+            alike = replace(fit, seed=0, l1=None, group=None) if _is_job(fit) else fit
             batches.setdefault(alike, []).append(fit)
         return list(batches.values())
 
@@ -125,11 +125,10 @@ class _Worker:
         """Train a batch; what is then called keeps what of it was not there yet."""
         model, tokenizer = self._model()
         paths = [self._plan.path(fit, self._store) for fit in batch]
-        if methods.METHODS[batch[0].method].trains_many:
-            scale = batch[0].penalty_scale
-            assert scale is not None
+        if _is_job(batch[0]):
+            shared = {"penalty_scale": batch[0].penalty_scale, "steps": batch[0].steps}
             try:
-                results = train_many(model, tokenizer, list(map(self._job, batch)), penalty_scale=scale)
+                results = train_many(model, tokenizer, list(map(self._job, batch)), **shared)
             except NotFinite as error:
                 results = error.results
             new = []
@@ -147,6 +146,10 @@ class _Worker:
             self._setting.split(fit.task, fit.seed, fit.n_train),
             layer=fit.layer,
             steps=fit.steps,
+            l1=fit.l1,
+            group=fit.group,
+            penalty_scale=fit.penalty_scale,
+            start=fit.start,
             seed=fit.seed,
             output=paths[0],
             progress=False,
@@ -156,7 +159,8 @@ class _Worker:
     def _job(self, fit: Fit) -> Job:
         split = self._setting.split(fit.task, fit.seed, fit.n_train)
         assert fit.layer is not None and fit.l1 is not None and fit.group is not None
-        return Job(split.train, fit.layer, fit.l1, fit.group, seed=fit.seed, task=f"laai_{split.name}")
+        name, start = f"laai_{split.name}", cast(StartName | None, fit.start)
+        return Job(split.train, fit.layer, fit.l1, fit.group, seed=fit.seed, task=name, start=start)
 
     def score(self, cells: list[Cell]) -> Write:
         """Evaluate a cell; what is then called keeps its result."""
@@ -176,6 +180,12 @@ class _Worker:
         if self._loaded is None:
             self._loaded = self._setting.source.load()
         return self._loaded
+
+
+def _is_job(fit: Fit) -> bool:
+    """Whether a fit is one of those that `train_many` trains as rows of one batch: nothing is left to be chosen."""
+    chosen = None in (fit.layer, fit.l1, fit.group, fit.steps, fit.penalty_scale)
+    return methods.METHODS[fit.method].trains_many and not chosen
 
 
 def _save(made: Sequence[tuple[Path, Intervention]]) -> None:

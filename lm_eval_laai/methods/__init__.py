@@ -18,12 +18,12 @@ __all__ = ["LAAI", "METHODS", "fit", "method_named"]
 
 
 def _train_laai(
-    model: Any, tokenizer: Any, split: Split, path: Path, layer: int, seed: int, progress: bool, **options: Any
+    model: Any, tokenizer: Any, split: Split, path: Path, layer: int | None, seed: int, progress: bool, **options: Any
 ) -> None:
-    from laai_core.train import train
+    from lm_eval_laai.methods.select import train_chosen
 
     task = f"laai_{split.name}"
-    result = train(model, tokenizer, split.train, layer, seed=seed, task=task, progress=progress, **options)
+    result, _ = train_chosen(model, tokenizer, split.train, layer, seed=seed, task=task, progress=progress, **options)
     result.intervention.save(path)
 
 
@@ -75,8 +75,8 @@ LAAI = Method(
         "group": Option("weight of the sum of the heads' norms, the paper's lambda"),
         "penalty_scale": Option("whether penalties are relative to the size of the activation"),
         "steps": Option("model evaluations", least=1),
+        "start": Option("where training begins, icl or zero"),
     },
-    default_layer=middle_layer,
     takes_adapted=True,
     trains_many=True,
 )
@@ -124,8 +124,8 @@ def fit(
     Args:
         method: a name in METHODS; docs/methods.md says what each does.
         model: a causal language model of transformers. Only `laai` takes one under an adapter.
-        layer: 0-based, negative from the end. Default: the middle for `laai` and `lora`, a third of the depth for
-            `fv`, every layer for `icv` and `ia3`. A `soft_prompt` has none.
+        layer: 0-based, negative from the end. Default: chosen by cross-validation for `laai`, the middle for
+            `lora`, a third of the depth for `fv`, every layer for `icv` and `ia3`. A `soft_prompt` has none.
         seed: of what the method draws itself: prompts, initial weights. `split` has drawn the examples.
         output: the .safetensors file (laai, fv, icv), or the folder (lora, ia3, soft_prompt).
         progress: show a tqdm bar on stderr.

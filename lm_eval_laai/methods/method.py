@@ -55,7 +55,7 @@ class Method:
         train: (model, tokenizer, split, path, layer, seed, progress, **options): learns from `split.train` and writes
             `path`, whole or not at all; the model is left exactly as it was. Options that are not given are missing.
         options: what it takes of the arguments that not every method takes.
-        default_layer: of the number of layers; None: all layers, or none at all.
+        default_layer: of the number of layers; None: all layers, none at all, or chosen by cross-validation.
         takes_layer: False for a method that is in no layer.
         writes_adapter: it writes a folder in PEFT's format, for the harness's `peft=`; else a file for hf-laai's
             `intervention=`.

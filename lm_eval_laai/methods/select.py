@@ -28,8 +28,9 @@ from laai_core.locate import Layout, locate, verify_causal
 from laai_core.optimize import Step
 from laai_core.penalty import Penalty
 from laai_core.problem import Problem
-from laai_core.settings import Job, Settings
+from laai_core.settings import Job, Settings, check
 from laai_core.start import in_context_starts
+from laai_core.train import TrainResult, train
 
 FOLDS = 3
 COARSE = 5  # layers tried first
@@ -37,6 +38,7 @@ DEPTHS = (0.15, 0.75)  # shares of the depth between which these lie
 EVALUATIONS = 24  # at most, of a setting
 PATIENCE = 6  # evaluations without a smaller held-out loss
 PENALTIES = (1e-2, 1e-3)  # of l1 and group, relative to the activation; layers are compared under the last
+LONE_DEPTH = 0.4  # share of the depth that a single example, of which nothing can be held out, is trained at
 
 
 @dataclass(frozen=True)
@@ -78,28 +80,25 @@ def choose(
     """Choose what is None of layer, l1, group and steps.
 
     Args:
-        layer, l1, group, steps: fixed where given; with all four nothing is tried.
+        layer, l1, group, steps: fixed where given; with all four, or with one example, nothing is tried.
         lr, start: as `laai_core.settings.Job` has them.
         progress: show a tqdm bar on stderr.
         settings: the other fields of `laai_core.settings.Settings`.
 
     Raises:
-        LaaiError: with fewer than two examples; with the penalty scale absolute, where l1 and group must be given;
-            and as `train` does.
+        LaaiError: with the penalty scale absolute, where l1 and group must be given; and as `train` does.
     """
-    if None not in (layer, l1, group, steps):
-        return Choice(locate(model, settings.get("projection")).layer(layer), l1, group, steps, [])  # type: ignore[arg-type]
     shared = Settings(steps=steps or EVALUATIONS, **settings)
+    check(Job, l1=l1, group=group, lr=lr)
     if shared.penalty_scale == "absolute" and None in (l1, group):
         raise LaaiError("penalty_scale absolute: penalties to choose from are relative, expected l1 and group")
-    if len(examples) < 2:
-        raise LaaiError(
-            f"cross-validation needs at least two examples, got {len(examples)}: give layer, l1, group and steps"
-        )
     layout = locate(model, shared.projection)
-    coarse, gap = _coarse(len(layout.blocks)) if layer is None else ([layout.layer(layer)], 0)
-    fine = [near for one in coarse for near in (one - gap, one + gap) if gap and 0 <= near < len(layout.blocks)]
+    count = len(layout.blocks)
+    coarse, gap = _coarse(count) if layer is None else ([layout.layer(layer)], 0)
+    fine = [near for one in coarse for near in (one - gap, one + gap) if gap and 0 <= near < count]
     *others, usual = dict.fromkeys((p if l1 is None else l1, p if group is None else group) for p in PENALTIES)
+    if None not in (layer, l1, group, steps) or len(examples) < 2:
+        return Choice(coarse[0] if layer is not None else int(LONE_DEPTH * count), *usual, shared.steps, [])
     folds = _Folds(layout, tokenizer, examples, sorted({*coarse, *fine}), shared, lr, start)
     tried: list[Tried] = []
     with folds.ready(), tqdm(desc="cross-validate", unit=" evaluations", disable=not progress, leave=False) as bar:
@@ -114,6 +113,30 @@ def choose(
         best = try_all([(at, usual) for at in fine if abs(at - best.layer) == gap])
         best = try_all([(best.layer, penalties) for penalties in others])
     return Choice(best.layer, best.l1, best.group, steps or best.steps, tried)
+
+
+def train_chosen(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    layer: int | None = None,
+    l1: float | None = None,
+    group: float | None = None,
+    steps: int | None = None,
+    *,
+    seed: int = 0,
+    task: str | None = None,
+    lr: float = Job.lr,
+    start: str | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> tuple[TrainResult, Choice]:
+    """`laai_core.train.train` on all examples with what `choose` chooses; arguments and errors are theirs."""
+    own: dict[str, Any] = {"lr": lr, "start": start, "progress": progress, **settings}
+    choice = choose(model, tokenizer, examples, layer, l1, group, steps, **own)
+    chosen = choice.layer, choice.l1, choice.group
+    result = train(model, tokenizer, examples, *chosen, steps=choice.steps, seed=seed, task=task, **own)
+    return result, choice
 
 
 def _coarse(count: int) -> tuple[list[int], int]:

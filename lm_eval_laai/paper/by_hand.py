@@ -62,6 +62,7 @@ def _train(setting: Setting, fit: Fit) -> str:
         ("--l1", fit.l1),
         ("--group", fit.group),
         ("--penalty-scale", fit.penalty_scale),
+        ("--start", fit.start),
         ("--output", _place(fit)),
     ):
         if value is not None:

@@ -17,6 +17,7 @@ from lm_eval_laai.paper.published import PUBLISHED, Published
 from lm_eval_laai.tasks import harness_task
 
 EXAMPLES = 10  # of every method, and the shots: the paper's N
+STEPS = 100  # evaluations of LAAI at the paper's settings
 FOUR_RULES = ("en_fr", "en_de", "antonym", "synonym")
 THREE_RULES = ("en_fr", "en_de", "antonym")  # of tables 5 and 6
 TITLES = {
@@ -46,9 +47,13 @@ class Recipe:
         return harness_task((LEXICON_PREFIX if self.lexicon else "") + name)
 
     def laai(self, task: str, seed: int, regularised: bool = True, n_train: int = EXAMPLES) -> Fit:
-        """Our vector."""
+        """The paper's vector: one layer and one penalty for all tasks, from zero."""
         l1, group = (self.l1, self.group) if regularised else (0.0, 0.0)
-        return Fit(task, "laai", seed, n_train, self.layer, l1=l1, group=group, penalty_scale=self.penalty_scale)
+        return Fit(task, "laai", seed, n_train, self.layer, STEPS, l1, group, self.penalty_scale, "zero")
+
+    def chosen(self, task: str, seed: int, n_train: int = EXAMPLES) -> Fit:
+        """The vector of `laai train` without flags: in-context start, the rest chosen by cross-validation."""
+        return Fit(task, "laai", seed, n_train, penalty_scale="relative", start="icl" if n_train > 1 else "zero")
 
     def baseline(self, method: str, task: str, seed: int) -> Fit:
         """What another method learns. LoRA is in LAAI's layer, the others are where their authors put them."""
@@ -56,6 +61,7 @@ class Recipe:
         return Fit(task, method, seed, EXAMPLES, self.layer if method == "lora" else None, steps)
 
 
+CHOSEN = "LAAI, chosen"  # the row of `Recipe.chosen`
 MakeCell = Callable[[str, int], Cell]  # of a harness task and a seed
 
 
@@ -131,6 +137,7 @@ def examples_table(counts: Sequence[int], recipe: Recipe) -> Table:
     for count in counts:
         rows.append(Row(f"{count}-shot", recipe.setting, _shots(count)))
         rows.append(Row(f"LAAI, N = {count}", recipe.setting, _steered(recipe, n_train=count)))
+        rows.append(Row(f"{CHOSEN}, N = {count}", recipe.setting, _chosen(recipe, n_train=count)))
     columns = _columns(recipe, FOUR_RULES)
     return Table("examples", "Sample efficiency (not in the paper)", columns, rows)
 
@@ -147,17 +154,22 @@ def _prompted(recipe: Recipe, function_vectors: bool) -> list[Row]:
             Row("0-shot + function vector", setting, _learnt(recipe, "fv")),
             Row("10-shot + function vector", setting, _learnt(recipe, "fv", EXAMPLES)),
         ]
-    return [*rows, Row("LAAI", setting, _steered(recipe))]
+    return [*rows, Row("LAAI", setting, _steered(recipe)), Row(CHOSEN, setting, _chosen(recipe))]
 
 
 def _models(recipes: Sequence[Recipe]) -> list[Row]:
-    return [Row(recipe.setting.source.name, recipe.setting, _steered(recipe)) for recipe in recipes]
+    rows = []
+    for recipe in recipes:
+        name = recipe.setting.source.name
+        rows.append(Row(name, recipe.setting, _steered(recipe)))
+        rows.append(Row(f"{name}, chosen", recipe.setting, _chosen(recipe)))
+    return rows
 
 
 def _baselines(recipe: Recipe) -> list[Row]:
     methods = [METHODS[name] for name in ("icv", "ia3", "soft_prompt", "lora")]
     rows = [Row(method.title, recipe.setting, _learnt(recipe, method.name)) for method in methods]
-    return [*rows, Row("LAAI", recipe.setting, _steered(recipe))]
+    return [*rows, Row("LAAI", recipe.setting, _steered(recipe)), Row(CHOSEN, recipe.setting, _chosen(recipe))]
 
 
 def _opinion_columns(recipe: Recipe) -> dict[str, str]:
@@ -179,6 +191,10 @@ def _learnt(recipe: Recipe, method: str, shots: int = 0) -> MakeCell:
 
 def _steered(recipe: Recipe, **options: Any) -> MakeCell:
     return lambda task, seed: Cell(task, fits=(recipe.laai(task, seed, **options),))
+
+
+def _chosen(recipe: Recipe, **options: Any) -> MakeCell:
+    return lambda task, seed: Cell(task, fits=(recipe.chosen(task, seed, **options),))
 
 
 def _added(recipe: Recipe) -> MakeCell:
