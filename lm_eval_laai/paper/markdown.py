@@ -49,7 +49,7 @@ def _head(content: Content, facts: Mapping[str, Any]) -> str:
         "seeds (n − 1).",
         f"- {versions}.",
         "- What each method does and how it was trained: docs/methods.md.",
-        "- *LAAI* is the paper's setting: start zero, one layer and one penalty for all tasks. *LAAI, chosen* is `laai "
+        "- *LAAI* is the paper's setting: start zero, one layer and one penalty for all. *LAAI, chosen* is `laai "
         "train` without flags: in-context start; layer, penalty and evaluations by cross-validation on the examples.",
         "- Exact match (Table 3: KL divergence, lower is better) is the harness's. *paper* lines are the paper's "
         f"figures, on {MODEL} and its own draw of data.",
