@@ -108,6 +108,11 @@ class Scorer:
     def _groups(self, rows: Sequence[Row]) -> list[_Group]:
         groups: dict[tuple[tuple[int, ...], int], _Group] = {}
         for number, row in enumerate(rows):
+            if not row.continuation:
+                raise LaaiError(
+                    f"{row.name}: its continuation has no tokens of its own behind its context, as where both merge "
+                    f"into one token; expected at least one to score"
+                )
             room = self._max_length + 1 - len(row.continuation)
             if room < 1:
                 raise LaaiError(

@@ -228,6 +228,25 @@ def test_left_truncation_and_windows():
     assert got == [lm.tok_decode(tokens)]
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_continuation_without_tokens_is_refused(batch_size, monkeypatch):
+    """An option that merges with the last token of its context leaves nothing to score: that is no certainty of 1."""
+    lm = harness_model(iv=intervention("Llama"), batch_size=batch_size)
+    encode = lm._encode_pair
+
+    def merging(context, continuation):
+        context_ids, continuation_ids = encode(context, continuation)
+        return context_ids, [] if continuation == "c" else continuation_ids
+
+    monkeypatch.setattr(lm, "_encode_pair", merging)
+    pairs = [("ab", "d"), ("ab", "c"), ("ab", "de")]
+    with pytest.raises(
+        laai.LaaiError, match="task task, document 1, request 0, which ends in 'ab'.*no tokens of its own"
+    ):
+        lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    assert len(lm.loglikelihood(requests("loglikelihood", pairs[::2]), disable_tqdm=True)) == 2
+
+
 def test_automatic_batch_size():
     lm = harness_model(iv=intervention("Llama"), batch_size="auto", max_batch_size=4, max_length=MAX_POSITIONS)
     pairs = multiple_choice(4)

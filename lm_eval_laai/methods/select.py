@@ -95,7 +95,7 @@ def choose(
     layout = locate(model, shared.projection)
     count = len(layout.blocks)
     coarse, gap = _coarse(count) if layer is None else ([layout.layer(layer)], 0)
-    fine = [near for one in coarse for near in (one - gap, one + gap) if gap and 0 <= near < count]
+    fine = sorted({near for one in coarse for near in (one - gap, one + gap) if 0 <= near < count} - {*coarse})
     *others, usual = dict.fromkeys((p if l1 is None else l1, p if group is None else group) for p in PENALTIES)
     if None not in (layer, l1, group, steps) or len(examples) < 2:
         return Choice(coarse[0] if layer is not None else int(LONE_DEPTH * count), *usual, shared.steps, [])
