@@ -34,7 +34,7 @@ def check(kind: type, **values: Any) -> None:
     """LaaiError for a value that no field of `kind`, Settings or Job, can have; None is not checked."""
     for one in fields(kind):
         value, limits = values.get(one.name), one.metadata
-        if value is None:
+        if value is None or isinstance(value, Intervention):  # which a start may be
             continue
         if value not in limits.get("choices", (value,)):
             raise LaaiError(f"unknown {one.name} {value!r}: expected one of {', '.join(limits['choices'])}")
@@ -97,12 +97,11 @@ class Job:
         None,
         "where training begins: icl, the mean difference that the other examples as a few-shot prompt make to the "
         "activation, or zero, the paper's; default: icl where there are at least two examples",
+        choices=STARTS,
     )
 
     def __post_init__(self) -> None:
         check(Job, **vars(self))
-        if not isinstance(self.start, Intervention) and self.start not in (None, *STARTS):
-            raise LaaiError(f"unknown start {self.start!r}: expected one of {', '.join(STARTS)}, or an intervention")
 
     @property
     def begin(self) -> StartName | Intervention:

@@ -23,6 +23,7 @@ import laai_core as laai
 from laai_core.data import load_task
 from lm_eval_laai.commands import cli, demo, options
 from lm_eval_laai.known_models import folder
+from lm_eval_laai.methods.select import choose
 from lm_eval_laai.tasks import include_path, list_tasks
 
 TASK = "lexicon_antonym"
@@ -111,7 +112,8 @@ def test_train_then_inspect(model: Path, tmp_path: Path, capfd: pytest.CaptureFi
 def test_train_prints_a_summary_and_logs_to_stderr(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["train", "--model", str(model), "--task", TASK, "--steps", "3", "--output", f"{tmp_path}/"]) == 0
+    fixed = ["--layer", "1", "--l1", "0.01", "--group", "0", "--steps", "3"]
+    assert cli.main(["train", "--model", str(model), "--task", TASK, *fixed, "--output", f"{tmp_path}/"]) == 0
     out, err = capfd.readouterr()
     assert [line.split("  ")[0] for line in out.splitlines()] == [
         *(
@@ -140,17 +142,21 @@ def test_the_same_training_gives_the_same_bytes(model: Path, trained: Path, tmp_
 def test_defaults_are_those_of_train(model: Path, tmp_path: Path) -> None:
     assert cli.main(["train", "--model", str(model), "--task", TASK, "--output", str(tmp_path)]) == 0
     written = laai.Intervention.load(tmp_path / FILE)
-    layer = options.middle_layer(LAYERS)
-    assert written.layers == [layer]
-    direct = laai.train(tiny_model("Llama"), tiny_tokenizer(bos=True), load_task(TASK).train, layer).intervention
-    assert torch.equal(written.vector(layer), direct.vector(layer))
+    split = load_task(TASK)
+    choice = choose(tiny_model("Llama"), tiny_tokenizer(bos=True), split.train)
+    chosen = choice.layer, choice.l1, choice.group
+    direct = laai.train(tiny_model("Llama"), tiny_tokenizer(bos=True), split.train, *chosen, steps=choice.steps)
+    assert written.layers == [choice.layer]
+    assert torch.equal(written.vector(choice.layer), direct.intervention.vector(choice.layer))
+    assert written.metadata["training"]["start"] == "icl"
 
 
-def test_default_layer_exists_in_every_model() -> None:
-    for count in range(1, 130):
-        config = BertConfig(num_hidden_layers=count)
-        assert 0 <= options.choose_layer(None, config) < count
-    assert options.choose_layer(-2, BertConfig(num_hidden_layers=5)) == 3
+def test_a_layer_is_checked_against_the_configuration() -> None:
+    config = BertConfig(num_hidden_layers=5)
+    assert [options.checked_layer(layer, config) for layer in (None, 0, 4, -1, -5)] == [None, 0, 4, 4, 0]
+    for layer in (5, -6):
+        with pytest.raises(laai.LaaiError, match="this model has layers 0 to 4"):
+            options.checked_layer(layer, config)
 
 
 @needs_matplotlib
@@ -281,7 +287,7 @@ def empty_folder(folder: Path, _: Path) -> None:
         (empty_folder, [], "cannot load the"),
         (shutil.copytree, ["--layer", "3"], "layers 0 to 2"),
         (shutil.copytree, ["--layer", "-4"], "layers 0 to 2"),
-        (shutil.copytree, ["--projection", "no.{}.module"], "no.1.module"),
+        (shutil.copytree, ["--projection", "no.{}.module"], "no.0.module"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -441,7 +447,7 @@ def test_demo(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     output = tmp_path / "demo"
     tasks = [task.name for task in list_tasks() if task.group == "laai_lexicon"]
     line = ["demo", "--model", str(model), "--output", str(output), "--limit", "3", "--seed", "2", "--json"]
-    assert cli.main(line) == 0
+    assert cli.main([*line, "--tasks", "laai_lexicon"]) == 0
     facts = json.loads(capfd.readouterr().out)
     plots = {f"{task}.png" for task in tasks} if find_spec("matplotlib") else set()
     files = {"zero_shot.json", "ten_shot.json", "delta.json", *(f"{task}.safetensors" for task in tasks), *plots}
@@ -469,6 +475,10 @@ def test_demo_table() -> None:
         "model": "some/model",
         "seed": 4,
         "output": "runs/demo",
+        "answers": {
+            "zero_shot": {task.name: [("Q: hot\nA:", "the"), ("Q: up\nA:", "")]},
+            "delta": {task.name: [("Q: hot\nA:", "cold"), ("Q: up\nA:", "down")]},
+        },
         "scores": {name: {task.name: score} for name, score in scores.items()},
         "average": {name: demo._average([score, score, score, score]) for name, score in scores.items()},
     }
@@ -476,6 +486,10 @@ def test_demo_table() -> None:
     assert rows[0] == ["rule", "zero-shot", "ten-shot", "Δ"]
     assert rows[1][-3:] == ["0.125 ± 0.010", "0.500 ± 0.020", "0.750 ± 0.030"]
     assert rows[2][-3:] == ["0.125 ± 0.005", "0.500 ± 0.010", "0.750 ± 0.015"]
+    assert [row[-3:] for row in rows if row[0] == task.name][1:] == [
+        ["hot", "the", "cold"],
+        ["up", "(nothing)", "down"],
+    ]
 
 
 def test_demo_refusals(
@@ -489,14 +503,14 @@ def test_demo_refusals(
     assert "limit is 1" in run("--model", model, "--limit", 1)
     assert "layers 0 to 2" in run("--model", model, "--layer", 3)
     monkeypatch.setattr(folder, "REFERENCE_FOLDER", Path("nowhere", "weights"))
-    assert "--model" in run()
+    assert "--model" in run("--model", "reference")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_auto_settings_are_cross_validated_and_shown(model: Path, tmp_path: Path, capfd: Any) -> None:
-    flags = ["--layer", "auto", "--l1", "auto", "--group", "0.01", "--steps", "5", "--n-train", "4", "--json"]
+def test_what_is_not_given_is_cross_validated_and_shown(model: Path, tmp_path: Path, capfd: Any) -> None:
+    flags = ["--group", "0.01", "--steps", "5", "--n-train", "4", "--json"]
     assert cli.main(["train", "--model", str(model), "--task", TASK, "--output", f"{tmp_path}/", *flags]) == 0
     facts = json.loads(capfd.readouterr().out)
     layers = [one["layer"] for one in facts["tried"]]
-    assert sorted(set(layers)) == list(range(max(layers) + 1)) and facts["layer"] in layers
+    assert len(set(layers)) > 1 and facts["layer"] in layers and facts["evaluations"] == 5
     assert facts["l1"] in [one["l1"] for one in facts["tried"]] and facts["group"] == 0.01

@@ -16,6 +16,7 @@ from lm_eval_laai.commands import cli
 from lm_eval_laai.methods import METHODS, fit
 from lm_eval_laai.methods.adapters import ADAPTERS
 from lm_eval_laai.methods.method import middle_layer
+from lm_eval_laai.methods.select import choose
 
 SPLIT = laai.load_task(TASK, n_train=4)
 TOKENIZER = tiny_tokenizer(bos=False)
@@ -54,7 +55,8 @@ def test_default_layers(tmp_path):
         method: laai.Intervention.load(fitted(method, tmp_path / f"{method}.safetensors")).layers
         for method in ("laai", "fv", "icv")
     }
-    assert layers == {"laai": [middle_layer(LAYERS)], "fv": [1], "icv": list(range(LAYERS))}
+    chosen = choose(tiny_model("Llama"), TOKENIZER, SPLIT.train).layer
+    assert layers == {"laai": [chosen], "fv": [1], "icv": list(range(LAYERS))}
     lora = peft.PeftConfig.from_pretrained(str(fitted("lora", tmp_path / "lora", steps=1)))
     assert lora.target_modules == {f"model.layers.{middle_layer(LAYERS)}.self_attn.{n}_proj" for n in "qv"}
     ia3 = peft.PeftConfig.from_pretrained(str(fitted("ia3", tmp_path / "ia3", steps=1, layer=-1)))
@@ -64,7 +66,15 @@ def test_default_layers(tmp_path):
 def test_laai_is_train(tmp_path):
     path = fitted("laai", tmp_path / "x.safetensors", layer=0, l1=0.02, group=0.0, penalty_scale="absolute", steps=5)
     direct = laai.train(
-        tiny_model("Llama"), TOKENIZER, SPLIT.train, 0, 0.02, 0.0, "absolute", steps=5, task=f"laai_{TASK}"
+        tiny_model("Llama"),
+        TOKENIZER,
+        SPLIT.train,
+        0,
+        0.02,
+        0.0,
+        penalty_scale="absolute",
+        steps=5,
+        task=f"laai_{TASK}",
     )
     assert path.read_bytes() == direct.intervention.to_bytes()
 
@@ -139,7 +149,8 @@ def test_train_a_baseline(method, model, tmp_path, capfd):  # noqa: F811
         (["--method", "lora", "--l1", "0.1"], "the method lora has no --l1"),
         (["--method", "ia3", "--optimizer", "adam"], "the method ia3 has no --optimizer"),
         (["--method", "laai", "--heads", "3"], "the method laai has no --heads"),
-        (["--method", "lora", "--layer", "auto"], "--layer auto is of the method laai"),
+        (["--method", "icv", "--start", "zero"], "the method icv has no --start"),
+        (["--start", "auto"], "argument --start: invalid choice: 'auto'"),
         (["--method", "soft_prompt", "--layer", "1"], "in no layer"),
         (["--method", "lora", "--steps", "0"], "steps is 0"),
         (["--method", "lora", "--output", "x.safetensors"], "expected a folder"),

@@ -21,9 +21,9 @@ from lm_eval.tasks import TaskManager
 from tiny import REFERENCE, small_model_folder
 
 from laai_core.data import load_task
-from laai_core.train import train
 from lm_eval_laai.commands import cli
 from lm_eval_laai.experiments.load import ModelSource
+from lm_eval_laai.methods.select import train_chosen
 from lm_eval_laai.tasks import include_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +53,7 @@ def test_scores_are_those_of_one_by_one(tmp_path: Path, capfd: pytest.CaptureFix
 
     model, tokenizer = ModelSource(str(REFERENCE)).load()
     examples = load_task("lexicon_antonym", 1).train
-    result = train(model, tokenizer, examples, 1, l1=0.02, group=0.001, task="laai_lexicon_antonym")
+    result, _ = train_chosen(model, tokenizer, examples, 1, l1=0.02, group=0.001, task="laai_lexicon_antonym")
     result.intervention.save(tmp_path / "one.safetensors")
     harness = simple_evaluate(
         model="hf-laai",

@@ -74,7 +74,8 @@ def _command(arguments: argparse.Namespace) -> Report:
     reference = arguments.model == REFERENCE
     if arguments.tasks is None:
         arguments.tasks = REFERENCE_TASKS if reference else TASKS
-        arguments.limit = arguments.limit or (None if reference else LIMIT)
+        if arguments.limit is None and not reference:
+            arguments.limit = LIMIT
     if arguments.limit is not None and arguments.limit < 2:
         raise LaaiError(f"limit is {arguments.limit}: expected at least 2, which a standard error needs")
     if arguments.batch_size < 1:

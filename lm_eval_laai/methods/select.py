@@ -90,8 +90,7 @@ def choose(
         NotFinite, Interrupted: as `train` does, with no results: a fold's are nobody's vector.
     """
     shared = Settings(steps=EVALUATIONS if steps is None else steps, **settings)
-    check(Job, l1=l1, group=group)
-    Job(examples, 0, lr=lr, start=start)  # raises for what no training takes
+    check(Job, l1=l1, group=group, lr=lr, start=start)
     if shared.penalty_scale == "absolute" and None in (l1, group):
         raise LaaiError("penalty_scale absolute: penalties to choose from are relative, expected l1 and group")
     layout = locate(model, shared.projection)
