@@ -3,7 +3,7 @@
     layout = locate(model)                                    # decoder blocks, attention output projections
     batch = encode_examples(tokenizer, examples)              # rows: prompt + target, as the harness tokenises them
     rms = root mean square of the site's activation at the last prompt tokens       # 1 if penalties are absolute
-    x = 0                                                     # [H, d], the heads of one layer
+    x = the in-context start / rms, or 0                      # [H, d], the heads of one layer
     repeat steps times:
         logits = model(batch), with rms * x added to the site at every row's last prompt token
         loss = mean over examples of -log p(target | prompt), or of KL(p || pi) over answer options
@@ -13,7 +13,7 @@
 
 In reading order. The vector: example, intervention, storage, hub. On a model: locate, hooks, positions, apply.
 Its training: encode, objective, penalty, optimize, forward, cache and replay (the fast path), problem, settings,
-record, train. `data/` reads and bundles tasks; the rest of the core needs none of it.
+start, record, train. `data/` reads and bundles tasks; the rest of the core needs none of it.
 
 The public names are imported when they are first used: who needs `laai_core.errors` alone waits for no torch.
 """
@@ -51,10 +51,11 @@ __all__ = [
 _FILES = {
     "Example": "example",
     "Intervention": "intervention",
-    "Job": "train",
+    "Job": "settings",
     "LaaiError": "errors",
     "Split": "example",
     "TrainResult": "train",
+    "__version__": "version",
     "apply": "apply",
     "load_task": "data",
     "train": "train",

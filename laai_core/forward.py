@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch.autograd.function import once_differentiable
 
 from laai_core.apply import Edit, hooked
@@ -17,9 +15,8 @@ from laai_core.encode import Batch
 from laai_core.errors import LaaiError
 from laai_core.hooks import hidden_of, recorded
 from laai_core.locate import Layout
+from laai_core.memory import until_it_fits
 from laai_core.objective import Objective
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -82,14 +79,12 @@ class Forward(ABC):
 
     def _split_until_it_fits(self, call: Callable[[], T]) -> T:
         """The result of `call`, repeated with half the rows per forward each time memory runs out."""
-        while True:
-            try:
-                return call()
-            except Exception as error:
-                if self._batch_size < 2 or not should_reduce_batch_size(error):
-                    raise
-                self._batch_size = (self._batch_size + 1) // 2
-                logger.warning("memory ran out: going on with %d rows a forward", self._batch_size)
+
+        def with_rows(rows: int) -> T:
+            self._batch_size = rows
+            return call()
+
+        return until_it_fits(with_rows, self._batch_size)
 
     def _evaluate(
         self, vectors: torch.Tensor, objective: Objective, active: Sequence[int]

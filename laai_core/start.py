@@ -20,9 +20,10 @@ from laai_core.errors import LaaiError
 from laai_core.example import Example, few_shot_prompt
 from laai_core.hooks import hidden_of, recorded
 from laai_core.locate import Layout
+from laai_core.memory import until_it_fits
 
 SHUFFLES = 2  # orders of the other examples, for each example
-ROWS = 32  # prompts in one forward
+ROWS = 32  # prompts in one forward, where not told
 
 
 @torch.no_grad()
@@ -33,11 +34,13 @@ def in_context_starts(
     layers: Sequence[int],
     site: str = "heads",
     whitespace: Whitespace = "refuse",
+    batch_size: int | None = None,
 ) -> dict[int, torch.Tensor]:
     """{layer: [len(sets), *shape of the site]} the in-context start of every set, float32 on the CPU.
 
     The orders are drawn with fixed seeds: equal examples in equal order give equal starts. Where a few-shot prompt is
-    longer than the model takes, it has as many of the solved examples as fit.
+    longer than the model takes, it has as many of the solved examples as fit. `batch_size` is the prompts of one
+    forward: it changes memory, not the result.
 
     Raises:
         LaaiError: for a set of fewer than two examples.
@@ -47,7 +50,9 @@ def in_context_starts(
             raise LaaiError(f"start icl needs at least two examples, got {len(examples)}: expected start zero")
     wanted = [pair for examples in sets for pair in _prompts(layout, tokenizer, examples, whitespace)]
     distinct = {tokens: row for row, tokens in enumerate(dict.fromkeys(t for pair in wanted for t in pair))}
-    found = _last_activations(layout, list(distinct), layers, site)
+    found = until_it_fits(
+        lambda size: _last_activations(layout, list(distinct), layers, site, size), batch_size or ROWS
+    )
     few_shot, bare = (torch.tensor([distinct[pair[side]] for pair in wanted]) for side in (0, 1))
     sizes = [SHUFFLES * len(examples) for examples in sets]
     return {
@@ -85,7 +90,7 @@ def _prompts(
 
 
 def _last_activations(
-    layout: Layout, rows: Sequence[Tokens], layers: Sequence[int], site: str
+    layout: Layout, rows: Sequence[Tokens], layers: Sequence[int], site: str, batch_size: int
 ) -> dict[int, torch.Tensor]:
     """{layer: [len(rows), width]} the site's activation at the last token of every row, float32 on the CPU."""
     in_order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # rows of like length share a forward
@@ -97,8 +102,8 @@ def _last_activations(
         return hidden.reshape(count, -1, hidden.shape[-1])[:, -1].float().cpu()
 
     with recorded(modules, last, inputs=site == "heads") as seen:
-        for begin in range(0, len(rows), ROWS):
-            part = [rows[row] for row in in_order[begin : begin + ROWS]]
+        for begin in range(0, len(rows), batch_size):
+            part = [rows[row] for row in in_order[begin : begin + batch_size]]
             count = len(part)
             tokens, mask = padded(part, layout.device, left=True)
             layout.model(**model_inputs(layout, tokens, mask), use_cache=False, logits_to_keep=1)

@@ -175,7 +175,8 @@ def _starts(
     known: dict[int, torch.Tensor] = {}
     if in_context:
         sets = [first[number].examples for number in in_context]
-        known = in_context_starts(layout, tokenizer, sets, list(jobs), settings.site, settings.whitespace)
+        options = settings.site, settings.whitespace, settings.batch_size
+        known = in_context_starts(layout, tokenizer, sets, list(jobs), *options)
 
     def start(job: Job, number: int, layer: int) -> torch.Tensor:
         begin, shape = job.begin, layout.shape(layer, settings.site)

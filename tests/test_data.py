@@ -209,5 +209,5 @@ def test_examples_that_make_no_sense(arguments):
 def test_few_shot_prompt():
     shots = [Example("Q: hot\nA:", " cold"), Example("Q: up\nA:", " down")]
     assert few_shot_prompt(shots, "Q: wet\nA:") == "Q: hot\nA: cold\n\nQ: up\nA: down\n\nQ: wet\nA:"
-    with pytest.raises(LaaiError, match="no target"):
-        few_shot_prompt([Example("Q", options=[" A", " B"], distribution=[1, 0])], "Q")
+    survey = Example("Q: why\nA:", options=[" A", " B", " C"], distribution=[0.2, 0.5, 0.3])
+    assert few_shot_prompt([survey], "Q: who\nA:") == "Q: why\nA: B\n\nQ: who\nA:"

@@ -227,6 +227,6 @@ def test_bad_examples_are_refused():
 def test_to_moves_every_tensor():
     batch = encode_examples(tiny_tokenizer(bos=True), rules()).to("meta")
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 8
+    assert len(tensors) == 9
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert all(isinstance(length, int) for length in batch.prompt_lengths)

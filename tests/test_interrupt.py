@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,14 +27,14 @@ from laai_core.data import load_task
 from laai_core.errors import Interrupted, NotFinite
 from laai_core.forward import Forward
 from lm_eval_laai.commands import cli, entry
-from lm_eval_laai.methods import fit, select
-from lm_eval_laai.methods.adapters import training_record
+from lm_eval_laai.methods import METHODS, fit, select
 from lm_eval_laai.methods.compose import compose
 from lm_eval_laai.routing import Routing
 
 TASK = "lexicon_antonym"
 TOKENIZER = tiny_tokenizer(bos=True)
-TRAIN = ["train", "--task", TASK, "--steps", "30", "--output", "x.safetensors"]
+FIXED = ["--layer", "1", "--l1", "0.0001", "--group", "0.0001", "--steps", "30"]  # nothing is left to choose
+TRAIN = ["train", "--task", TASK, "--output", "x.safetensors"]
 COMMANDS = {
     "sweep": ["sweep", "--task", TASK, "--seeds", "2", "--layers", "0,1", "--limit", "2"],
     "paper": [
@@ -119,7 +120,7 @@ def last_line(capfd: pytest.CaptureFixture[str]) -> str:
     ],
 )
 def test_train_keeps_its_best_so_far_in_another_file(change, code, why, small, folder, capfd):
-    line = [*TRAIN, "--model", str(small)]
+    line = [*TRAIN, *FIXED, "--model", str(small)]
     assert cli.main([*line, "--seed", "1"]) == 0
     old = files(folder)
     capfd.readouterr()
@@ -139,6 +140,21 @@ def test_train_keeps_its_best_so_far_in_another_file(change, code, why, small, f
     assert Path("x.safetensors").read_bytes() == again
 
 
+@pytest.mark.parametrize(
+    ("change", "code", "why"),
+    [
+        (ctrl_c, 130, r"layer \d: interrupted after \d evaluations"),
+        (nan_in_the_first_run, 1, "layer 0: loss or gradient not finite at evaluation 5"),
+    ],
+)
+def test_train_keeps_nothing_of_a_cross_validation(change, code, why, small, folder, capfd):
+    with changed(change):
+        assert cli.main([*TRAIN, "--model", str(small)]) == code
+    said = f"laai: error: cross-validation at {why}: x.safetensors was not written"
+    assert re.fullmatch(said, last_line(capfd))
+    assert files(folder) == {}
+
+
 def report(argv: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[str, dict[str, bytes]]:
     """What a command prints, and the files that have no times in them."""
     capfd.readouterr()
@@ -151,7 +167,8 @@ def test_an_interrupted_command_stores_no_fit_and_goes_on_to_the_same_report(nam
     line = [*COMMANDS[name], "--model", str(small), "--output", "out", "--json"]
     with changed(ctrl_c):
         assert cli.main(line) == 130
-    assert last_line(capfd).splitlines()[-1] == "laai: error: interrupted after 9 evaluations"
+    said = r"laai: error: (cross-validation at layer \d: )?interrupted after \d evaluations"
+    assert re.fullmatch(said, last_line(capfd).splitlines()[-1])
     assert files(folder) == {}
     resumed = report(line, capfd)
     os.rename("out", "resumed")
@@ -207,10 +224,10 @@ def test_an_interrupted_training_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize("change", [ctrl_c, nan_in_the_first_run])
-@pytest.mark.parametrize("choose", [select.choose_layer, lambda *a: select.choose_penalty(*a, 1)])
-def test_cross_validation_chooses_nothing_from_unfinished_folds(choose, change):
-    with changed(change), pytest.raises((Interrupted, NotFinite)):
-        choose(tiny_model("Llama"), TOKENIZER, examples())
+def test_cross_validation_chooses_nothing_from_unfinished_folds(change):
+    with changed(change), pytest.raises((Interrupted, NotFinite), match="^cross-validation at layer") as stopped:
+        select.choose(tiny_model("Llama"), TOKENIZER, examples())
+    assert stopped.value.results == []
 
 
 def test_an_interrupted_composition_is_none():
@@ -225,7 +242,7 @@ def test_every_file_says_how_it_ended(method, tmp_path):
     path = tmp_path / ("x" if method == "lora" else "x.safetensors")
     steps = {} if method in ("icv", "fv") else {"steps": 2}
     fit(method, tiny_model("Llama"), TOKENIZER, load_task(TASK, n_train=3), output=path, progress=False, **steps)
-    training = training_record(path) if method == "lora" else laai.Intervention.load(path).metadata["training"]
+    training = METHODS[method].record(path)
     assert training["stopped"] is None
 
 
@@ -253,7 +270,7 @@ def test_an_adapter_interrupted_while_it_is_put_in_place(number, tmp_path, monke
         fit("ia3", tiny_model("Llama"), TOKENIZER, split, output=folder, steps=2, progress=False)
     assert os.listdir(tmp_path) == ["a"]
     assert (files(folder) == before) == (number == 1)
-    assert training_record(folder)["steps"] == number
+    assert METHODS["ia3"].record(folder)["steps"] == number
 
 
 def test_a_folder_of_interventions_does_not_count_what_was_stopped(tmp_path):

@@ -138,7 +138,7 @@ def test_the_loss_is_the_one_a_vector_is_trained_on(method, examples, tmp_path):
     """LoRA and IA3 start as nothing: their first loss is a zero vector's."""
     train_adapter(method, tiny_model("Llama"), TOKENIZER, examples, tmp_path / "a", 1, 0, STEPS)
     record = METHODS["lora"].record(tmp_path / "a")
-    zero = laai.train(tiny_model("Llama"), TOKENIZER, examples, layer=1, steps=1)
+    zero = laai.train(tiny_model("Llama"), TOKENIZER, examples, layer=1, steps=1, start="zero")
     assert record["task_loss_before"] == pytest.approx(zero.history[0].loss, rel=1e-5)
     assert record["task_loss"] < record["task_loss_before"]
     assert record["loss"] == ("nll" if examples is EXAMPLES else "kl")

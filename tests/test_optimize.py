@@ -164,8 +164,8 @@ def test_history_is_what_was_evaluated(optimizer):
         return quadratic(x)
 
     reported = []
-    best = solve(evaluate, (0.2, 0.3), 30, optimizer, on_steps=reported.extend)
-    assert reported == best.history
+    best = solve(evaluate, (0.2, 0.3), 30, optimizer, on_steps=reported.append)
+    assert reported == [{0: step} for step in best.history]
     assert not points[0].any()  # the start is evaluated too
     for x, step in zip(points, best.history, strict=True):
         assert step.loss == pytest.approx(quadratic.loss(x))
@@ -295,6 +295,17 @@ def test_an_interrupt_keeps_the_best_so_far(optimizer):
     (best,) = stopped.value.results
     assert best.stopped == "interrupted after 6 evaluations" and not best.finished
     assert best.objective == min(step.objective for step in best.history)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_caller_may_end_all_runs(optimizer):
+    """They are finished, and what they came to is what a budget of as many evaluations gives."""
+    quadratic = Quadratic()
+    best = solve(quadratic, budget=50, optimizer=optimizer, on_steps=lambda steps: steps[0].evaluation == 7)
+    assert quadratic.calls == len(best.history) == 7
+    assert best.finished and best.stopped == "ended by its caller after 7 evaluations"
+    same = solve(Quadratic(), budget=7, optimizer=optimizer)
+    assert (best.history, best.objective) == (same.history, same.objective)
 
 
 def test_an_interrupt_before_anything_was_evaluated_has_nothing_to_keep():

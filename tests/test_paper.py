@@ -115,6 +115,7 @@ def test_what_the_tables_compare(recipe: Recipe) -> None:
     composed = "laai_lexicon_en_fr_synonym"
     ours = ("laai", TASK, 1, 10, 3, 0.1, 0.2)
     assert fits(1, "LAAI", TASK) == fits(4, "regularised", TASK) == fits(6, "LAAI", TASK) == [ours]
+    assert fits(1, "LAAI, chosen", TASK) == fits(6, "LAAI, chosen", TASK) == [("laai", TASK, 1, 10, None, None, None)]
     assert fits(4, "unregularised", TASK) == [("laai", TASK, 1, 10, 3, 0.0, 0.0)]
     assert fits(2, "Add", composed) == [
         ("laai", "laai_lexicon_synonym", 1, 10, 3, 0.1, 0.2),
@@ -130,8 +131,9 @@ def test_what_the_tables_compare(recipe: Recipe) -> None:
     few = examples_table([1, 4], recipe).rows
     assert [row.cell(TASK, 0) for row in few[:2]] == [
         Cell(TASK, 1, 0),
-        Cell(TASK, fits=(Fit(TASK, "laai", 0, 1, 3, None, 0.1, 0.2, "relative"),)),
+        Cell(TASK, fits=(Fit(TASK, "laai", 0, 1, 3, 100, 0.1, 0.2, "relative", "zero"),)),
     ]
+    assert [fit.start for row in few for fit in row.cell(TASK, 0).fits] == ["zero", "zero", "zero", "icl"]
 
 
 def test_a_batch_does_not_depend_on_what_is_finished(recipe: Recipe, tmp_path: Path) -> None:
@@ -246,13 +248,15 @@ def test_every_entry_is_the_mean_of_its_cells(made: Path) -> None:
     cells = [json.loads(path.read_text()) for path in (made / "cells").iterdir()]
     assert facts["missing"] == []
     assert facts["seeds"] == [0, 1]
-    zero, _, ours = facts["tables"]["3"]
-    assert (zero["method"], ours["method"]) == ("0-shot", "LAAI")
-    for task, column in ours["columns"].items():
+    zero, _, *both = facts["tables"]["3"]
+    assert [row["method"] for row in (zero, *both)] == ["0-shot", "LAAI", "LAAI, chosen"]
+    columns = [(row["method"], *column) for row in both for column in row["columns"].items()]
+    for method, task, column in columns:
+        start = "zero" if method == "LAAI" else "icl"
         scores = {
             cell["identity"]["fits"][0]["seed"]: cell["result"]["metrics"]["kl"]
             for cell in cells
-            if cell["identity"]["task"] == task and cell["identity"]["fits"]
+            if cell["identity"]["task"] == task and [fit["start"] for fit in cell["identity"]["fits"]] == [start]
         }
         assert scores[0] != scores[1]
         assert column["kl"]["values"] == [scores[0], scores[1]]
@@ -376,7 +380,7 @@ def test_dry_run_lists_without_computing(small: Path, tmp_path: Path, capfd: pyt
     ]
     facts = facts_of(capfd, *line, "--output", tmp_path / "out")
     (model,) = facts["models"]
-    assert len(model["cells"]) == 5 * 3 * 3 and not any(cell["done"] for cell in model["cells"])
+    assert len(model["cells"]) == 6 * 3 * 3 and not any(cell["done"] for cell in model["cells"])
     assert model["trainings"] == 5 * 3 * 3 and model["seconds"] > 0
     assert not (tmp_path / "out").exists()
 

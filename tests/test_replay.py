@@ -121,7 +121,7 @@ def calls_without_cache(model, work):
 def test_layers_share_what_is_before_the_vector(layers):
     """One look whether the model is causal, one pass over the prefixes, one over whole rows to compare with."""
     model = tiny_model("Llama")
-    jobs = [laai.Job(rules(RAGGED), layer, l1=l1) for layer in layers for l1 in (0.0, 0.01)]
+    jobs = [laai.Job(rules(RAGGED), layer, l1=l1, start="zero") for layer in layers for l1 in (0.0, 0.01)]
     assert calls_without_cache(model, lambda: laai.train_many(model, TOKENIZER, jobs, steps=4)) == 3
 
 
@@ -182,7 +182,8 @@ def test_a_model_that_cannot_be_replayed_says_so_once_and_trains(caplog):
 def test_running_out_of_memory_splits_the_batch_and_changes_nothing(forward, caplog):
     """More than two rows at once do not fit: as on a GPU, where PyTorch raises this error."""
     model, examples = tiny_model("Llama"), rules(RAGGED)
-    whole = laai.train(model, TOKENIZER, examples, layer=1, steps=6, forward=forward, penalty_scale="absolute")
+    options = {"layer": 1, "steps": 6, "forward": forward, "penalty_scale": "absolute", "start": "zero"}
+    whole = laai.train(model, TOKENIZER, examples, **options)
 
     def limited(module, args, kwargs):
         if len(kwargs.get("input_ids", ())) > 2:
@@ -190,7 +191,7 @@ def test_running_out_of_memory_splits_the_batch_and_changes_nothing(forward, cap
 
     handle = model.register_forward_pre_hook(limited, with_kwargs=True)
     with caplog.at_level("WARNING"):
-        split = laai.train(model, TOKENIZER, examples, layer=1, steps=6, forward=forward, penalty_scale="absolute")
+        split = laai.train(model, TOKENIZER, examples, **options)
     handle.remove()
     assert [r.message for r in caplog.records] == ["memory ran out: going on with 2 rows a forward"]
     assert split.objective == pytest.approx(whole.objective, rel=1e-5)

@@ -1,19 +1,21 @@
-"""Choosing by cross-validation: leave-one-out done by hand gives the same numbers, and nothing else is looked at."""
+"""Choosing by cross-validation: every fold trained alone and scored by hand gives the same numbers."""
 
 from __future__ import annotations
 
 import pytest
 import slow_reference
+import torch
+import transformers
 from test_replay import RAGGED, TOKENIZER, calls_without_cache, rules
-from tiny import PROJECTION_PATHS, tiny_model
+from tiny import MAX_POSITIONS, PROJECTION_PATHS, VOCABULARY, tiny_model
 
 import laai_core as laai
 from laai_core.encode import encode_pair
-from lm_eval_laai.methods import select
 from lm_eval_laai.methods.evaluate import task_losses
-from lm_eval_laai.methods.select import SHARES, STEPS, choose_layer, choose_penalty
+from lm_eval_laai.methods.select import EVALUATIONS, FOLDS, PATIENCE, PENALTIES, choose, train_chosen
 
-EXAMPLES = rules(RAGGED)
+EXAMPLES = rules([*RAGGED, ("over there", " no"), ("w", " wx")])
+USUAL = PENALTIES[-1]
 
 
 def loss_by_hand(model, example, iv):
@@ -24,78 +26,228 @@ def loss_by_hand(model, example, iv):
     return -slow_reference.loglikelihood(model, prompt, target, spec)[0]
 
 
+def held_out_by_hand(model, examples, one, steps, **settings):
+    """Mean loss of `steps` evaluations in one setting; every third example is in the same fold."""
+    losses = []
+    for fold in range(min(3, len(examples))):
+        numbers = range(fold, len(examples), 3)
+        rest = [example for n, example in enumerate(examples) if n not in numbers]
+        job = laai.Job(rest, one.layer, one.l1, one.group, start=settings.get("start"))
+        shared = {name: value for name, value in settings.items() if name != "start"}
+        (result,) = laai.train_many(model, TOKENIZER, [job], steps=steps, **shared)
+        losses += [loss_by_hand(model, examples[n], result.intervention) for n in numbers]
+    assert len(losses) == len(examples)
+    return sum(losses) / len(losses)
+
+
+def deep_model(layers: int):
+    """A tiny Llama of so many layers, random."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config).eval()
+
+
 def test_task_losses():
     model = tiny_model("Llama")
-    ivs = [laai.train(model, TOKENIZER, EXAMPLES, layer=1, steps=n).intervention for n in (2, 6)]
-    found = task_losses(model, TOKENIZER, [(ivs[0], EXAMPLES), (ivs[1], EXAMPLES[:2])])
+    ivs = [laai.train(model, TOKENIZER, EXAMPLES[:4], layer=1, steps=n).intervention for n in (2, 6)]
+    found = task_losses(model, TOKENIZER, [(ivs[0], EXAMPLES[:4]), (ivs[1], EXAMPLES[:2])])
     assert [len(part) for part in found] == [4, 2]
     for iv, part in zip(ivs, found, strict=True):
         for example, loss in zip(EXAMPLES, part, strict=False):
             assert loss == pytest.approx(loss_by_hand(model, example, iv), abs=1e-4)
 
 
-def test_a_layer_is_chosen_by_leaving_one_out():
-    model = tiny_model("Llama")
-    choice = choose_layer(model, TOKENIZER, EXAMPLES, layers=[0, 2])
+# What was tried, by hand
+
+
+@pytest.mark.parametrize("count", [6, 4, 3])
+def test_every_held_out_loss_is_that_of_folds_trained_alone(count):
+    model, examples = tiny_model("Llama"), EXAMPLES[:count]
+    choice = choose(model, TOKENIZER, examples)
     for one in choice.tried:
-        losses = []
-        for left_out in EXAMPLES:
-            others = [e for e in EXAMPLES if e is not left_out]
-            iv = laai.train(model, TOKENIZER, others, layer=one.layer, steps=STEPS).intervention
-            losses.append(loss_by_hand(model, left_out, iv))
-        assert one.validation_loss == pytest.approx(sum(losses) / len(losses), rel=0.02)
-    assert choice.layer == min(choice.tried, key=lambda one: one.validation_loss).layer
-    assert {one.layer for one in choice.tried} == {0, 2}
+        expected = held_out_by_hand(model, examples, one, one.steps)
+        assert one.held_out_loss == pytest.approx(expected, rel=0.02)
+    best = min(choice.tried, key=lambda one: one.held_out_loss)
+    assert (choice.layer, choice.l1, choice.group, choice.steps) == (best.layer, best.l1, best.group, best.steps)
 
 
-def test_penalties_run_from_strong_to_weak():
+@pytest.mark.parametrize(
+    "settings",
+    [{"start": "zero"}, {"optimizer": "adam"}, {"penalty_scale": "absolute"}, {"batch_size": 5}, {"forward": "plain"}],
+)
+def test_the_settings_are_those_of_the_training(settings):
     model = tiny_model("Llama")
-    choice = choose_penalty(model, TOKENIZER, EXAMPLES, layer=1)
-    critical = laai.train(model, TOKENIZER, EXAMPLES, layer=1, steps=1).critical_penalty
-    assert [one.l1 for one in choice.tried] == pytest.approx([share * critical for share in SHARES])
-    assert all(one.l1 == one.group for one in choice.tried)
-    assert choice.l1 in [one.l1 for one in choice.tried]
-    fixed = choose_penalty(model, TOKENIZER, EXAMPLES, layer=1, group=0.0)
-    assert {one.group for one in fixed.tried} == {0.0}
+    (one,) = choose(model, TOKENIZER, EXAMPLES, 1, 0.02, 0.03, **settings).tried
+    assert (one.layer, one.l1, one.group) == (1, 0.02, 0.03)
+    expected = held_out_by_hand(model, EXAMPLES, one, one.steps, **settings)
+    assert one.held_out_loss == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("choose", [lambda *given: choose_penalty(*given, layer=1), choose_layer])
-def test_what_is_before_the_vector_runs_once_for_all_settings(choose):
-    """Besides: one look whether the model is causal, one pass over whole rows to compare with."""
+def test_the_number_of_evaluations_is_where_the_curve_is_lowest():
+    """The whole curve by hand, to PATIENCE evaluations behind its lowest point."""
     model = tiny_model("Llama")
-    assert calls_without_cache(model, lambda: choose(model, TOKENIZER, EXAMPLES)) == 3
+    (one,) = choose(model, TOKENIZER, EXAMPLES, 1, USUAL, USUAL).tried
+    assert 1 <= one.steps <= EVALUATIONS
+    until = min(one.steps + PATIENCE, EVALUATIONS)
+    curve = [held_out_by_hand(model, EXAMPLES, one, steps) for steps in range(1, until + 1)]
+    assert one.held_out_loss == pytest.approx(min(curve), rel=0.02)
+    assert curve[one.steps - 1] == pytest.approx(min(curve), rel=0.02)
 
 
-def test_folds_of_unequal_size(monkeypatch):
-    """Three folds of four examples: the first leaves two out. Every example counts once."""
-    monkeypatch.setattr(select, "MAX_FOLDS", 3)
+def test_two_examples_are_folds_that_begin_at_zero():
     model = tiny_model("Llama")
-    choice = choose_layer(model, TOKENIZER, EXAMPLES, layers=[1])
+    (one,) = choose(model, TOKENIZER, EXAMPLES[:2], 1, USUAL, USUAL).tried
+    expected = held_out_by_hand(model, EXAMPLES[:2], one, one.steps, start="zero")
+    assert one.held_out_loss == pytest.approx(expected, rel=0.02)
+
+
+def test_surveys():
+    """Loss kl: the reference is the training's own loss, of a vector that has not seen the examples."""
+    from test_train import SURVEY
+
+    model = tiny_model("Llama")
+    (one,) = choose(model, TOKENIZER, SURVEY, 1, USUAL, USUAL).tried
     losses = []
-    for fold in ([0, 3], [1], [2]):
-        others = [e for n, e in enumerate(EXAMPLES) if n not in fold]
-        iv = laai.train(model, TOKENIZER, others, layer=1, steps=STEPS).intervention
-        losses += [loss_by_hand(model, EXAMPLES[n], iv) for n in fold]
-    assert choice.tried[0].validation_loss == pytest.approx(sum(losses) / 4, rel=0.02)
+    for left_out in SURVEY:
+        rest = [example for example in SURVEY if example is not left_out]
+        iv = laai.train(model, TOKENIZER, rest, 1, USUAL, USUAL, steps=one.steps).intervention
+        losses += task_losses(model, TOKENIZER, [(iv, [left_out])])[0]
+    assert one.held_out_loss == pytest.approx(sum(losses) / 3, rel=0.02)
+
+
+# What is tried
+
+
+@pytest.mark.parametrize(("count", "coarse", "gap"), [(24, [3, 7, 10, 14, 18], 1), (32, [4, 9, 14, 19, 24], 2)])
+def test_layers_from_coarse_to_fine_then_penalties(count, coarse, gap):
+    model = deep_model(count)
+    choice = choose(model, TOKENIZER, EXAMPLES[:3], steps=2)
+    layers = [(one.layer, one.l1, one.group) for one in choice.tried]
+    assert layers[:5] == [(layer, USUAL, USUAL) for layer in coarse]
+    first = min(choice.tried[:5], key=lambda one: one.held_out_loss)
+    near = [(first.layer - gap, USUAL, USUAL), (first.layer + gap, USUAL, USUAL)]
+    assert layers[5:7] == near
+    second = min(choice.tried[:7], key=lambda one: one.held_out_loss)
+    assert layers[7:] == [(second.layer, PENALTIES[0], PENALTIES[0])]
+    assert choice.steps == 2
+    assert len(set(layers)) == len(layers)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 12])
+def test_models_of_few_layers(count):
+    choice = choose(deep_model(count), TOKENIZER, EXAMPLES[:3], steps=1)
+    tried = [(one.layer, one.l1) for one in choice.tried]
+    assert len(set(tried)) == len(tried)
+    assert all(0 <= layer < count for layer, _ in tried)
+
+
+def test_what_is_fixed_stays_fixed():
+    model = tiny_model("Llama")
+    at_layer = choose(model, TOKENIZER, EXAMPLES, -1)
+    assert at_layer.layer == 2
+    assert [(one.layer, one.l1, one.group) for one in at_layer.tried] == [(2, p, p) for p in reversed(PENALTIES)]
+    grouped = choose(model, TOKENIZER, EXAMPLES, 1, group=0.0, steps=4)
+    assert [(one.l1, one.group) for one in grouped.tried] == [(p, 0.0) for p in reversed(PENALTIES)]
+    assert (grouped.group, grouped.steps) == (0.0, 4) and all(one.steps <= 4 for one in grouped.tried)
+    both = choose(model, TOKENIZER, EXAMPLES, l1=0.5, group=0.25)
+    assert {(one.l1, one.group) for one in both.tried} == {(0.5, 0.25)}
+
+
+def test_nothing_is_tried_where_nothing_is_left_to_choose():
+    model = tiny_model("Llama")
+    for_all = []
+    assert calls_without_cache(model, lambda: for_all.append(choose(model, TOKENIZER, EXAMPLES, -1, 0.5, 0.0, 7))) == 0
+    (choice,) = for_all
+    assert (choice.layer, choice.l1, choice.group, choice.steps, choice.tried) == (2, 0.5, 0.0, 7, [])
+
+
+def test_of_one_example_nothing_can_be_held_out():
+    model = deep_model(10)
+    choice = choose(model, TOKENIZER, EXAMPLES[:1])
+    assert (choice.layer, choice.l1, choice.group, choice.steps) == (4, USUAL, USUAL, EVALUATIONS)
+    assert choice.tried == []
+    assert choose(model, TOKENIZER, EXAMPLES[:1], -1, steps=3).layer == 9
+
+
+def test_what_is_before_the_vector_runs_once_for_all_settings():
+    """One look whether the model is causal, one pass over the prefixes, one over whole rows to compare with; and one
+    over the few-shot and bare prompts of the starts."""
+    model = tiny_model("Llama")
+    assert calls_without_cache(model, lambda: choose(model, TOKENIZER, EXAMPLES, start="zero")) == 3
+    few = EXAMPLES[:3]  # two shuffles of three folds of two examples: 12 prompts at most, one forward
+    assert calls_without_cache(model, lambda: choose(model, TOKENIZER, few)) == 4
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model("Llama").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    choose(model, TOKENIZER, EXAMPLES, 1)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_equal_arguments_give_equal_choices():
+    model = tiny_model("Llama")
+    assert choose(model, TOKENIZER, EXAMPLES) == choose(model, TOKENIZER, EXAMPLES)
+
+
+# The training with what was chosen
+
+
+@pytest.mark.parametrize("start", [None, "zero"])
+def test_train_chosen(start):
+    model = tiny_model("Llama")
+    result, choice = train_chosen(model, TOKENIZER, EXAMPLES, seed=3, task="x", start=start)
+    assert choice == choose(model, TOKENIZER, EXAMPLES, start=start)
+    penalties = choice.l1, choice.group
+    direct = laai.train(
+        model, TOKENIZER, EXAMPLES, choice.layer, *penalties, steps=choice.steps, seed=3, task="x", start=start
+    )
+    assert result.intervention.to_bytes() == direct.intervention.to_bytes()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"penalty_scale": "absolute"}, "penalty_scale absolute: .* expected l1 and group"),
+        ({"penalty_scale": "absolute", "l1": 0.1}, "penalty_scale absolute: .* expected l1 and group"),
+        ({"steps": 0}, "steps is 0: expected at least one"),
+        ({"l1": -1.0}, "l1 is -1.0: expected"),
+        ({"layer": 7}, "layer 7 is out of range"),
+        ({"optimizer": "sgd"}, "unknown optimizer 'sgd'"),
+        ({"start": "ice"}, "unknown start 'ice': expected one of icl, zero"),
+    ],
+)
+def test_refusals(settings, said):
+    with pytest.raises(laai.LaaiError, match=said):
+        choose(tiny_model("Llama"), TOKENIZER, EXAMPLES, **settings)
+
+
+# After what is known of one vector
 
 
 def test_the_critical_penalty_is_where_zero_begins():
-    model = tiny_model("Llama")
-    critical = laai.train(model, TOKENIZER, EXAMPLES, layer=1, steps=1).critical_penalty
+    model, options = tiny_model("Llama"), {"layer": 1, "start": "zero"}
+    critical = laai.train(model, TOKENIZER, EXAMPLES, steps=1, **options).critical_penalty
     above, below = (
-        laai.train(model, TOKENIZER, EXAMPLES, layer=1, l1=p, group=p, steps=10).intervention.vector(1)
+        laai.train(model, TOKENIZER, EXAMPLES, l1=p, group=p, steps=10, **options).intervention.vector(1)
         for p in (1.01 * critical, 0.9 * critical)
     )
     assert not above.any() and below.any()
 
 
-def test_a_start_is_where_training_begins():
-    model = tiny_model("Llama")
-    first = laai.train(model, TOKENIZER, EXAMPLES, layer=1, steps=20)
-    (again,) = laai.train_many(model, TOKENIZER, [laai.Job(EXAMPLES, 1, start=first.intervention)], steps=1)
-    assert again.objective == pytest.approx(first.objective, rel=1e-5)
-
-
-def test_one_example_cannot_be_cross_validated():
-    with pytest.raises(laai.LaaiError, match="at least two examples"):
-        choose_penalty(tiny_model("Llama"), TOKENIZER, EXAMPLES[:1], layer=1)
+def test_folds():
+    assert FOLDS == 3  # `held_out_by_hand` has the same

@@ -236,7 +236,17 @@ def test_activation_rms(name, kind, site):
 @pytest.mark.parametrize("kind", EXAMPLES)
 @pytest.mark.parametrize("optimizer", ["prox", "adam"])
 def test_the_result_is_what_it_says(name, kind, optimizer):
-    result = train(name, kind, optimizer=optimizer, lr=0.3, l1=0.003, group=0.002, steps=15, penalty_scale="absolute")
+    result = train(
+        name,
+        kind,
+        start="zero",
+        optimizer=optimizer,
+        lr=0.3,
+        l1=0.003,
+        group=0.002,
+        steps=15,
+        penalty_scale="absolute",
+    )
     iv = result.intervention
     assert (iv.layers, iv.site, iv.position, iv.operation, iv.scale) == ([LAYER], "heads", "last", "add", 1.0)
     delta = iv.vector(LAYER).double()
@@ -275,8 +285,8 @@ def test_stationarity_is_that_of_the_returned_vector(scale):
 
 
 def test_prox_ends_near_a_stationary_point_with_exact_zeros():
-    result = train(l1=0.05, group=0.05, steps=150)
-    first = train(l1=0.05, group=0.05, steps=1)
+    result = train(l1=0.05, group=0.05, steps=150, start="zero")
+    first = train(l1=0.05, group=0.05, steps=1, start="zero")
     assert not first.intervention.vector(LAYER).any()  # the first evaluation is at zero
     assert result.stationarity < first.stationarity / 100
     assert (result.intervention.vector(LAYER) == 0).any()
@@ -345,7 +355,7 @@ def test_negative_layers_and_chunks():
 
 
 def test_stop_belongs_to_the_target():
-    with_stop, without = train(steps=1), train(steps=1, stop="")
+    with_stop, without = (train(steps=1, start="zero", stop=stop) for stop in ("\n", ""))
     assert without.objective == pytest.approx(
         float(Reference("Llama", stop="").loss(RULES, torch.zeros(HIDDEN).double()).detach()), rel=1e-5
     )

@@ -159,7 +159,9 @@ def _train(arguments: argparse.Namespace, split: Split) -> Report:
 
 
 def _kept(stopped: Interrupted | NotFinite, path: Path) -> str:
-    """Write the best so far beside the file that a finished training writes; what to say of it."""
+    """Write the best so far, if there is one, beside the file that a finished training writes; what to say of it."""
+    if not stopped.results:
+        return f"{stopped}: {path} was not written"
     partial = path.with_suffix(PARTIAL)
     stopped.results[0].intervention.save(partial)
     return f"{stopped}: the best so far is in {partial}, {path} was not written"

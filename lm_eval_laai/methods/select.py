@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from laai_core.errors import LaaiError
+from laai_core.errors import LaaiError, Unfinished
 from laai_core.example import Example
 from laai_core.hooks import frozen
 from laai_core.locate import Layout, locate, verify_causal
@@ -87,9 +87,11 @@ def choose(
 
     Raises:
         LaaiError: with the penalty scale absolute, where l1 and group must be given; and as `train` does.
+        NotFinite, Interrupted: as `train` does, with no results: a fold's are nobody's vector.
     """
-    shared = Settings(steps=steps or EVALUATIONS, **settings)
-    check(Job, l1=l1, group=group, lr=lr)
+    shared = Settings(steps=EVALUATIONS if steps is None else steps, **settings)
+    check(Job, l1=l1, group=group)
+    Job(examples, 0, lr=lr, start=start)  # raises for what no training takes
     if shared.penalty_scale == "absolute" and None in (l1, group):
         raise LaaiError("penalty_scale absolute: penalties to choose from are relative, expected l1 and group")
     layout = locate(model, shared.projection)
@@ -106,7 +108,10 @@ def choose(
         def try_all(settings: Sequence[tuple[int, tuple[float, float]]]) -> Tried:
             for at, penalties in settings:
                 bar.set_postfix(layer=at, l1=penalties[0], refresh=False)
-                tried.append(folds.tried(at, *penalties, bar))
+                try:
+                    tried.append(folds.tried(at, *penalties, bar))
+                except Unfinished as error:
+                    raise type(error)(f"cross-validation at layer {at}: {error}", []) from None
             return min(tried, key=lambda one: one.held_out_loss)
 
         best = try_all([(at, usual) for at in coarse])
@@ -181,7 +186,7 @@ class _Folds:
             in_context = self._start != "zero" and min(map(len, self._trained_on)) > 1
             self._starts = {layer: torch.zeros(shape) for layer in self._layers}
             if in_context:
-                options = self._settings.site, self._settings.whitespace
+                options = self._settings.site, self._settings.whitespace, self._settings.batch_size
                 found = in_context_starts(self._layout, self._tokenizer, self._trained_on, self._layers, *options)
                 self._starts = {layer: found[layer].view(shape) for layer in self._layers}
             yield
