@@ -35,8 +35,8 @@ from laai_core.train import TrainResult, train
 FOLDS = 3
 COARSE = 5  # layers tried first
 DEPTHS = (0.15, 0.75)  # shares of the depth between which these lie
-EVALUATIONS = 24  # at most, of a setting
-PATIENCE = 6  # evaluations without a smaller held-out loss
+EVALUATIONS = 20  # at most, of a setting
+PATIENCE = 4  # evaluations without a smaller held-out loss
 PENALTIES = (1e-2, 1e-3)  # of l1 and group, relative to the activation; layers are compared under the last
 LONE_DEPTH = 0.4  # share of the depth that a single example, of which nothing can be held out, is trained at
 
