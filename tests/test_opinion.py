@@ -404,8 +404,11 @@ def test_laai_data_says_where_it_is(panel, tmp_path, capsys):
     aggregated(tmp_path, {"Q1": {}}, "RACE")
     assert cli.main(["data", "--data", str(tmp_path)]) == 0
     assert re.search(rf"OpinionQA +RACE +- +{tmp_path}", capsys.readouterr().out)
-    assert cli.main(["data", "--data", str(tmp_path / "nowhere")]) == 0
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["data", "--data", str(tmp_path / "empty")]) == 0
     assert re.search("OpinionQA +missing", capsys.readouterr().out)
+    assert cli.main(["data", "--data", str(tmp_path / "nowhere")]) == 2
+    assert re.search("nowhere: no such folder", capsys.readouterr().err)
 
 
 # Training, and back through the harness
