@@ -140,7 +140,7 @@ class Trainings:
 
     def once(self, number: int) -> None:
         kind = number % WARM
-        options = {"optimizer": ["prox", "adam"][kind % 2], "path": ["replay", "plain"][kind // 2 % 2]}
+        options = {"optimizer": ["prox", "adam"][kind % 2], "forward": ["replay", "plain"][kind // 2 % 2]}
         examples = laai.load_task("lexicon_antonym", seed=kind, n_train=3).train
         if kind % 3 == 0:
             examples = [laai.Example(e.prompt, options=[" a", " b"], distribution=[0.25, 0.75]) for e in examples]

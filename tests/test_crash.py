@@ -123,7 +123,7 @@ def test_training_onto_a_full_disk(training, trained, tmp_path):
     (tmp_path / "work").mkdir()
     path = tmp_path / "work" / "x.safetensors"
     path.write_bytes(trained[1])
-    ended = run(training.argv, path.parent, file_size=500)
+    ended = run(training.argv, path.parent, file_size=len(trained[1]) - 1)
     assert (ended.code, ended.complaint) == (1, "laai: error: cannot write x.safetensors: File too large")
     assert path.read_bytes() == trained[1]
     assert os.listdir(path.parent) == ["x.safetensors"]

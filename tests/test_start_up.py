@@ -90,7 +90,8 @@ assert "torch" not in sys.modules, "imported too early"
 import laai_core.train, laai_core.apply
 from laai_core.train import Job
 from laai_core import storage
-assert all(callable(getattr(laai_core, name)) for name in laai_core.__all__)
+assert all(callable(getattr(laai_core, name)) for name in laai_core.__all__ if name != "__version__")
+assert laai_core.__version__ == laai_core.version.__version__
 assert laai_core.train is sys.modules["laai_core.train"].train and laai_core.Job is Job
 assert set(laai_core.__all__) <= set(dir(laai_core)) and not hasattr(laai_core, "nothing")
 print(json.dumps([0, []]), file=sys.stderr)
