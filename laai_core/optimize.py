@@ -189,7 +189,7 @@ def _prox(penalty: Penalty, point: Points) -> Optimizer:
     Wright, Nowak & Figueiredo 2009). Every iterate is the output of the proximal operator, so zeros are exact.
 
     The short step <s, y> / <y, y> (Barzilai & Borwein 1988, eq. 6) and the bound on its growth keep a run from the
-    jumps that the long step makes where the curvature changes: docs/benchmarks.md has both on real models.
+    jumps that the long step makes where the curvature changes.
     """
     # The first step has length one, or a share of the start's length. After it the curvature sets the size.
     length = (FIRST_SHARE * point.x.norm(dim=(1, 2)).double()).clamp_min(1)
