@@ -334,7 +334,7 @@ def test_a_folder_of_that_name_comes_first(cache: Path, tmp_path: Path, monkeypa
 
 
 def test_training_and_evaluation_of_a_gguf_file(gguf: Path, tmp_path: Path, capfd) -> None:
-    flags = ["--task", TASK, "--steps", 5, "--layer", 1]
+    flags = ["--task", TASK, "--steps", 5, "--layer", 1, "--l1", 0.001, "--group", 0.001]
     line = ["train", "--model", gguf, "--gguf-file", GGUF, *flags, "--output", f"{tmp_path}/"]
     file = done(capfd, *line)["file"]
     trained = laai.Intervention.load(file)
@@ -342,7 +342,7 @@ def test_training_and_evaluation_of_a_gguf_file(gguf: Path, tmp_path: Path, capf
 
     examples = load_task(TASK).train
     model, tokenizer = ModelSource(str(gguf), gguf_file=GGUF).load()
-    expected = laai.train(model, tokenizer, examples, layer=1, steps=5).intervention
+    expected = laai.train(model, tokenizer, examples, layer=1, l1=0.001, group=0.001, steps=5).intervention
     assert torch.equal(trained.vector(1), expected.vector(1))
 
     lm = HFLaai(pretrained=str(gguf), gguf_file=GGUF, intervention=file, device="cpu")
