@@ -26,7 +26,6 @@ from lm_eval_laai.methods.adapters import (
     _Data,
     _start_from,
     _wrapped,
-    adapter_config,
     description,
     train_adapter,
 )
@@ -80,7 +79,7 @@ def test_lora_has_the_papers_parameters_on_llama_3_8b():
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    wrapped = peft.get_peft_model(model, adapter_config("lora", locate(model), 3))
+    wrapped = peft.get_peft_model(model, ADAPTERS["lora"](locate(model), 3))
     learnt = {name: p.numel() for name, p in wrapped.named_parameters() if p.requires_grad}
     assert sum(learnt.values()) == 53_248
     assert all(".layers.3.self_attn." in name for name in learnt)
@@ -100,15 +99,15 @@ DOWN = {
 def test_modules_are_found_by_structure(name):
     model = tiny_model(name)
     layout = locate(model)
-    lora = adapter_config("lora", layout, 1).target_modules
+    lora = ADAPTERS["lora"](layout, 1).target_modules
     ends = [FUSED[name]] if name in FUSED else ["q_proj", "v_proj"]
     assert sorted(path.split(".")[-1] for path in lora) == ends
     assert all(".1." in path for path in lora)
     if name == "Mixtral":
         with pytest.raises(laai.LaaiError, match="expected one linear module from the feed-forward"):
-            adapter_config("ia3", layout, None)
+            ADAPTERS["ia3"](layout, None)
         return
-    ia3 = adapter_config("ia3", layout, None)
+    ia3 = ADAPTERS["ia3"](layout, None)
     ends = [FUSED[name]] if name in FUSED else ["k_proj", "v_proj"]
     assert len(ia3.target_modules) == LAYERS * (len(ends) + 1)
     assert len(ia3.feedforward_modules) == LAYERS
@@ -117,7 +116,7 @@ def test_modules_are_found_by_structure(name):
     ids = torch.tensor([[5, 6, 7, 8]])
     plain = model(ids).logits
     for method in ADAPTERS:
-        with _wrapped(layout, adapter_config(method, layout, 1 if method == "lora" else None), 0) as wrapped:
+        with _wrapped(layout, ADAPTERS[method](layout, 1 if method == "lora" else None), 0) as wrapped:
             named = {n for n, p in wrapped.named_parameters() if p.requires_grad}
             assert len(named) == {"lora": 2 * len(lora), "ia3": len(ia3.target_modules), "soft_prompt": 1}[method]
             with torch.no_grad():
@@ -157,7 +156,7 @@ def loss_by_hand(wrapped, examples) -> torch.Tensor:
 
 
 def trained_by_hand(saved: Path, examples, rate: float):
-    wrapped = peft.get_peft_model(loaded(saved), adapter_config("ia3", locate(loaded(saved)), None))
+    wrapped = peft.get_peft_model(loaded(saved), ADAPTERS["ia3"](locate(loaded(saved)), None))
     learnt = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, weight_decay=0.0)
     for step in range(STEPS):
@@ -233,7 +232,7 @@ def test_a_soft_prompt_starts_from_the_tasks_description(saved, tmp_path):
 
 def test_a_short_description_is_repeated():
     model = tiny_model("Llama")
-    with _wrapped(locate(model), adapter_config("soft_prompt", locate(model), None), 0) as wrapped:
+    with _wrapped(locate(model), ADAPTERS["soft_prompt"](locate(model), None), 0) as wrapped:
         _start_from(wrapped, TOKENIZER, "abc")
         start = wrapped.get_prompt(1)[0]
     ids = TOKENIZER.encode("abc", add_special_tokens=False)
@@ -268,7 +267,7 @@ def test_the_model_stays_as_it_was(method, name, tmp_path):
     layer = 1 if method == "lora" else None
     train_adapter(method, model, TOKENIZER, EXAMPLES, tmp_path / "a", layer, 0, 1)
     assert state(model) == before
-    with pytest.raises(KeyboardInterrupt), _wrapped(locate(model), adapter_config(method, locate(model), layer), 0):
+    with pytest.raises(KeyboardInterrupt), _wrapped(locate(model), ADAPTERS[method](locate(model), layer), 0):
         raise KeyboardInterrupt
     assert state(model) == before
     assert torch.equal(torch.random.get_rng_state(), random)

@@ -131,7 +131,7 @@ def _models(arguments: argparse.Namespace) -> list[str]:
 
 
 def _recipe(arguments: argparse.Namespace, model: str, process: Process) -> Recipe:
-    """The paper's settings on public sets, those of `laai train` on the lexicon."""
+    """The paper's settings on public sets; on the lexicon relative penalties, fixed as well, at the middle layer."""
     lexicon = arguments.data == LEXICON
     source = model_source(argparse.Namespace(**{**vars(arguments), "model": model}))
     source = replace(source, device=process.device(source.device))

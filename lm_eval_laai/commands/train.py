@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -27,6 +26,7 @@ from lm_eval_laai.commands.options import (
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.facts import flat
 from lm_eval_laai.methods import LAAI, METHODS, fit
+from lm_eval_laai.methods.method import Method
 from lm_eval_laai.methods.select import train_chosen
 from lm_eval_laai.tasks import harness_task
 
@@ -68,7 +68,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Without defaults, so that it can be told what was given; `_training_options` fills them in."""
+    """Flags without defaults, so that a given one can be told from a missing one; `_options` fills defaults in."""
     for name, one in _FLAGS.items():
         default = "chosen by cross-validation" if name in _CHOSEN else one.default
         text = one.metadata["help"] + ("" if default is None else f" (default: {default})")
@@ -81,13 +81,17 @@ def _kind(name: str) -> Any:
     return next((kind for kind in (int, float) if kind in (hint, *get_args(hint))), str)
 
 
-def _training_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `train`, checked."""
-    given = {name: getattr(arguments, name) for name in _FLAGS}
-    defaults = {name: None if name in _CHOSEN else one.default for name, one in _FLAGS.items()}
-    options = {name: defaults[name] if value is None else value for name, value in given.items()}
-    check_field(Job, **options)
-    check_field(Settings, **options)
+def _options(arguments: argparse.Namespace, method: Method) -> dict[str, Any]:
+    """What was given of the method's own flags, checked; for LAAI with the defaults of what was not."""
+    taken = _FLAGS if method is LAAI else method.options
+    for name in (*_FLAGS, "heads"):
+        if name not in taken and getattr(arguments, name) is not None:
+            raise LaaiError(f"the method {method.name} has no {_flag(name)}: leave it out")
+    options = {name: getattr(arguments, name) for name in taken}
+    if method is LAAI:
+        options |= {n: f.default for n, f in _FLAGS.items() if options[n] is None and n not in _CHOSEN}
+        check_field(Job, **options)
+        check_field(Settings, **options)
     return options
 
 
@@ -114,48 +118,50 @@ def summary(result: TrainResult) -> dict[str, Any]:
 def _command(arguments: argparse.Namespace) -> Report:
     # In the order of what it costs to find out that something is wrong.
     split = load_task(arguments.task, seed=arguments.seed, n_train=arguments.n_train, data=arguments.data)
-    train_it = _train if arguments.method == LAAI.name else _train_baseline
-    return train_it(arguments, split)
-
-
-def _train(arguments: argparse.Namespace, split: Split) -> Report:
-    options = _training_options(arguments)
-    _refuse(arguments, ["heads"])
-    path = output_path(arguments.output, arguments.task)
+    method = METHODS[arguments.method]
+    options = _options(arguments, method)
+    path = (adapter_folder if method.writes_adapter else output_path)(arguments.output, arguments.task)
+    method.check(path, arguments.layer, {name: options[name] for name in method.options})
     source = model_source(arguments)
     source.checked_device()
-    config = source.config()
-    layer = checked_layer(arguments.layer, config)
+    layer = checked_layer(arguments.layer, source.config())
     model, tokenizer = source.load()
     start = time.perf_counter()
+    if method is LAAI:
+        learnt = _train(model, tokenizer, split, path, layer, arguments.seed, options)
+    else:
+        fit(method.name, model, tokenizer, split, layer=layer, seed=arguments.seed, output=path, **options)
+        learnt = {"training": method.record(path)}
+    facts = {
+        "file": str(path),
+        "task": harness_task(arguments.task),
+        "method": method.name,
+        "seconds": time.perf_counter() - start,
+        **learnt,
+    }
+    return Report(facts, _text(facts) if method is LAAI else table(flat(facts)))
+
+
+def _train(
+    model: Any, tokenizer: Any, split: Split, path: Path, layer: int | None, seed: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Train a Δ and write `path`, or, where training stops before its end, the best so far beside it."""
+    task = f"laai_{split.name}"
     try:
         result, choice = train_chosen(
-            model,
-            tokenizer,
-            split.train,
-            layer,
-            seed=arguments.seed,
-            task=f"laai_{split.name}",
-            progress=True,
-            **options,
+            model, tokenizer, split.train, layer, seed=seed, task=task, progress=True, **options
         )
     except Interrupted as stopped:
         raise KeyboardInterrupt(_kept(stopped, path)) from None
     except NotFinite as stopped:
         raise WorkFailed(_kept(stopped, path)) from None
-    seconds = time.perf_counter() - start
     result.intervention.save(path)
-    facts = {
-        "file": str(path),
-        "task": harness_task(arguments.task),
-        "method": LAAI.name,
+    return {
         **summary(result),
         "l1": choice.l1,
         "group": choice.group,
         "tried": [asdict(one) for one in choice.tried],
-        "seconds": seconds,
     }
-    return Report(facts, _text(facts))
 
 
 def _kept(stopped: Interrupted | NotFinite, path: Path) -> str:
@@ -165,39 +171,6 @@ def _kept(stopped: Interrupted | NotFinite, path: Path) -> str:
     partial = path.with_suffix(PARTIAL)
     stopped.results[0].intervention.save(partial)
     return f"{stopped}: the best so far is in {partial}, {path} was not written"
-
-
-def _train_baseline(arguments: argparse.Namespace, split: Split) -> Report:
-    """`fit`, after everything that can be told to be wrong before the model is loaded."""
-    method = METHODS[arguments.method]
-    _refuse(arguments, [name for name in (*_FLAGS, "heads") if name not in method.options])
-    if method.writes_adapter:
-        path = adapter_folder(arguments.output, arguments.task)
-    else:
-        path = output_path(arguments.output, arguments.task)
-    options = {name: getattr(arguments, name) for name in ("steps", "heads")}
-    method.check(path, arguments.layer, options)
-    source = model_source(arguments)
-    source.checked_device()
-    config = source.config()
-    layer = checked_layer(arguments.layer, config)
-    model, tokenizer = source.load()
-    start = time.perf_counter()
-    fit(method.name, model, tokenizer, split, layer=layer, seed=arguments.seed, output=path, **options)
-    facts = {
-        "file": str(path),
-        "task": harness_task(arguments.task),
-        "method": method.name,
-        "seconds": time.perf_counter() - start,
-        "training": method.record(path),
-    }
-    return Report(facts, table(flat(facts)))
-
-
-def _refuse(arguments: argparse.Namespace, names: Sequence[str]) -> None:
-    for name in names:
-        if getattr(arguments, name) is not None:
-            raise LaaiError(f"the method {arguments.method} has no {_flag(name)}: leave it out")
 
 
 def _text(facts: dict[str, Any]) -> str:

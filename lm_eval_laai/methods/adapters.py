@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.method import ADAPTER_FACTS, ADAPTER_STEPS
 from lm_eval_laai.methods.places import attention_inputs, down_projection, first_attention, is_transposed
 
-ADAPTERS = ("lora", "ia3", "soft_prompt")
 RANK = 4  # of LoRA
 VIRTUAL_TOKENS = 8
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -54,7 +53,7 @@ def train_adapter(
     """Train an adapter and write it to `folder` in PEFT's format, whole or not at all; the model stays as it was.
 
     Args:
-        method: one of ADAPTERS.
+        method: a name in ADAPTERS.
         examples: with targets (loss `nll`) or with options and distributions (loss `kl`), as for a vector.
         layer: of `lora`, which needs one; `ia3` goes on every layer without; a `soft_prompt` is in none.
         seed: of LoRA's random half. Everything else starts from fixed values.
@@ -66,11 +65,11 @@ def train_adapter(
     """
     steps = ADAPTER_STEPS if steps is None else steps
     layout = locate(model)
-    config = adapter_config(method, layout, None if layer is None else layout.layer(layer))
+    config = ADAPTERS[method](layout, None if layer is None else layout.layer(layer))
     base_model = model_facts(layout, first_attention(layout))["base_model"]
     data = _Data(layout, tokenizer, examples)
     with _wrapped(layout, config, seed) as wrapped:
-        if method == "soft_prompt":
+        if config.is_prompt_learning:
             _start_from(wrapped, tokenizer, description(task))
         trainer = _Trainer(wrapped, data, steps)
         with tqdm(
@@ -96,19 +95,14 @@ def train_adapter(
         _save(wrapped, folder, {"method": method, "task": task, "base_model": base_model, "training": training})
 
 
-def adapter_config(method: str, layout: Layout, layer: int | None) -> Any:
-    """PEFT's configuration of a method on a model; modules by their full paths."""
-    if method == "soft_prompt":
-        return peft.PromptTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, task_type="CAUSAL_LM")
-    if method == "lora":
-        assert layer is not None
-        modules = attention_inputs(layout, layer, ("query", "value"))
-        return peft.LoraConfig(
-            r=RANK,
-            target_modules=modules,
-            fan_in_fan_out=is_transposed(layout, modules[0]),
-            task_type="CAUSAL_LM",
-        )
+def _lora(layout: Layout, layer: int | None) -> peft.PeftConfig:
+    assert layer is not None
+    modules = attention_inputs(layout, layer, ("query", "value"))
+    transposed = is_transposed(layout, modules[0])
+    return peft.LoraConfig(r=RANK, target_modules=modules, fan_in_fan_out=transposed, task_type="CAUSAL_LM")
+
+
+def _ia3(layout: Layout, layer: int | None) -> peft.PeftConfig:
     layers = range(len(layout.blocks)) if layer is None else [layer]
     # Hybrid models have blocks without attention; their feed-forwards take part all the same.
     with_attention = [n for n in layers if not isinstance(layout.projections[n], str)]
@@ -120,6 +114,18 @@ def adapter_config(method: str, layout: Layout, layer: int | None) -> Any:
         fan_in_fan_out=is_transposed(layout, downs[0]),
         task_type="CAUSAL_LM",
     )
+
+
+def _soft_prompt(layout: Layout, layer: int | None) -> peft.PeftConfig:
+    return peft.PromptTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, task_type="CAUSAL_LM")
+
+
+# PEFT's configuration of each method on a model, for one layer or (None) all; modules by their full paths.
+ADAPTERS: dict[str, Callable[[Layout, int | None], peft.PeftConfig]] = {
+    "lora": _lora,
+    "ia3": _ia3,
+    "soft_prompt": _soft_prompt,
+}
 
 
 def description(task: str | None) -> str:
@@ -192,7 +198,7 @@ class _Trainer:
 
 
 @contextmanager
-def _wrapped(layout: Layout, config: Any, seed: int) -> Iterator[Any]:
+def _wrapped(layout: Layout, config: peft.PeftConfig, seed: int) -> Iterator[Any]:
     """The model under a new adapter, and the model as it was at the end, whatever happens."""
     model = layout.model
     children = [(module, dict(module._modules)) for module in model.modules()]

@@ -124,23 +124,15 @@ def train_chosen(
     tokenizer: Any,
     examples: Sequence[Example],
     layer: int | None = None,
-    l1: float | None = None,
-    group: float | None = None,
-    steps: int | None = None,
     *,
     seed: int = 0,
     task: str | None = None,
-    lr: float = Job.lr,
-    start: str | None = None,
-    progress: bool = False,
-    **settings: Any,
+    **options: Any,
 ) -> tuple[TrainResult, Choice]:
-    """`laai_core.train.train` on all examples with what `choose` chooses; arguments and errors are theirs."""
-    own: dict[str, Any] = {"lr": lr, "start": start, "progress": progress, **settings}
-    choice = choose(model, tokenizer, examples, layer, l1, group, steps, **own)
-    chosen = choice.layer, choice.l1, choice.group
-    result = train(model, tokenizer, examples, *chosen, steps=choice.steps, seed=seed, task=task, **own)
-    return result, choice
+    """`laai_core.train.train` on all examples with the setting that `choose(..., layer, **options)` chooses."""
+    choice = choose(model, tokenizer, examples, layer, **options)
+    options |= {"l1": choice.l1, "group": choice.group, "steps": choice.steps}
+    return train(model, tokenizer, examples, choice.layer, seed=seed, task=task, **options), choice
 
 
 def _coarse(count: int) -> tuple[list[int], int]:
