@@ -8,11 +8,23 @@ import torch
 import transformers
 from test_replay import RAGGED, TOKENIZER, calls_without_cache, rules
 from tiny import MAX_POSITIONS, PROJECTION_PATHS, VOCABULARY, tiny_model
+from tqdm.auto import tqdm
 
 import laai_core as laai
 from laai_core.encode import encode_pair
+from laai_core.optimize import Step
 from lm_eval_laai.methods.evaluate import task_losses
-from lm_eval_laai.methods.select import EVALUATIONS, FOLDS, PATIENCE, PENALTIES, choose, train_chosen
+from lm_eval_laai.methods.select import (
+    EVALUATIONS,
+    FOLDS,
+    HEAD_START,
+    LONE_DEPTH,
+    PATIENCE,
+    PENALTIES,
+    _Curve,
+    choose,
+    train_chosen,
+)
 
 EXAMPLES = rules([*RAGGED, ("over there", " no"), ("w", " wx")])
 USUAL = PENALTIES[-1]
@@ -124,6 +136,27 @@ def test_surveys():
     assert one.held_out_loss == pytest.approx(sum(losses) / 3, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("rival", "losses", "ends"),
+    [
+        ([], [9.0 - n for n in range(9)], None),
+        ([9.0, 3.0], [9.0 - n / 2 for n in range(9)], HEAD_START),  # behind a setting that ended sooner
+        ([9.0 - n / 2 for n in range(9)], [9.0 - n for n in range(9)], None),
+        ([9.0 - n for n in range(20)], [9.0 - n / 2 for n in range(9)], HEAD_START),
+        ([9.0] * 7 + [1.0], [9.0 - n / 2 for n in range(9)], 8),  # overtaken after the head start
+        ([], [9.0, 5.0, 6.0, 5.5, 7.0, 5.1], 2 + PATIENCE),
+    ],
+)
+def test_a_setting_ends_behind_the_best_or_when_it_no_longer_falls(rival, losses, ends):
+    curve = _Curve(torch.tensor([[True, False]]), rival, tqdm(disable=True))
+    stopped = []
+    for number, loss in enumerate(losses):
+        curve.see(torch.tensor([2 * loss, 100.0]))  # the example that the fold trains on does not count
+        step = Step(number, -float(number), 0.0, 0.0, 0, 0)
+        stopped.append(curve.add({0: step}))
+    assert (stopped.index(True) + 1 if True in stopped else None) == ends
+
+
 # What is tried
 
 
@@ -132,7 +165,8 @@ def test_layers_from_coarse_to_fine_then_penalties(count, coarse, gap):
     model = deep_model(count)
     choice = choose(model, TOKENIZER, EXAMPLES[:3], steps=2)
     layers = [(one.layer, one.l1, one.group) for one in choice.tried]
-    assert layers[:5] == [(layer, USUAL, USUAL) for layer in coarse]
+    middle_first = sorted(coarse, key=lambda layer: abs(layer - LONE_DEPTH * count))
+    assert layers[:5] == [(layer, USUAL, USUAL) for layer in middle_first]
     first = min(choice.tried[:5], key=lambda one: one.held_out_loss)
     near = [(first.layer - gap, USUAL, USUAL), (first.layer + gap, USUAL, USUAL)]
     assert layers[5:7] == near

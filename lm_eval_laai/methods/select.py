@@ -13,6 +13,7 @@ smallest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ COARSE = 5  # layers tried first
 DEPTHS = (0.15, 0.75)  # shares of the depth between which these lie
 EVALUATIONS = 20  # at most, of a setting
 PATIENCE = 4  # evaluations without a smaller held-out loss
+HEAD_START = 6  # evaluations of a setting before it is compared with the best one
 PENALTIES = (1e-2, 1e-3)  # of l1 and group, relative to the activation; layers are compared under the last
 LONE_DEPTH = 0.4  # share of the depth that a single example, of which nothing can be held out, is trained at
 
@@ -113,7 +115,8 @@ def choose(
                     raise type(error)(f"cross-validation at layer {at}: {error}", []) from None
             return min(tried, key=lambda one: one.held_out_loss)
 
-        best = try_all([(at, usual) for at in coarse])
+        middle_first = sorted(coarse, key=lambda at: abs(at - LONE_DEPTH * count))
+        best = try_all([(at, usual) for at in middle_first])
         best = try_all([(at, usual) for at in fine if abs(at - best.layer) == gap])
         best = try_all([(best.layer, penalties) for penalties in others])
     return Choice(best.layer, best.l1, best.group, steps or best.steps, tried)
@@ -163,6 +166,7 @@ class _Folds:
         ]
         self._layout, self._tokenizer, self._layers, self._settings = layout, tokenizer, layers, settings
         self._lr, self._start = lr, start
+        self._best: list[float] = []  # held-out losses by evaluations, of the setting that reached the lowest
         self._problem = Problem(
             layout, tokenizer, [examples] * count, layers, settings, held_out=self._held_out.tolist()
         )
@@ -184,7 +188,7 @@ class _Folds:
 
     def tried(self, layer: int, l1: float, group: float, bar: Any) -> Tried:
         """Train every fold in one setting."""
-        curve = _Curve(self._held_out, bar)
+        curve = _Curve(self._held_out, self._best, bar)
         start = self._starts[layer] / self._problem.unit(layer)
         self._problem.minimise(
             layer,
@@ -199,14 +203,16 @@ class _Folds:
             on_losses=curve.see,
         )
         loss, steps = min((loss, number) for number, loss in enumerate(curve.losses, 1))
+        if loss < min(self._best, default=math.inf):
+            self._best = curve.losses
         return Tried(layer, l1, group, steps, loss)
 
 
 class _Curve:
     """The mean loss of held-out examples by evaluations, every fold at the best objective it has seen."""
 
-    def __init__(self, held_out: torch.Tensor, bar: Any) -> None:
-        self._held_out, self._bar = held_out, bar  # [F, N]
+    def __init__(self, held_out: torch.Tensor, rival: Sequence[float], bar: Any) -> None:
+        self._held_out, self._rival, self._bar = held_out, rival, bar  # [F, N], losses by evaluations
         self._now = torch.empty(0)
         self._objectives = [float("inf")] * len(held_out)
         self._sums = [float("inf")] * len(held_out)
@@ -217,10 +223,12 @@ class _Curve:
         self._now = (per_example.cpu().view_as(self._held_out) * self._held_out).sum(1)
 
     def add(self, steps: dict[int, Step]) -> bool:
-        """The steps of the folds that were evaluated; whether the loss has stopped falling."""
+        """The steps of the folds that were evaluated; whether the setting has ended."""
         for fold, step in steps.items():
             if step.objective < self._objectives[fold]:
                 self._objectives[fold], self._sums[fold] = step.objective, float(self._now[fold])
         self.losses.append(sum(self._sums) / self._held_out.shape[1])
         self._bar.update()
-        return min(self.losses) not in self.losses[-PATIENCE:]
+        count, lowest = len(self.losses), min(self.losses)
+        behind = count >= HEAD_START and lowest > min(self._rival[:count], default=math.inf)
+        return behind or lowest not in self.losses[-PATIENCE:]
