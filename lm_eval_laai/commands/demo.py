@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from laai_core import files
 from laai_core.data import load_task
@@ -30,6 +30,9 @@ from lm_eval_laai.known_models.table import REFERENCE
 from lm_eval_laai.methods.select import train_chosen
 from lm_eval_laai.metrics import first_line
 from lm_eval_laai.tasks import TaskInfo, list_tasks
+
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHOTS = 10  # solved examples in the prompt, and training examples: the same ones
 MODEL = "smollm2-135m"
@@ -121,7 +124,12 @@ def _chosen(names: Sequence[str]) -> list[TaskInfo]:
 
 
 def _train_all(
-    model: Any, tokenizer: Any, splits: dict[str, Split], layer: int | None, seed: int, output: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: dict[str, Split],
+    layer: int | None,
+    seed: int,
+    output: Path,
 ) -> dict[str, dict[str, Any]]:
     """A file for each task, named as intervention=FOLDER looks it up, and its heat map. Returns the summaries."""
     trained = {}
@@ -139,7 +147,11 @@ def _train_all(
 
 
 def _evaluated(
-    setting: str, model: Any, tokenizer: Any, arguments: argparse.Namespace, output: Path
+    setting: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: argparse.Namespace,
+    output: Path,
 ) -> dict[str, Any]:
     """The harness's results in one of SETTINGS; all but the samples goes to `<output>/<setting>.json`."""
     # Here and not above: the harness takes seconds to import, and only this command needs it.
@@ -161,9 +173,16 @@ def _evaluated(
         arguments.limit,
         BOOTSTRAPS,
     )
+    model_args = {
+        "pretrained": arguments.model,
+        "revision": arguments.revision,
+        "gguf_file": arguments.gguf_file,
+        "dtype": arguments.dtype,
+        "intervention": folder,
+    }
     results["config"] = {
         "model": "hf-laai",
-        "model_args": {"pretrained": arguments.model, "dtype": arguments.dtype, "intervention": folder},
+        "model_args": {name: value for name, value in model_args.items() if value is not None},
         **lm.get_model_info(),
         "batch_size": arguments.batch_size,
         "limit": arguments.limit,

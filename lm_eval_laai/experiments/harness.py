@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stderr
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -24,6 +24,9 @@ from lm_eval_laai.experiments.cells import Cell
 from lm_eval_laai.experiments.setting import Setting, task_info
 from lm_eval_laai.model import HFLaai
 from lm_eval_laai.tasks import include_path, task_metadata
+
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FEWSHOT_SEED = 1234  # the harness's default; the tasks' sampler takes the first n and draws nothing
 
@@ -61,7 +64,9 @@ def evaluated(
     return results
 
 
-def score(model: Any, tokenizer: Any, setting: Setting, cell: Cell, paths: Sequence[Path]) -> dict[str, Any]:
+def score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, cell: Cell, paths: Sequence[Path]
+) -> dict[str, Any]:
     """The cell's result: {"metrics": {name: mean}, "n": test items, "answers": [[prompt, generated text], ...]}.
 
     Args:
@@ -89,7 +94,9 @@ def score(model: Any, tokenizer: Any, setting: Setting, cell: Cell, paths: Seque
 
 
 @contextmanager
-def _language_model(model: Any, tokenizer: Any, batch_size: int, paths: Sequence[Path]) -> Iterator[HFLM]:
+def _language_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, paths: Sequence[Path]
+) -> Iterator[HFLM]:
     """`hf`, `hf,peft=` or `hf-laai` around the loaded model, which is left as it was."""
     if any(path.is_dir() for path in paths):
         (folder,) = paths
