@@ -11,9 +11,10 @@
         x = prox(x - step * gradient)                         # of l1 * |x|_1 + group * sum over heads of |x_h|_2
     return Intervention({layer: rms * x}) of the smallest loss + penalty seen
 
-In reading order. The vector: example, intervention, storage, hub. On a model: locate, hooks, positions, apply.
+In reading order. The vector: example, intervention, storage. On a model: locate, hooks, positions, apply.
 Its training: encode, objective, penalty, optimize, forward, cache and replay (the fast path), problem, settings,
-start, record, train. `data/` reads and bundles tasks; the rest of the core needs none of it.
+start, record, train. `data/` reads and bundles tasks, `hub/` reads the Hugging Face Hub; the flat files need them for
+`load_task` and `Intervention.load` alone.
 
 The public names are imported when they are first used: who needs `laai_core.errors` alone waits for no torch.
 """

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from laai_core.errors import LaaiError
-from laai_core.hooks import attached, hidden_of, with_hidden
+from laai_core.hooks import attached, hidden_of, shadowed, with_hidden
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
 from laai_core.positions import Call, Generation, PositionTracker, repeated
@@ -80,7 +80,8 @@ def hooked(
     layout: Layout, rows: Edit | Sequence[Edit | None], prompt_lengths: Sequence[int] | None = None
 ) -> Iterator[None]:
     """`apply` for edits: rows that share one Edit object share its indices."""
-    with attached(_Steering(layout, rows, prompt_lengths).hooks()):
+    steering = _Steering(layout, rows, prompt_lengths)
+    with attached(steering.hooks()), shadowed(layout.model, "generate", steering.generate):
         yield
 
 
@@ -97,6 +98,7 @@ class _Steering:
             raise LaaiError(f"prompt_lengths is {list(prompt_lengths or ())}: expected a positive length per row")
         if lengths is not None and self._row_edits is not None and len(lengths) != len(self._row_edits):
             raise LaaiError(f"{len(self._row_edits)} interventions for {len(lengths)} prompt_lengths: one a row")
+        self._generate: Any = layout.model.generate
         self._tracker = PositionTracker(layout.virtual_tokens, lengths)
         self._parameters = _forward_parameters(layout.decoder)
         self._call: Call | None = None
@@ -104,7 +106,7 @@ class _Steering:
         self._cast: dict[tuple[int, int, torch.device, torch.dtype], torch.Tensor] = {}
 
     def hooks(self) -> Iterator[Any]:
-        """Register every hook and watch `generate`, one at a time."""
+        """Register every hook, one at a time."""
         layout = self._layout
         yield layout.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         for layer, site in sorted({(layer, edit.site) for edit in self._edits for layer in edit.vectors}):
@@ -113,7 +115,17 @@ class _Steering:
                 yield module.register_forward_pre_hook(self._input_hook(layer, site))
             else:
                 yield module.register_forward_hook(self._output_hook(layer, site))
-        yield _WatchedGenerate(layout.model, self._tracker)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate`, with its prompt told to the tracker: a forward call alone cannot know whether it is
+        a step of `generate` without a cache, or a chunk of a prefill.
+        """
+        outer = self._tracker.generation
+        self._tracker.generation = Generation(_prompt_mask(self._layout.model, args, kwargs))
+        try:
+            return self._generate(*args, **kwargs)
+        finally:
+            self._tracker.generation = outer
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note where this call's prompts end. On the decoder, so that `model.model(...)` is seen too."""
@@ -201,34 +213,6 @@ class _Steering:
             return with_hidden(output, self._edited(hidden_of(output), layer, site))
 
         return hook
-
-
-class _WatchedGenerate:
-    """Tells the tracker what `model.generate` was asked to continue.
-
-    A forward call cannot know whether it is a step of `generate` without a cache, or a chunk of a prefill. The
-    instance attribute shadows the method and is removed with the hooks.
-    """
-
-    def __init__(self, model: PreTrainedModel, tracker: PositionTracker) -> None:
-        self._model = model
-        self._before = model.__dict__.get("generate")
-        original: Any = model.generate
-
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            outer, tracker.generation = tracker.generation, Generation(_prompt_mask(model, args, kwargs))
-            try:
-                return original(*args, **kwargs)
-            finally:
-                tracker.generation = outer
-
-        model.__dict__["generate"] = generate
-
-    def remove(self) -> None:
-        if self._before is None:
-            self._model.__dict__.pop("generate", None)
-        else:
-            self._model.__dict__["generate"] = self._before
 
 
 def icv_step(x: torch.Tensor, vector: torch.Tensor, step: float) -> torch.Tensor:

@@ -117,14 +117,12 @@ class Forward(ABC):
         return losses.detach(), gradients, per_example.detach()
 
     @torch.no_grad()
-    def continuation_logprobs(self, vectors: torch.Tensor, active: Sequence[int] | None = None) -> torch.Tensor:
-        """[C] log p(continuation | prompt) with `vectors` [A, D] applied, one for every active run, by default all;
-        0 for continuations of the others."""
-        chosen = range(len(vectors)) if active is None else active
+    def continuation_logprobs(self, vectors: torch.Tensor) -> torch.Tensor:
+        """[C] log p(continuation | prompt) with `vectors` [R, D] applied, one for every run."""
         deltas = vectors.to(self._batch.row.device)
 
         def evaluate() -> torch.Tensor:
-            parts = self._parts(chosen)
+            parts = self._parts(range(len(vectors)))
             return self._continuations(parts, [self._token_logprobs(deltas, part) for part in parts])
 
         return self._split_until_it_fits(evaluate)

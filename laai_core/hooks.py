@@ -55,6 +55,20 @@ def with_hidden(output: Any, hidden: Any) -> Any:
 
 
 @contextmanager
+def shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Within the block, an attribute of the instance in front of its class's method; another one there comes back."""
+    before = module.__dict__.get(name)  # accelerate's hooks live there
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            module.__dict__.pop(name, None)
+        else:
+            module.__dict__[name] = before
+
+
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients for the weights, put back as they were at the end."""
     training = [m for m in model.modules() if m.training]

@@ -13,7 +13,6 @@ import torch
 
 from laai_core import files, storage
 from laai_core.errors import LaaiError
-from laai_core.hub import local_file
 from laai_core.words import OPERATIONS, POSITIONS, SITES
 
 if TYPE_CHECKING:
@@ -79,6 +78,8 @@ class Intervention:
             source: a file, or `org/repo[:file][@revision]` on the Hugging Face Hub (what exists here wins).
             local_files_only: do not go to the Hub, only into its cache.
         """
+        from laai_core.hub import local_file  # the Hub's client, which nothing else in the flat core needs
+
         path = local_file(source, local_files_only)
         arguments = storage.read(path)
         try:

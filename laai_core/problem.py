@@ -28,8 +28,7 @@ class Problem:
     """Runs over examples of their own: one batch for all of them, and for every layer they are minimised at.
 
     Work that needs the model is done at the first use, within `frozen(layout.model)`: the prefixes and the test of the
-    replay once, the root mean square of the activation once a layer. Runs may also be held out: never minimised, only
-    given to `losses`, as the folds of a cross-validation are.
+    replay once, the root mean square of the activation once a layer.
 
     Args:
         sets: the examples of each run.
@@ -106,12 +105,6 @@ class Problem:
             return losses.cpu(), gradients, lambda i: self._culprit(per_example, runs[i])
 
         return minimise(evaluate, start, penalty, budget, *options)
-
-    def losses(self, layer: int, vectors: torch.Tensor, runs: Sequence[int]) -> torch.Tensor:
-        """Losses of all examples of some runs, in order, under Δ [len(runs), ...]."""
-        forward, _ = self._at(layer)
-        per_example = self.objective.per_example(forward.continuation_logprobs(vectors.flatten(1), runs)).cpu()
-        return per_example[[run in runs for run in self._owners]]
 
     def _at(self, layer: int) -> tuple[Forward, torch.Tensor]:
         if layer not in self._known:

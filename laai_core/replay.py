@@ -8,7 +8,7 @@ and never appended to. The model's own forward does it; the blocks below l retur
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from laai_core.apply import Edit, hooked
 from laai_core.cache import model_inputs, padded, read_only, selected
 from laai_core.encode import Batch
 from laai_core.forward import Forward, Part
-from laai_core.hooks import attached, recorded, with_hidden
+from laai_core.hooks import attached, recorded, shadowed, with_hidden
 from laai_core.locate import Layout
 
 # Raised by model code that is called with arguments, or a cache, that it does not support.
@@ -188,21 +188,8 @@ def _replayed(layout: Layout, layer: int, entering: Any) -> Iterator[None]:
     def passed_on(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return with_hidden(entering, hidden)
 
-    below = layout.blocks[:layer]
-    before = [block.__dict__.get("forward") for block in below]
-    try:
-        for block in below:
-            block.__dict__["forward"] = passed_on
-        if below:
-            below[-1].__dict__["forward"] = lambda *args, **kwargs: entering
+    with ExitStack() as stack:
+        for number, block in enumerate(layout.blocks[:layer], 1):
+            forward = passed_on if number < layer else lambda *args, **kwargs: entering
+            stack.enter_context(shadowed(block, "forward", forward))
         yield
-    finally:
-        for block, forward in zip(below, before, strict=True):
-            _restore(block, forward)
-
-
-def _restore(block: nn.Module, forward: Any) -> None:
-    if forward is None:
-        block.__dict__.pop("forward", None)
-    else:  # accelerate's hooks live there too
-        block.__dict__["forward"] = forward

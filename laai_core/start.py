@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ from laai_core.hooks import hidden_of, recorded
 from laai_core.locate import Layout
 from laai_core.memory import until_it_fits
 
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedTokenizerBase
+
 SHUFFLES = 2  # orders of the other examples, for each example
 ROWS = 32  # prompts in one forward, where not told
 
@@ -29,7 +32,7 @@ ROWS = 32  # prompts in one forward, where not told
 @torch.no_grad()
 def in_context_starts(
     layout: Layout,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     sets: Sequence[Sequence[Example]],
     layers: Sequence[int],
     site: str = "heads",
@@ -67,7 +70,7 @@ Tokens = tuple[int, ...]
 
 
 def _prompts(
-    layout: Layout, tokenizer: Any, examples: Sequence[Example], whitespace: Whitespace
+    layout: Layout, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], whitespace: Whitespace
 ) -> list[tuple[Tokens, Tokens]]:
     """(tokens of a leave-one-out few-shot prompt, tokens of the same example's bare prompt), SHUFFLES each."""
 

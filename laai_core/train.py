@@ -167,7 +167,7 @@ def _at_layer(
 
 
 def _starts(
-    layout: Layout, tokenizer: Any, jobs: Mapping[int, Sequence[Job]], settings: Settings
+    layout: Layout, tokenizer: PreTrainedTokenizerBase, jobs: Mapping[int, Sequence[Job]], settings: Settings
 ) -> dict[int, torch.Tensor]:
     """{layer: Δ [J, *shape of the site]} where the J jobs of each layer begin; job i has the same examples at all."""
     first, *_ = jobs.values()

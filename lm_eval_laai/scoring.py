@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from laai_core.cache import model_inputs, padded, selected
 from laai_core.errors import LaaiError
 from laai_core.locate import Layout
 from lm_eval_laai.finite import check
+
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel
 
 # A shared prompt's cache is repeated for its continuations; below this many tokens that is never a memory question.
 _FREE_CACHE_TOKENS = 4096
@@ -69,7 +72,9 @@ class Scorer:
         softmax_dtype: as HFLM's; None is the dtype of the logits.
     """
 
-    def __init__(self, model: Any, layout: Layout, max_length: int, softmax_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layout: Layout, max_length: int, softmax_dtype: torch.dtype | None
+    ) -> None:
         self._model, self._layout = model, layout
         self._max_length, self._softmax_dtype = max_length, softmax_dtype
         self._device = layout.device

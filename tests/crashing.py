@@ -36,6 +36,12 @@ from laai_core.files import PARTIAL
 
 INTERRUPTED = 130
 PATIENCE = 120.0  # seconds that a command may take; none takes a tenth of it
+# What `laai train` imports when it is run: a command line alone imports neither torch nor transformers.
+PRELOADED = (
+    "lm_eval_laai.commands.train",
+    "lm_eval_laai.experiments.load",
+    "transformers.models.llama.modeling_llama",
+)
 fetch_module = sys.modules[fetch.__module__]
 # The code that writes. Where one of its lines is about to run, what is on disk may just have changed.
 WRITERS = {
@@ -134,7 +140,8 @@ class _Server:
 
 def _serve() -> None:
     """The server: starts commands, and says how they ended."""
-    importlib.import_module("lm_eval_laai.commands.cli")
+    for name in PRELOADED:
+        importlib.import_module(name)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a command unblocks it when it can be interrupted
     for line in sys.stdin:
         ((what, value),) = json.loads(line).items()
@@ -322,7 +329,11 @@ def _interrupted(command: Command, folder: Path, found: Interrupts, seconds: flo
         return
     found.rounds += 1
     found.seconds.append(took)
-    if ended.code != INTERRUPTED or ended.out or not re.fullmatch("|laai: error: interrupted.*", ended.complaint):
+    if (
+        ended.code != INTERRUPTED
+        or ended.out
+        or not re.fullmatch("|laai: error: (cross-validation at layer [0-9]+: )?interrupted.*", ended.complaint)
+    ):
         found.faults.append(f"{when}: exit {ended.code}, {ended.out}{ended.err[-300:]}")
     if re.search("Traceback|Exception ignored|KeyboardInterrupt", ended.err):
         found.faults.append(f"{when}: {ended.err[-300:]}")

@@ -85,7 +85,7 @@ def test_interrupted_training(training, tmp_path):
     ids=lambda argv: argv[0],
 )
 def test_interrupted(argv, small, tmp_path):
-    crashing.preload("lm_eval.evaluator", "lm_eval_laai.model")
+    crashing.preload(f"lm_eval_laai.commands.{argv[0]}", "lm_eval_laai.experiments.harness", "matplotlib.figure")
     command = crashing.learned([*argv, "--model", str(small), "--limit", "2", "--output", "out"], tmp_path / "learned")
     interrupts = interrupt_at_random_times(command, 1, tmp_path / "rounds", random.Random(0))
     assert interrupts.faults == []

@@ -6,6 +6,7 @@ Only the documents are ours: a handful written here, in the layout of the tasks'
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,22 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return [{"group": "local", "task": overridden}]
 
 
+@cache
+def task_manager() -> TaskManager:
+    """The index of all of the harness's tasks, which takes seconds to make."""
+    return TaskManager()
+
+
 def evaluate(lm: Any, tasks: list[Any]) -> dict[str, Any]:
     return lm_eval.simple_evaluate(
-        lm, tasks=tasks, task_manager=TaskManager(), bootstrap_iters=0, gen_kwargs={"max_gen_toks": 8}
+        lm, tasks=tasks, task_manager=task_manager(), bootstrap_iters=0, gen_kwargs={"max_gen_toks": 8}
     )
+
+
+@pytest.fixture(scope="module")
+def hf(tasks: list[Any]) -> dict[str, Any]:
+    """What the harness's own model class answers."""
+    return evaluate(models(None), tasks)
 
 
 def models(intervention: laai.Intervention | None) -> Any:
@@ -68,8 +81,7 @@ def models(intervention: laai.Intervention | None) -> Any:
     return kind(pretrained=tiny_model("Llama"), tokenizer=tiny_tokenizer(bos=True), batch_size=4, **extra)
 
 
-def test_every_output_type_agrees_with_hf(tasks: list[Any]) -> None:
-    hf = evaluate(models(None), tasks)
+def test_every_output_type_agrees_with_hf(tasks: list[Any], hf: dict[str, Any]) -> None:
     untouched = evaluate(
         HFLaai(pretrained=tiny_model("Llama"), tokenizer=tiny_tokenizer(bos=True), batch_size=4), tasks
     )
@@ -95,9 +107,8 @@ def test_every_output_type_agrees_with_hf(tasks: list[Any]) -> None:
                     assert mine == pytest.approx(other, abs=1e-4, rel=1e-6)
 
 
-def test_a_vector_that_is_not_zero_changes_them(tasks: list[Any]) -> None:
+def test_a_vector_that_is_not_zero_changes_them(tasks: list[Any], hf: dict[str, Any]) -> None:
     """Or the agreement above would show nothing."""
-    hf = evaluate(models(None), tasks)
     steered = evaluate(models(laai.Intervention({1: torch.ones(4, 8)})), tasks)
     for name in DOCUMENTS:
         pairs = zip(steered["samples"][name], hf["samples"][name], strict=True)

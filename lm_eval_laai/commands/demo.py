@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from laai_core import files
 from laai_core.data import load_task
@@ -27,13 +25,14 @@ from lm_eval_laai.commands.options import (
 )
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.commands.train import summary
-from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.inspection.plot import can_plot, heat_map
 from lm_eval_laai.known_models.table import REFERENCE
 from lm_eval_laai.methods.select import train_chosen
 from lm_eval_laai.metrics import first_line
-from lm_eval_laai.register import register
-from lm_eval_laai.tasks import TaskInfo, harness_task, include_path, list_tasks, task_metadata
+from lm_eval_laai.tasks import TaskInfo, list_tasks
+
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHOTS = 10  # solved examples in the prompt, and training examples: the same ones
 MODEL = "smollm2-135m"
@@ -41,6 +40,7 @@ MODEL = "smollm2-135m"
 TASKS = ["laai_lexicon_antonym", "laai_lexicon_synonym"]
 LIMIT = 100
 REFERENCE_TASKS = ["laai_lexicon"]  # with --model reference, all items: it is small
+BOOTSTRAPS = 100_000  # the harness's default, of a metric whose standard error has no formula
 SHOWN = 5  # test words a task with the model's answers
 SETTINGS = {"zero_shot": "zero-shot", "ten_shot": "ten-shot", "delta": "Δ"}  # file name: title
 
@@ -87,20 +87,21 @@ def _command(arguments: argparse.Namespace) -> Report:
     source = model_source(arguments)
     source.checked_device()
     layer = checked_layer(arguments.layer, source.config())
-    trained = _train_all(source, splits, layer, arguments.seed, output)
-    harness = _Harness(source, arguments)
-    scores = {
-        "zero_shot": harness.evaluate("zero_shot", 0, output),
-        "ten_shot": harness.evaluate("ten_shot", SHOTS, output),
-        "delta": harness.evaluate("delta", 0, output, intervention=str(output)),
-    }
+    model, tokenizer = source.load()
+    trained = _train_all(model, tokenizer, splits, layer, arguments.seed, output)
+    scores: dict[str, dict[str, Score]] = {}
+    answers: dict[str, dict[str, list[tuple[str, str]]]] = {}  # setting: task: (prompt, answer) of some items
+    for setting in SETTINGS:
+        results = _evaluated(setting, model, tokenizer, arguments, output)
+        answers[setting] = {task: _answers(rows) for task, rows in results["samples"].items()}
+        scores[setting] = {task.name: _score(results["results"][task.name], task.metric) for task in tasks}
     facts = {
         "model": source.name,
-        "answers": harness.answers,
+        "answers": answers,
         "seed": arguments.seed,
         "output": str(output),
         "trained": trained,
-        "scores": {name: {t.name: scores[name][t.name] for t in tasks} for name in SETTINGS},
+        "scores": scores,
         "average": {name: _average([scores[name][t.name] for t in tasks]) for name in SETTINGS},
     }
     return Report(facts, _text(facts, tasks))
@@ -123,10 +124,14 @@ def _chosen(names: Sequence[str]) -> list[TaskInfo]:
 
 
 def _train_all(
-    source: ModelSource, splits: dict[str, Split], layer: int | None, seed: int, output: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: dict[str, Split],
+    layer: int | None,
+    seed: int,
+    output: Path,
 ) -> dict[str, dict[str, Any]]:
     """A file for each task, named as intervention=FOLDER looks it up, and its heat map. Returns the summaries."""
-    model, tokenizer = source.load()
     trained = {}
     for number, (task, split) in enumerate(splits.items(), start=1):
         _say(f"[{number}/{len(splits)}] training on {len(split.train)} examples of {task}")
@@ -141,57 +146,57 @@ def _train_all(
     return trained
 
 
-class _Harness:
-    """The same tasks, evaluated under several settings, each as one `lm_eval --model hf-laai` would."""
+def _evaluated(
+    setting: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: argparse.Namespace,
+    output: Path,
+) -> dict[str, Any]:
+    """The harness's results in one of SETTINGS; all but the samples goes to `<output>/<setting>.json`."""
+    # Here and not above: the harness takes seconds to import, and only this command needs it.
+    from lm_eval.utils import handle_non_serializable
 
-    def __init__(self, source: ModelSource, arguments: argparse.Namespace) -> None:
-        self._arguments = arguments
-        self.answers: dict[str, dict[str, list[tuple[str, str]]]] = {}  # setting: task: (prompt, answer) of some items
-        self._device = str(source.checked_device())
-        self._model_args: dict[str, Any] = {"pretrained": source.pretrained, "dtype": source.dtype}
-        if source.revision:
-            self._model_args["revision"] = source.revision
-        if source.gguf_file:
-            self._model_args["gguf_file"] = source.gguf_file
-        if source.trust_remote_code:
-            self._model_args["trust_remote_code"] = True
+    from lm_eval_laai.experiments.harness import evaluated, warnings_off
+    from lm_eval_laai.model import HFLaai
 
-    def evaluate(self, setting: str, shots: int, output: Path, **model_args: Any) -> dict[str, Score]:
-        """Scores by task; the harness's results go to `<output>/<setting>.json`."""
-        # Here and not above: the harness takes seconds to import, and only this command needs it.
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-        from lm_eval.utils import handle_non_serializable
+    _say(f"evaluating {SETTINGS[setting]}")
+    folder = str(output) if setting == "delta" else None
+    with warnings_off():
+        lm = HFLaai(model, folder, tokenizer=tokenizer, batch_size=arguments.batch_size)
+    results = evaluated(
+        lm,
+        [f"laai_{name}" if ":" in name else name for name in arguments.tasks],
+        SHOTS if setting == "ten_shot" else 0,
+        {"seed": arguments.seed, "n_train": SHOTS},
+        arguments.data,
+        arguments.limit,
+        BOOTSTRAPS,
+    )
+    model_args = {
+        "pretrained": arguments.model,
+        "revision": arguments.revision,
+        "gguf_file": arguments.gguf_file,
+        "dtype": arguments.dtype,
+        "intervention": folder,
+    }
+    results["config"] = {
+        "model": "hf-laai",
+        "model_args": {name: value for name, value in model_args.items() if value is not None},
+        **lm.get_model_info(),
+        "batch_size": arguments.batch_size,
+        "limit": arguments.limit,
+        "bootstrap_iters": BOOTSTRAPS,
+    }
+    kept = {name: value for name, value in results.items() if name != "samples"}
+    text = json.dumps(kept, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    files.write(output / f"{setting}.json", text.encode())
+    return results
 
-        register()  # run from a clone that is not installed, nobody else has
-        _say(f"evaluating {SETTINGS[setting]}")
-        metadata = {"seed": self._arguments.seed, "n_train": SHOTS}
-        if self._arguments.data is not None:
-            metadata["data"] = self._arguments.data
-        for name in self._arguments.tasks:
-            metadata.update(task_metadata(name))
-        with _quiet_harness():
-            results = simple_evaluate(
-                model="hf-laai",
-                model_args={**self._model_args, **model_args},
-                tasks=[harness_task(name) if ":" in name else name for name in self._arguments.tasks],
-                num_fewshot=shots,
-                batch_size=self._arguments.batch_size,
-                device=self._device,
-                limit=self._arguments.limit,
-                log_samples=True,
-                task_manager=TaskManager(include_path=str(include_path()), include_defaults=False, metadata=metadata),
-            )
-        self.answers[setting] = {task: _answers(rows) for task, rows in results.pop("samples").items()}
-        text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        files.write(output / f"{setting}.json", text.encode())
-        return {
-            task.name: (
-                results["results"][task.name][f"{task.metric},none"],
-                results["results"][task.name][f"{task.metric}_stderr,none"],
-            )
-            for task in _chosen(self._arguments.tasks)
-        }
+
+def _score(result: dict[str, Any], metric: str) -> Score:
+    """Mean and standard error of a task's metric."""
+    return result[f"{metric},none"], result[f"{metric}_stderr,none"]
 
 
 def _answers(samples: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -202,18 +207,6 @@ def _answers(samples: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         if isinstance(answer, str):
             found.append((sample["doc"]["prompt"], first_line(answer)))
     return found
-
-
-@contextmanager
-def _quiet_harness() -> Iterator[None]:
-    """Errors only: the harness warns once a task and setting that --num_fewshot was given, which was on purpose."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _average(scores: Sequence[Score]) -> Score:

@@ -15,6 +15,7 @@ from lm_eval_laai.inspection.plot import check_plot, heat_map
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from laai_core.intervention import Intervention
 
@@ -122,7 +123,7 @@ def _writes(intervention: Intervention, arguments: argparse.Namespace) -> dict[s
     }
 
 
-def _extremes(effect: torch.Tensor, tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
+def _extremes(effect: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[dict[str, Any]]]:
     """Of a change of the logits [V]: the items that rise and fall most. Empty for no change at all."""
 
     def items(values: torch.Tensor) -> list[dict[str, Any]]:

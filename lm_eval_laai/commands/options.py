@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, required: bool, several: bool = False) -> None:
+def add_model_arguments(parser: argparse._ActionsContainer, required: bool, several: bool = False) -> None:
     """The flags `model_source` reads; with `several`, --model gives a list."""
     text = "a folder, a name on the Hugging Face Hub or of `laai models`" + ("; may be repeated" if several else "")
     parser.add_argument("--model", required=required, action="append" if several else "store", help=text)

@@ -138,6 +138,7 @@ def _recipe(arguments: argparse.Namespace, model: str, process: Process) -> Reci
     source.checked_device()
     usual = middle_layer(layer_count(source.config())) if lexicon else PAPER_LAYER
     layer = checked_layer(usual if arguments.layer is None else arguments.layer, source.config())
+    assert layer is not None
     limit = QUICK_LIMIT if arguments.quick and arguments.limit is None else arguments.limit
     setting = Setting(source, None if lexicon else _data_folder(arguments), limit, arguments.batch_size)
     steps = QUICK_STEPS if arguments.quick else None

@@ -6,7 +6,7 @@ import argparse
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from laai_core.data import load_task
 from laai_core.errors import Interrupted, LaaiError, NotFinite, WorkFailed
@@ -29,6 +29,9 @@ from lm_eval_laai.methods import LAAI, METHODS, fit
 from lm_eval_laai.methods.method import Method
 from lm_eval_laai.methods.select import train_chosen
 from lm_eval_laai.tasks import harness_task
+
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Fields of Job and Settings that are flags of the same name: their kinds, defaults and helps are told there.
 _FLAGS = {
@@ -143,7 +146,13 @@ def _command(arguments: argparse.Namespace) -> Report:
 
 
 def _train(
-    model: Any, tokenizer: Any, split: Split, path: Path, layer: int | None, seed: int, options: dict[str, Any]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split,
+    path: Path,
+    layer: int | None,
+    seed: int,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """Train a Δ and write `path`, or, where training stops before its end, the best so far beside it."""
     task = f"laai_{split.name}"

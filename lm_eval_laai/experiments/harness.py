@@ -1,15 +1,18 @@
-"""One harness evaluation of a model that is loaded already: the scores of `lm_eval --model hf-laai`, sooner."""
+"""The harness's evaluation of a model that is loaded already: the scores of `lm_eval --model hf-laai`, sooner.
+
+`laai demo`, `sweep` and `paper` evaluate here.
+"""
 
 from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -22,27 +25,62 @@ from lm_eval_laai.experiments.setting import Setting, task_info
 from lm_eval_laai.model import HFLaai
 from lm_eval_laai.tasks import include_path, task_metadata
 
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 _FEWSHOT_SEED = 1234  # the harness's default; the tasks' sampler takes the first n and draws nothing
 
 
-def score(model: Any, tokenizer: Any, setting: Setting, cell: Cell, paths: Sequence[Path]) -> dict[str, Any]:
+def evaluated(
+    lm: HFLM,
+    tasks: Sequence[str],
+    shots: int,
+    metadata: Mapping[str, Any],
+    data: str | None,
+    limit: int | None,
+    bootstrap_iters: int = 0,
+) -> dict[str, Any]:
+    """The harness's results, samples and all, of tasks and groups under one model.
+
+    Args:
+        tasks: the harness's names, `laai_pairs:FILE` and `laai_opinionqa_group:ATTRIBUTE=GROUP` with their data.
+        shots: solved examples in every prompt, whatever a task's YAML says.
+        metadata: what the data sets draw by: `seed` and `n_train`.
+        data: folder of the public data sets; None is $LAAI_DATA.
+        limit: test items a task; None is all.
+        bootstrap_iters: as the harness's; 0 leaves standard errors out.
+    """
+    known = {**metadata, **({} if data is None else {"data": data})}
+    for task in tasks:
+        known.update(task_metadata(task))
+    manager = TaskManager(include_path=str(include_path()), include_defaults=False, metadata=known)
+    with warnings_off():
+        loaded = manager.load([task.partition(":")[0] for task in tasks])
+        for one in loaded["tasks"].values():
+            one.set_config(key="num_fewshot", value=shots)
+            one.set_fewshot_seed(seed=_FEWSHOT_SEED)
+        # `evaluate` and not `simple_evaluate`, which under torchrun returns the results on one process only.
+        results: dict[str, Any] = evaluate(lm, loaded, limit=limit, bootstrap_iters=bootstrap_iters)
+    return results
+
+
+def score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, cell: Cell, paths: Sequence[Path]
+) -> dict[str, Any]:
     """The cell's result: {"metrics": {name: mean}, "n": test items, "answers": [[prompt, generated text], ...]}.
 
     Args:
         paths: the cell's fits: intervention files, whose sum is applied, or one folder in PEFT's format.
     """
-    metadata: dict[str, Any] = {} if cell.seed is None else {"seed": cell.seed, "n_train": cell.shots}
-    if setting.data is not None:
-        metadata["data"] = setting.data
-    metadata.update(task_metadata(cell.task))
+    metadata = {} if cell.seed is None else {"seed": cell.seed, "n_train": cell.shots}
     task = task_info(cell.task)
-    manager = TaskManager(include_path=str(include_path()), include_defaults=False, metadata=metadata)
-    with _quiet(), _language_model(model, tokenizer, setting.batch_size, paths) as lm:
-        tasks = manager.load([task.name])
-        tasks["tasks"][task.name].set_config(key="num_fewshot", value=cell.shots)
-        tasks["tasks"][task.name].set_fewshot_seed(seed=_FEWSHOT_SEED)
-        # `evaluate` and not `simple_evaluate`, which under torchrun returns the results on one process only.
-        found = evaluate(lm, tasks, limit=setting.limit, bootstrap_iters=0)
+    # The harness's bars would be one or two for each of hundreds of cells; errors are raised anyway.
+    with (
+        redirect_stderr(io.StringIO()),
+        warnings_off(),
+        _language_model(model, tokenizer, setting.batch_size, paths) as lm,
+    ):
+        found = evaluated(lm, [cell.task], cell.shots, metadata, setting.data, setting.limit)
     metrics = {
         name.removesuffix(",none"): value
         for name, value in found["results"][task.name].items()
@@ -56,7 +94,9 @@ def score(model: Any, tokenizer: Any, setting: Setting, cell: Cell, paths: Seque
 
 
 @contextmanager
-def _language_model(model: Any, tokenizer: Any, batch_size: int, paths: Sequence[Path]) -> Iterator[HFLM]:
+def _language_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, paths: Sequence[Path]
+) -> Iterator[HFLM]:
     """`hf`, `hf,peft=` or `hf-laai` around the loaded model, which is left as it was."""
     if any(path.is_dir() for path in paths):
         (folder,) = paths
@@ -76,13 +116,12 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, paths: Sequence
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the harness's warnings and bars, one or two for each of hundreds of cells; errors are raised anyway."""
+def warnings_off() -> Iterator[None]:
+    """Errors only: the harness warns of a model that is loaded already, and of shots that are not the YAML's."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
         logger.setLevel(level)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -18,6 +18,9 @@ from transformers.utils import logging as transformers_logging
 from laai_core.errors import LaaiError
 from lm_eval_laai.known_models.folder import pretrained
 from lm_eval_laai.known_models.package import check_gguf_library
+
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ class ModelSource:
             )
         return config
 
-    def load(self) -> tuple[Any, Any]:
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model in evaluation mode on its device, and the tokenizer."""
         device = self.checked_device()
         tokenizer = self._read(AutoTokenizer, "tokenizer")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import PartialState
@@ -24,6 +24,9 @@ from laai_core.train import train_many
 from lm_eval_laai import methods
 from lm_eval_laai.experiments.cells import Cell, Fit, Store, named
 from lm_eval_laai.experiments.setting import Setting
+
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -119,14 +122,14 @@ class _Worker:
 
     def __init__(self, plan: Plan, store: Store) -> None:
         self._plan, self._store, self._setting = plan, store, plan.setting
-        self._loaded: tuple[Any, Any] | None = None
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def fit(self, batch: list[Fit]) -> Write:
         """Train a batch; what is then called keeps what of it was not there yet."""
         model, tokenizer = self._model()
         paths = [self._plan.path(fit, self._store) for fit in batch]
         if _is_job(batch[0]):
-            shared = {"penalty_scale": batch[0].penalty_scale, "steps": batch[0].steps}
+            shared: dict[str, Any] = {"penalty_scale": batch[0].penalty_scale, "steps": batch[0].steps}
             try:
                 results = train_many(model, tokenizer, list(map(self._job, batch)), **shared)
             except NotFinite as error:
@@ -176,7 +179,7 @@ class _Worker:
         result["seconds"] = time.perf_counter() - start
         return lambda: self._store.put(cell, self._setting.cell_identity(cell), result)
 
-    def _model(self) -> tuple[Any, Any]:
+    def _model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._loaded is None:
             self._loaded = self._setting.source.load()
         return self._loaded

@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from laai_core.errors import LaaiError
 from laai_core.example import Split
 from lm_eval_laai.methods.method import Method, Option, middle_layer, third_layer
 
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 __all__ = ["LAAI", "METHODS", "fit", "method_named"]
 
 
 def _train_laai(
-    model: Any, tokenizer: Any, split: Split, path: Path, layer: int | None, seed: int, progress: bool, **options: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split,
+    path: Path,
+    layer: int | None,
+    seed: int,
+    progress: bool,
+    **options: Any,
 ) -> None:
     from lm_eval_laai.methods.select import train_chosen
 
@@ -28,7 +38,14 @@ def _train_laai(
 
 
 def _train_function_vector(
-    model: Any, tokenizer: Any, split: Split, path: Path, layer: int, seed: int, progress: bool, **options: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split,
+    path: Path,
+    layer: int,
+    seed: int,
+    progress: bool,
+    **options: Any,
 ) -> None:
     from lm_eval_laai.methods.function_vector import function_vector
 
@@ -37,7 +54,13 @@ def _train_function_vector(
 
 
 def _train_in_context_vector(
-    model: Any, tokenizer: Any, split: Split, path: Path, layer: int | None, seed: int, progress: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split,
+    path: Path,
+    layer: int | None,
+    seed: int,
+    progress: bool,
 ) -> None:
     from lm_eval_laai.methods.in_context_vector import in_context_vector
 
@@ -48,8 +71,8 @@ def _adapter(name: str, title: str, passes: float, **facts: Any) -> Method:
     """One of PEFT's methods."""
 
     def train(
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         split: Split,
         path: Path,
         layer: int | None,
@@ -109,8 +132,8 @@ def method_named(name: str) -> Method:
 
 def fit(
     method: str,
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     split: Split,
     *,
     layer: int | None = None,

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
@@ -30,6 +30,9 @@ from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.method import ADAPTER_FACTS, ADAPTER_STEPS
 from lm_eval_laai.methods.places import attention_inputs, down_projection, first_attention, is_transposed
 
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 RANK = 4  # of LoRA
 VIRTUAL_TOKENS = 8
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -40,8 +43,8 @@ ANY_TASK = "the answer to this question"
 
 def train_adapter(
     method: str,
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     folder: Path,
     layer: int | None = None,
@@ -137,7 +140,7 @@ def description(task: str | None) -> str:
 class _Data:
     """The examples as the tokens a vector is trained on, and the same loss. One example alone has no folds."""
 
-    def __init__(self, layout: Layout, tokenizer: Any, examples: Sequence[Example]) -> None:
+    def __init__(self, layout: Layout, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> None:
         self._tokenizer, self._examples = tokenizer, examples
         self._limit, self._device = layout.max_positions, layout.device
         self.loss = Objective(examples).name
@@ -222,7 +225,7 @@ def _wrapped(layout: Layout, config: peft.PeftConfig, seed: int) -> Iterator[Any
 
 
 @torch.no_grad()
-def _start_from(wrapped: Any, tokenizer: Any, text: str) -> None:
+def _start_from(wrapped: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     """Let the virtual tokens begin as the text's first, the text repeated where it is too short.
 
     PEFT can do it by itself for a tokenizer that it loads by name, and then writes that name into the adapter.

@@ -7,13 +7,13 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
 from laai_core.apply import Edit
-from laai_core.encode import Batch, encode_examples
+from laai_core.encode import Batch, Whitespace, encode_examples
 from laai_core.errors import LaaiError, WorkFailed
 from laai_core.example import Example
 from laai_core.forward import Forward, PlainForward
@@ -22,6 +22,9 @@ from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate, verify_causal
 from laai_core.objective import SMOOTHING, Objective
 from laai_core.record import training_facts
+
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +38,12 @@ def compose(
     weights: Sequence[float] | None = None,
     task: str | None = None,
     *,
-    model: Any = None,
-    tokenizer: Any = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     examples: Sequence[Example] | None = None,
     seed: int = 0,
     stop: str = "\n",
-    whitespace: str = "refuse",
+    whitespace: Whitespace = "refuse",
     projection: str | None = None,
     batch_size: int | None = None,
     progress: bool = False,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from laai_core.encode import encode_examples
+from laai_core.encode import Whitespace, encode_examples
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 from laai_core.forward import PlainForward
@@ -16,13 +16,16 @@ from laai_core.intervention import Intervention
 from laai_core.locate import locate
 from laai_core.objective import Objective
 
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 def task_losses(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[Intervention, Sequence[Example]]],
     stop: str = "\n",
-    whitespace: str = "refuse",
+    whitespace: Whitespace = "refuse",
     projection: str | None = None,
     batch_size: int | None = None,
 ) -> list[list[float]]:

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,6 +25,9 @@ from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
 from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.method import third_layer
+
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The numbers of the authors' code.
 SHOTS = 10
@@ -45,8 +48,8 @@ class Prompt:
 
 
 def function_vector(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     layer: int | None = None,
     seed: int = 0,
@@ -103,7 +106,7 @@ def default_heads(available: int) -> int:
 
 
 def few_shot_prompts(
-    tokenizer: Any, examples: Sequence[Example], count: int, shuffled: bool, draw: random.Random
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], count: int, shuffled: bool, draw: random.Random
 ) -> list[Prompt]:
     """`count` prompts that ask the examples in turn, each after others in random order.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +23,9 @@ from laai_core.locate import Layout, locate
 from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.places import first_attention
 
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 STEP = 0.1  # the paper's and the authors' README's
 
 _BEFORE, _AFTER = rule_prompt("\0").split("\0")
@@ -30,8 +33,8 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def in_context_vector(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     layer: int | None = None,
     seed: int = 0,

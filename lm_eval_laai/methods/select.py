@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -32,6 +32,9 @@ from laai_core.problem import Problem
 from laai_core.settings import Job, Settings, check
 from laai_core.start import in_context_starts
 from laai_core.train import TrainResult, train
+
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FOLDS = 3
 COARSE = 5  # layers tried first
@@ -66,8 +69,8 @@ class Choice:
 
 
 def choose(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     layer: int | None = None,
     l1: float | None = None,
@@ -123,8 +126,8 @@ def choose(
 
 
 def train_chosen(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     layer: int | None = None,
     *,
@@ -152,7 +155,7 @@ class _Folds:
     def __init__(
         self,
         layout: Layout,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         examples: Sequence[Example],
         layers: Sequence[int],
         settings: Settings,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +16,9 @@ from lm_eval_laai.experiments.cells import Cell, Fit
 from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.methods import METHODS
 from lm_eval_laai.methods.method import ADAPTER_STEPS
+
+if TYPE_CHECKING:  # a second of imports
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS, TOKENS, REPEATS = 64, 16, 3
 SCORED = 0.5  # of 64 test items, besides reading their prompts
@@ -32,14 +35,14 @@ def seconds(setting: Setting, fits: Iterable[Fit], cells: Iterable[Cell]) -> flo
     return passes * _one_pass(model)
 
 
-def _scoring(setting: Setting, cell: Cell, tokenizer: Any) -> float:
+def _scoring(setting: Setting, cell: Cell, tokenizer: PreTrainedTokenizerBase) -> float:
     """Passes to score a cell: its test items, all taken to be as long as the first."""
     test = setting.split(cell.task).test
     tokens = len(tokenizer.encode(test[0].prompt)) * (1 + cell.shots)
     return min(len(test), setting.limit or len(test)) / ROWS * (SCORED + tokens / TOKENS)
 
 
-def _one_pass(model: Any) -> float:
+def _one_pass(model: PreTrainedModel) -> float:
     """Seconds, the fastest of a few."""
     ids = torch.zeros(ROWS, TOKENS, dtype=torch.long, device=model.device)
     times = []

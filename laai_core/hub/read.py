@@ -1,15 +1,12 @@
-"""Interventions on the Hugging Face Hub: find one file there. Every failure is one line.
+"""Find one file on the Hugging Face Hub. Every failure is one line.
 
 Cache, login and endpoint are huggingface_hub's own (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
 """
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
@@ -27,47 +24,26 @@ from huggingface_hub.errors import (
 
 from laai_core.errors import LaaiError
 from laai_core.files import SUFFIX
+from laai_core.hub.path import HubPath
+from laai_core.hub.path import hub_path as parsed
 
-_NAME = r"[A-Za-z0-9][\w.-]*"
-_REPOSITORY = re.compile(rf"{_NAME}/{_NAME}")
-_SPEC = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?::(?P<file>[^:@]+))?(?:@(?P<revision>[^:@]+))?")
 _SECONDS = 10.0  # to wait for an answer that is a list of names
-
-
-@dataclass(frozen=True)
-class HubPath:
-    """`org/repo[:file][@revision]`."""
-
-    repo: str
-    file: str | None = None
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        file, revision = f":{self.file}" if self.file else "", f"@{self.revision}" if self.revision else ""
-        return f"{self.repo}{file}{revision}"
-
-
-def is_repository(name: str) -> bool:
-    """Whether `name` can name a repository: org/repo, and nothing of that name lies on this machine."""
-    return bool(_REPOSITORY.fullmatch(name)) and not name.endswith(SUFFIX) and not os.path.exists(name)
 
 
 def local_file(source: str | Path, local_files_only: bool = False) -> Path:
     """The file on this machine that `source` names, downloaded into huggingface_hub's cache if it is not there yet.
 
     Args:
-        source: a path, or `org/repo[:file][@revision]`. What exists here wins; a Path is always a path; and
-            `folder/name.safetensors` is a path too, so that a misspelt one never reaches for the network.
-            Without a file the repository must hold exactly one .safetensors.
+        source: a path, or a name as `laai_core.hub.path.hub_path` reads it. Without a file the repository must hold
+            exactly one .safetensors.
         local_files_only: look into the cache only.
 
     Raises:
         LaaiError: no such repository, revision or file, none or several to choose from, gated, no network.
     """
-    match = _SPEC.fullmatch(source) if isinstance(source, str) else None
-    if match is None or os.path.exists(source) or match["repo"].endswith(SUFFIX):
+    hub_path = parsed(source)
+    if hub_path is None:
         return Path(source)
-    hub_path = HubPath(match["repo"], match["file"], match["revision"])
     file = hub_path.file or _only(_files(hub_path, local_files_only), hub_path)
     with explained(HubPath(hub_path.repo, file, hub_path.revision), local_files_only):
         path = hf_hub_download(
