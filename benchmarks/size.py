@@ -49,6 +49,7 @@ def timed(setting: dict[str, int], rounds: int) -> Timings:
 def plot(measured: dict[str, dict[int, Timings]]) -> None:
     """One panel for each thing that varies."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     figure = Figure(figsize=(3.6 * len(measured), 3.4), layout="constrained")
     panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
@@ -56,6 +57,10 @@ def plot(measured: dict[str, dict[int, Timings]]) -> None:
         for name in PATHS:
             values = [1e3 * median(times, name) for times in by_value.values()]
             panel.loglog(list(by_value), values, marker="o", label=name)
+        # What was measured, as whole numbers: a logarithmic axis would label 4 as 4 x 10^0.
+        panel.set_xticks(list(by_value), [str(value) for value in by_value])
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda milliseconds, _: f"{milliseconds:,.0f}"))
         panel.set_xlabel(what)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("ms per step")

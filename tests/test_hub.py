@@ -199,6 +199,20 @@ def test_push_writes_the_file_and_a_card(hub, monkeypatch):
     assert laai.Intervention.load("org/new").sha256 == iv.sha256
 
 
+def test_the_command_pushes_with_the_scores_of_a_results_file(hub, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    example().save(tmp_path / "a.safetensors")
+    results = {"results": {"laai_toy": {"alias": "laai_toy", "exact_match,none": 0.875, "sample_len": 8}}}
+    (tmp_path / "results_2026.json").write_text(json.dumps(results))
+    arguments = ["push", str(tmp_path / "a.safetensors"), "org/new", "--results", str(tmp_path), "--private"]
+    assert cli.main(arguments) == 0
+    repository = hub.repositories["org/new"]
+    assert capsys.readouterr().out.strip() == f"{hub.endpoint}/org/new/commit/{repository.branches['main']}"
+    files = repository.commits[repository.branches["main"]]
+    assert repository.private and files["laai_toy.safetensors"] == example().to_bytes()
+    assert "| laai_toy | exact_match | 0.875 |" in files["README.md"].decode().splitlines()
+
+
 def test_push_again_replaces_and_to_a_branch_or_privately(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     push_to_hub(example(1), "org/new", private=True)

@@ -34,6 +34,7 @@ from lm_eval_laai.experiments.cells import Cell, Fit, Store
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.experiments.run import Plan, Process, run
 from lm_eval_laai.experiments.setting import Setting
+from lm_eval_laai.inspection.plot import heat_map, largest
 from lm_eval_laai.judge import Cache, Judge
 from lm_eval_laai.paper import gpt_eval, report
 from lm_eval_laai.paper.by_hand import by_hand
@@ -243,7 +244,7 @@ def made(line: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_entry_is_the_mean_of_its_cells(made: Path) -> None:
+def test_every_entry_is_the_mean_of_its_cells(made: Path, tmp_path: Path) -> None:
     facts = json.loads((made / "report.json").read_text())
     cells = [json.loads(path.read_text()) for path in (made / "cells").iterdir()]
     assert facts["missing"] == []
@@ -265,13 +266,20 @@ def test_every_entry_is_the_mean_of_its_cells(made: Path) -> None:
         untouched = zero["columns"][task]["kl"]
         assert untouched["spread"] == 0 and untouched["values"][0] not in scores.values()
     vectors = {iv.sha256: iv for iv in map(laai.Intervention.load, made.glob("fits/laai_lexicon_en_fr-*"))}
+    limit = max(largest(iv) for iv in vectors.values())
+    own_scale = []
     for title, weight in (("unregularised", 0.0), ("regularised", 0.0001)):
         shown = facts["figure_2"][title]
         drawn = vectors.pop(shown["sha256"])
         assert drawn.metadata["training"]["l1"] == drawn.metadata["training"]["group"] == weight
         assert shown["zero_share"] == pytest.approx(float((drawn.vector(1) == 0).float().mean()))
-        assert (made / f"paper_figure2_{title}.png").read_bytes()[:4] == b"\x89PNG"
+        figure = (made / f"paper_figure2_{title}.png").read_bytes()
+        heat_map(drawn, tmp_path / "shared.png", limit)
+        assert figure == (tmp_path / "shared.png").read_bytes()
+        heat_map(drawn, tmp_path / "own.png")
+        own_scale.append(figure == (tmp_path / "own.png").read_bytes())
     assert not vectors
+    assert sorted(own_scale) == [False, True]  # both panels end where the larger vector does
 
 
 def test_the_text_shows_every_figure_and_the_papers(made: Path, small: Path) -> None:

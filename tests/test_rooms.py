@@ -21,6 +21,7 @@ ROOMS = (
     "laai_core.data",
     "lm_eval_laai",
     "lm_eval_laai.hub",
+    "lm_eval_laai.exports",
     "lm_eval_laai.inspection",
     "lm_eval_laai.methods",
     "lm_eval_laai.gate",

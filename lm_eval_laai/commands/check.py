@@ -1,10 +1,12 @@
-"""`laai check`: the harness's results against a baseline, a regression gate for CI."""
+"""`laai check`: the harness's results against a baseline, or against another run; a regression gate for CI."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from laai_core import files
 from laai_core.errors import LaaiError
@@ -12,6 +14,7 @@ from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.gate.baseline import Baseline, load_baseline
 from lm_eval_laai.gate.check import FAILED, OK, Finding, compare, github, inert, junit, printable
 from lm_eval_laai.gate.results_file import Results, read_results
+from lm_eval_laai.gate.runs import Comparison, compare_runs, is_run
 
 WIDEST = 100  # characters of a cell
 
@@ -20,8 +23,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The flags of `check`."""
     parser.set_defaults(command=_command)
     parser.add_argument("results", metavar="RESULTS", help="a results file, or a folder: its newest results_*.json")
-    parser.add_argument("--against", required=True, metavar="FILE.yaml", help="the baseline")
+    text = "a baseline (.yaml), or another run, both with --log_samples: a results file (.json) or its folder"
+    parser.add_argument("--against", required=True, metavar="PATH", help=text)
     parser.add_argument("--update", action="store_true", help="write the baseline from the results")
+    text = "of a run: how small a p-value, corrected over all tests, must be for a verdict (default: 0.05)"
+    parser.add_argument("--alpha", type=float, metavar="P", help=text)
+    text = "of a run: test this metric alone, such as acc_norm or exact_match,strict-match; may be repeated"
+    parser.add_argument("--metric", action="append", metavar="NAME", help=text)
     parser.add_argument("--junit", metavar="FILE.xml", help="also write the findings as JUnit XML")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--github", action="store_true", help="also print what failed as GitHub annotations")
@@ -34,21 +42,72 @@ def _command(arguments: argparse.Namespace) -> Report:
     if arguments.update:
         if arguments.junit or arguments.github:
             raise LaaiError("--update checks nothing: expected no --junit and no --github with it")
+        if is_run(path):
+            raise LaaiError(f"--update writes a baseline: expected --against FILE.yaml, got {path}")
         return _update(results, path)
+    if is_run(path):
+        return _against_run(results, path, arguments)
+    if arguments.alpha is not None or arguments.metric:
+        raise LaaiError(
+            "--alpha and --metric are for tests between two runs: expected --against a run, not a baseline"
+        )
     findings = compare(results, load_baseline(path))
+    facts = {"results": str(results.path), "baseline": str(path)}
+    return _report(facts, findings, _text(findings, results.path, path), arguments)
+
+
+def _report(facts: dict[str, Any], findings: Sequence[Finding], text: str, arguments: argparse.Namespace) -> Report:
+    """The report, and the JUnit file and the GitHub annotations that were asked for."""
     if arguments.junit:
         files.write(Path(arguments.junit).expanduser(), junit(findings))
     failed = any(finding.state == FAILED for finding in findings)
-    facts = {
-        "results": str(results.path),
-        "baseline": str(path),
-        "passed": not failed,
-        "findings": [dict(vars(finding)) for finding in findings],
-    }
-    text = inert(_text(findings, results.path, path))
+    facts |= {"passed": not failed, "findings": [dict(vars(finding)) for finding in findings]}
+    text = inert(text)
     if arguments.github:
         text = "\n".join([text, *github(findings)])
     return Report(facts, text, failed)
+
+
+def _against_run(results: Results, path: Path, arguments: argparse.Namespace) -> Report:
+    before = read_results(path)
+    alpha = 0.05 if arguments.alpha is None else arguments.alpha
+    if not 0 < alpha < 1:
+        raise LaaiError(f"--alpha is {alpha}: expected a probability between 0 and 1")
+    if before.path.resolve() == results.path.resolve():
+        raise LaaiError(f"{results.path} against itself: expected another run")
+    tests, findings = compare_runs(results, before, alpha, arguments.metric or ())
+    facts = {
+        "results": str(results.path),
+        "against": str(before.path),
+        "alpha": alpha,
+        "tests": [{**asdict(one), "difference": one.paired.difference} for one in tests],
+    }
+    return _report(facts, findings, _tests_text(tests, findings, results.path, before.path), arguments)
+
+
+def _tests_text(tests: Sequence[Comparison], findings: Sequence[Finding], results: Path, before: Path) -> str:
+    head = ("task", "metric", "before", "now", "difference", "fell", "rose", "items", "effect", "p (Holm)", "verdict")
+    rows = [[_cell(one.task), _cell(one.metric), *_numbers(one), one.verdict] for one in tests]
+    failed = sum(finding.state == FAILED for finding in findings)
+    verdict = f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed"
+    return "\n".join(
+        [
+            table([head, *rows]),
+            "",
+            "difference ± its paired standard error; effect: Cohen's g (0.5 at most) of 0/1 metrics, else d_z",
+            printable(f"{verdict}: {results} against {before}"),
+            *_reasons(finding for finding in findings if finding.reason),
+        ]
+    )
+
+
+def _numbers(one: Comparison) -> list[str]:
+    paired = one.paired
+    error = "" if paired.stderr is None else f" ± {paired.stderr:.4f}"
+    effect = "-" if paired.effect is None else f"{'g' if paired.test == 'McNemar' else 'd'} {paired.effect:+.2f}"
+    change = f"{paired.difference:+.4f}{error}"
+    counts = (paired.fell, paired.rose, paired.items)
+    return [f"{paired.before:.4f}", f"{paired.after:.4f}", change, *map(str, counts), effect, f"{one.p_holm:.2g}"]
 
 
 def _update(results: Results, path: Path) -> Report:

@@ -22,10 +22,12 @@ COMMANDS = {
     "models": "list the models --model knows by name; `models fetch` gets one",
     "tasks": "list the harness tasks, and the --include_path to give",
     "demo": "train a Δ for each lexicon rule; compare with zero-shot and ten-shot",
-    "check": "compare a results file of the harness with a baseline",
+    "check": "compare a results file of the harness with a baseline, or with another run",
     "judge": "GPT-Eval: ask a language model which logged predictions are right",
     "sweep": "a score for every layer, seed and penalty, through the harness",
     "paper": "the paper's tables and figures: train, evaluate, one report",
+    "export": "an intervention for llama.cpp, repeng, steering-vectors or pyvene",
+    "push": "put an intervention on the Hugging Face Hub, with a model card",
 }
 
 

@@ -29,15 +29,25 @@ def check_plot(path: Path) -> None:
         raise LaaiError('a heat map needs matplotlib: pip install "lm-eval-laai[plot]"')
 
 
-def heat_map(intervention: Intervention, path: Path) -> None:
-    """Draw the layers one below the other, on one colour scale centred at zero. Written whole or not at all."""
+def largest(intervention: Intervention) -> float:
+    """The largest absolute entry of the unscaled vectors, which a heat map's colour scale ends at."""
+    return max(float(intervention.vector(layer).abs().max()) for layer in intervention.layers)
+
+
+def heat_map(intervention: Intervention, path: Path, limit: float | None = None) -> None:
+    """Draw the layers one below the other, on one colour scale centred at zero. Written whole or not at all.
+
+    Args:
+        limit: where the scale ends on both sides, in the activation's units; maps that are compared share it.
+            Default: at the largest entry.
+    """
     check_plot(path)
     # Figure alone, never pyplot: it draws with Agg, needs no display and leaves no global state.
     from matplotlib.figure import Figure
 
     vectors = {layer: intervention.vector(layer) for layer in intervention.layers}
     images = {layer: v if v.ndim == 2 else v.unsqueeze(0) for layer, v in vectors.items()}  # [H, d] or [1, hidden]
-    limit = max(float(image.abs().max()) for image in images.values()) or 1.0
+    limit = limit or largest(intervention) or 1.0
     inches = [max(1.5, 0.12 * len(image)) for image in images.values()]
     figure = Figure(figsize=(8, 0.8 + sum(inches)), layout="constrained")
     axes = figure.subplots(len(images), 1, squeeze=False, height_ratios=inches)[:, 0]
@@ -50,7 +60,7 @@ def heat_map(intervention: Intervention, path: Path) -> None:
         if intervention.site != "heads":
             axis.set_yticks([])
     axes[-1].set_xlabel("dimension")
-    figure.colorbar(drawn, ax=list(axes))
+    figure.colorbar(drawn, ax=list(axes), label="added to the activation")
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:], dpi=150)
     files.write(path, buffer.getvalue())

@@ -7,6 +7,7 @@ run that computed them was stopped.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lm_eval_laai.experiments.cells import Fit, Store, named
 from lm_eval_laai.experiments.curves import draw
 from lm_eval_laai.experiments.scores import Entry, result_of
 from lm_eval_laai.experiments.setting import Setting, software
-from lm_eval_laai.inspection.plot import heat_map
+from lm_eval_laai.inspection.plot import heat_map, largest
 from lm_eval_laai.paper import markdown
 from lm_eval_laai.paper.content import FIGURE_1, JUDGED, NOT_RUN, Content, map_name
 from lm_eval_laai.paper.tables import Recipe, Table, entry
@@ -40,9 +41,7 @@ def write(content: Content, store: Store, folder: Path) -> dict[str, Any]:
         draw(facts["figure_1"], folder / FIGURE_1)
     if content.maps:
         setting = content.recipes[0].setting
-        facts["figure_2"] = {
-            title: _draw_map(setting, fit, store, folder / map_name(title)) for title, fit in content.maps.items()
-        }
+        facts["figure_2"] = _draw_maps(content.maps, setting, store, folder)
     files.write(folder / "report.json", (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode())
     files.write(folder / "report.md", markdown.render(content, facts).encode())
     return facts
@@ -105,12 +104,24 @@ def _entry_facts(found: Entry | None) -> dict[str, Any] | None:
     return None if found is None else {"mean": found.mean, "spread": found.spread, "values": found.values}
 
 
-def _draw_map(setting: Setting, fit: Fit, store: Store, path: Path) -> dict[str, Any] | None:
+def _draw_maps(maps: Mapping[str, Fit], setting: Setting, store: Store, folder: Path) -> dict[str, Any]:
+    """Draw Figure 2's panels on one colour scale; their facts by title, None for a panel that was not trained."""
+    found = {title: _trained(setting, fit, store) for title, fit in maps.items()}
+    limit = max((largest(one) for one in found.values() if one is not None), default=None)
+    for title, one in found.items():
+        if one is not None:
+            heat_map(one, folder / map_name(title), limit)
+    return {title: one and _map_facts(maps[title], one) for title, one in found.items()}
+
+
+def _trained(setting: Setting, fit: Fit, store: Store) -> Intervention | None:
     try:
-        intervention = Intervention.load(store.fit_path(fit, setting.fit_identity(fit)))
+        return Intervention.load(store.fit_path(fit, setting.fit_identity(fit)))
     except LaaiError:
         return None
-    heat_map(intervention, path)
+
+
+def _map_facts(fit: Fit, intervention: Intervention) -> dict[str, Any]:
     vector = intervention.vector(intervention.layers[0])
     return {
         "task": fit.task,
