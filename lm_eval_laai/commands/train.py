@@ -9,13 +9,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from laai_core.data import load_task
 from laai_core.errors import Interrupted, LaaiError, NotFinite, WorkFailed
 from laai_core.example import Split
 from laai_core.files import PARTIAL, SUFFIX
 from laai_core.settings import Job, Settings
 from laai_core.settings import check as check_field
 from laai_core.train import TrainResult
+from lm_eval_laai.commands.examples import add_own_data_arguments, add_rendering_arguments, training_split
 from lm_eval_laai.commands.options import (
     adapter_folder,
     add_layer_argument,
@@ -28,15 +28,10 @@ from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.facts import flat
 from lm_eval_laai.methods import LAAI, METHODS, fit
 from lm_eval_laai.methods.select import train_chosen
-from lm_eval_laai.tasks import harness_task
+from lm_eval_laai.tasks import harness_task, recorded_task
 
 # Fields of Job and Settings that are flags of the same name: their kinds, defaults and helps are told there.
-_FLAGS = {
-    one.name: one
-    for kind in (Job, Settings)
-    for one in fields(kind)
-    if "help" in one.metadata and one.name not in ("stop", "site")
-}
+_FLAGS = {one.name: one for kind in (Job, Settings) for one in fields(kind) if "help" in one.metadata}
 _CHOSEN = ("l1", "group", "steps")  # by cross-validation where they are not given
 
 
@@ -50,7 +45,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="docs/methods.md says what each is (default: %(default)s)",
     )
     add_model_arguments(parser, required=True)
-    parser.add_argument("--task", required=True, help="a task without laai_, for example lexicon_antonym")
+    parser.add_argument("--task", help="a task without laai_, for example lexicon_antonym")
+    add_own_data_arguments(parser)
+    add_rendering_arguments(parser)
     parser.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
     parser.add_argument("--n-train", type=int, default=10, help="training examples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
@@ -113,7 +110,7 @@ def summary(result: TrainResult) -> dict[str, Any]:
 
 def _command(arguments: argparse.Namespace) -> Report:
     # In the order of what it costs to find out that something is wrong.
-    split = load_task(arguments.task, seed=arguments.seed, n_train=arguments.n_train, data=arguments.data)
+    split = training_split(arguments)
     train_it = _train if arguments.method == LAAI.name else _train_baseline
     return train_it(arguments, split)
 
@@ -135,7 +132,7 @@ def _train(arguments: argparse.Namespace, split: Split) -> Report:
             split.train,
             layer,
             seed=arguments.seed,
-            task=f"laai_{split.name}",
+            task=recorded_task(split.name),
             progress=True,
             **options,
         )

@@ -74,10 +74,14 @@ class ModelSource:
             )
         return config
 
+    def tokenizer(self) -> Any:
+        """The tokenizer alone."""
+        return self._read(AutoTokenizer, "tokenizer")
+
     def load(self) -> tuple[Any, Any]:
         """The model in evaluation mode on its device, and the tokenizer."""
         device = self.checked_device()
-        tokenizer = self._read(AutoTokenizer, "tokenizer")
+        tokenizer = self.tokenizer()
         model, info = self._read(AutoModelForCausalLM, "model", dtype=self.dtype, output_loading_info=True)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
