@@ -61,7 +61,8 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
     for item in data.items:
         if item.example.target is not None and len(item.example.target.strip().splitlines()) > 1:
             raise LaaiError(
-                f"target {item.example.target!r:.60} has a line break inside; expected one line, which exact match compares"
+                f"target {item.example.target!r:.60} has a line break inside; "
+                f"expected one line, which exact match compares"
             )
     shared = _shared(data)
     folder = folder / name
@@ -83,7 +84,8 @@ def _yaml(name: str, shared: str, between: str, generation: str, n_train: int, d
     return (
         f"# {', '.join(data.sources)} as a task, written by `laai task`. Needs lm-eval-laai to be installed.\n"
         f"include: {shared}\ntask: {name}\ntarget_delimiter: {json.dumps(between)}\n{generation}"
-        f"metadata:\n  source: {json.dumps(', '.join(data.sources))}\n  seed: 0\n  n_train: {n_train}\n  version: 1.0\n"
+        f"metadata:\n  source: {json.dumps(', '.join(data.sources))}\n"
+        f"  seed: 0\n  n_train: {n_train}\n  version: 1.0\n"
     )
 
 

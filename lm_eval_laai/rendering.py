@@ -1,8 +1,7 @@
-"""Training examples as the harness renders a task: its own code makes every prompt, with or without a chat template."""
+"""Training examples as the harness renders a task: its own code makes every prompt, and every chat."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from laai_core.encode import Whitespace
 from laai_core.errors import LaaiError
 from laai_core.example import Example
+from lm_eval_laai.chats import INSTRUCTION, SYSTEM, TEMPLATE, system_message, template_sha256
 
 
 class ChatTemplate:
@@ -30,21 +30,6 @@ class ChatTemplate:
         self.messages = messages
         text: str = HFLM.apply_chat_template(self, messages, add_generation_prompt)
         return text
-
-    @property
-    def sha256(self) -> str:
-        """Identity of the template."""
-        return template_sha256(self.tokenizer)
-
-
-def template_sha256(tokenizer: Any) -> str:
-    """Identity of a tokenizer's chat template."""
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
-
-
-def system_message(messages: Sequence[dict[str, str]]) -> str | None:
-    """What the system says at the beginning of a conversation."""
-    return messages[0]["content"] if messages and messages[0]["role"] == "system" else None
 
 
 @dataclass(frozen=True)
@@ -78,8 +63,8 @@ class Renderer:
         if not isinstance(task, ConfigurableTask):
             raise LaaiError(f"task {task.task_name} is a Python class of the harness: expected a task in YAML")
         self._kind: str = task.OUTPUT_TYPE
-        if self._kind not in ("generate_until", "multiple_choice", "loglikelihood") or task.MULTIMODAL:
-            what = "of images or sounds" if task.MULTIMODAL else f"of output type {self._kind}"
+        if self._kind not in ("generate_until", "multiple_choice", "loglikelihood") or getattr(task, "MULTIMODAL", False):
+            what = "of images or sounds" if getattr(task, "MULTIMODAL", False) else f"of output type {self._kind}"
             raise LaaiError(
                 f"task {self.name} is {what}: expected text of generate_until, multiple_choice or loglikelihood"
             )
@@ -199,10 +184,10 @@ class Renderer:
         """What is recorded, after the document's context was made."""
         facts: dict[str, Any] = {"harness_task": self.name}
         if self._chat is not None:
-            facts["chat_template_sha256"] = self._chat.sha256
-            facts["system"] = system_message(self._chat.messages)
+            facts[TEMPLATE] = template_sha256(self._chat.tokenizer)
+            facts[SYSTEM] = system_message(self._chat.messages)
         if self._system is not None:
-            facts["system_instruction"] = self._system
+            facts[INSTRUCTION] = self._system
         return facts
 
 

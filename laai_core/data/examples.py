@@ -106,8 +106,8 @@ def write_rows(data: OwnData, path: Path) -> None:
     """Write JSON lines that `read_examples` reads as the same items, without a template."""
     rows = []
     for key, example in data.items:
-        given = {"prompt": example.prompt, "target": example.target}
-        given |= {"options": example.options, "distribution": example.distribution}
+        names = ("prompt", "target", "options", "distribution")
+        given = {name: getattr(example, name) for name in names}
         own = {} if key == example.prompt else {"input": key}
         rows.append(own | {name: value for name, value in given.items() if value is not None})
     files.write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
@@ -204,6 +204,11 @@ def _item(row: Any, template: str | None, where: str) -> Item:
         )
     except LaaiError as error:
         raise LaaiError(f"{where}: {error}") from None
+
+
+def columns(template: str) -> list[str]:
+    """The columns a template names, each once."""
+    return list(dict.fromkeys(_COLUMN.findall(template)))
 
 
 def filled(template: str, row: dict[str, Any], where: str) -> str:

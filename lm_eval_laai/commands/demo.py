@@ -170,7 +170,7 @@ class _Harness:
             metadata["data"] = self._arguments.data
         for name in self._arguments.tasks:
             metadata.update(task_metadata(name))
-        with _quiet_harness():
+        with quiet_harness():
             results = simple_evaluate(
                 model="hf-laai",
                 model_args={**self._model_args, **model_args},
@@ -205,7 +205,7 @@ def _answers(samples: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def _quiet_harness() -> Iterator[None]:
+def quiet_harness() -> Iterator[None]:
     """Errors only: the harness warns once a task and setting that --num_fewshot was given, which was on purpose."""
     logger = logging.getLogger("lm_eval")
     level = logger.level

@@ -42,10 +42,15 @@ def add_template_argument(parser: Any) -> None:
     """--prompt-template, in which a shell's \\n is a line break."""
     parser.add_argument(
         "--prompt-template",
-        type=lambda text: text.replace("\\n", "\n"),
+        type=unescaped,
         metavar="TEXT",
         help="with {column} for a row's columns (default: the row's prompt, or 'Q: {input}\\nA:')",
     )
+
+
+def unescaped(text: str) -> str:
+    """A text from a command line, where a shell gives \\n as two characters."""
+    return text.replace("\\n", "\n")
 
 
 def add_rendering_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,8 +109,10 @@ def training_split(arguments: argparse.Namespace) -> Split:
         raise LaaiError(f"expected one of --task, --examples and --harness-task, got {got}")
     _check_companions(arguments, sources[0])
     rendered = arguments.apply_chat_template or arguments.system_instruction is not None
-    if rendered and arguments.method != LAAI.name:
-        raise LaaiError(f"the method {arguments.method} trains on no chats: expected --method {LAAI.name}")
+    if (rendered or arguments.harness_task) and arguments.method != LAAI.name:
+        raise LaaiError(
+            f"the method {arguments.method} trains on --task and --examples as they are: expected --method {LAAI.name}"
+        )
     data = own_data(arguments)
     if data is not None:
         split = data.split(arguments.seed, arguments.n_train, arguments.split == ALL)

@@ -15,7 +15,7 @@ from laai_core.files import PARTIAL, SUFFIX
 from laai_core.settings import Job, Settings
 from laai_core.settings import check as check_field
 from laai_core.train import TrainResult
-from lm_eval_laai.commands.examples import add_own_data_arguments, add_rendering_arguments, training_split
+from lm_eval_laai.commands.examples import add_own_data_arguments, add_rendering_arguments, training_split, unescaped
 from lm_eval_laai.commands.options import (
     adapter_folder,
     add_layer_argument,
@@ -68,12 +68,14 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Without defaults, so that it can be told what was given; `_training_options` fills them in."""
     for name, one in _FLAGS.items():
         default = "chosen by cross-validation" if name in _CHOSEN else one.default
-        text = one.metadata["help"] + ("" if default is None else f" (default: {default})")
+        text = one.metadata["help"] + ("" if default is None else f" (default: {str(default)!r:.20})".replace("'", ""))
         parser.add_argument(_flag(name), type=_kind(name), choices=one.metadata.get("choices"), help=text)
 
 
 def _kind(name: str) -> Any:
     """What a flag's text becomes: the type in the field's annotation."""
+    if name == "stop":
+        return unescaped
     hint = {**get_type_hints(Job), **get_type_hints(Settings)}[name]
     return next((kind for kind in (int, float) if kind in (hint, *get_args(hint))), str)
 
