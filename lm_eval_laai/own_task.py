@@ -65,11 +65,11 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
                 f"expected one line, which exact match compares"
             )
     shared = _shared(data)
+    generation = "" if data.has_options else _generation(data, max_gen_toks)
     folder = folder / name
     files.write(folder / shared, (include_path() / shared).read_bytes())
     files.write(folder / "utils.py", _UTILS.encode())
     write_rows(data, folder / ROWS)
-    generation = "" if data.has_options else _generation(data, max_gen_toks)
     path = folder / f"{name}.yaml"
     files.write(path, _yaml(name, shared, delimiter(data), generation, min(SHOTS, sum(sides)), data).encode())
     return path

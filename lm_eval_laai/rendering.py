@@ -63,7 +63,9 @@ class Renderer:
         if not isinstance(task, ConfigurableTask):
             raise LaaiError(f"task {task.task_name} is a Python class of the harness: expected a task in YAML")
         self._kind: str = task.OUTPUT_TYPE
-        if self._kind not in ("generate_until", "multiple_choice", "loglikelihood") or getattr(task, "MULTIMODAL", False):
+        if self._kind not in ("generate_until", "multiple_choice", "loglikelihood") or getattr(
+            task, "MULTIMODAL", False
+        ):
             what = "of images or sounds" if getattr(task, "MULTIMODAL", False) else f"of output type {self._kind}"
             raise LaaiError(
                 f"task {self.name} is {what}: expected text of generate_until, multiple_choice or loglikelihood"
