@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from laai_core.apply import apply
-    from laai_core.data import load_task
+    from laai_core.data import load_examples, load_task
     from laai_core.errors import LaaiError
     from laai_core.example import Example, Split
     from laai_core.intervention import Intervention
@@ -45,6 +45,7 @@ __all__ = [
     "TrainResult",
     "__version__",
     "apply",
+    "load_examples",
     "load_task",
     "train",
     "train_many",
@@ -58,6 +59,7 @@ _FILES = {
     "TrainResult": "train",
     "__version__": "version",
     "apply": "apply",
+    "load_examples": "data",
     "load_task": "data",
     "train": "train",
     "train_many": "train",

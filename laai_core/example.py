@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from laai_core.errors import LaaiError
 
@@ -18,6 +19,8 @@ class Example:
 
     Either `target` (the text that continues the prompt, for the task loss `nll`), or `options` (K answer texts) with
     `distribution` (K probabilities, the humans' answers, for the task loss `kl`). Sequences are stored as tuples.
+    `rendering` says how the prompt was made (template, chat template, system instruction), where that is known: it is
+    recorded in what is trained, and is no part of the example's identity.
 
     Raises LaaiError, naming the prompt, when neither or both are given or when they do not fit each other.
     """
@@ -26,6 +29,7 @@ class Example:
     target: str | None = None
     options: Sequence[str] | None = None
     distribution: Sequence[float] | None = None
+    rendering: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def answer(self) -> str:
@@ -34,6 +38,10 @@ class Example:
             return self.target
         assert self.options is not None and self.distribution is not None
         return self.options[max(range(len(self.options)), key=self.distribution.__getitem__)]
+
+    def behind(self, shots: Sequence[Example]) -> str:
+        """The few-shot prompt of this example: `shots` solved, in order, then its own prompt."""
+        return few_shot_prompt(shots, self.prompt)
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():

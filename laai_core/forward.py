@@ -233,7 +233,14 @@ class _Logprobs(torch.autograd.Function):
 
 
 class PlainForward(Forward):
-    """Full hooked forwards: the reference every faster path is tested against."""
+    """Full hooked forwards: the reference every faster path is tested against, and the one for every position."""
+
+    def __init__(self, *arguments: Any, position: str = "last") -> None:
+        super().__init__(*arguments)
+        self._position = position
+
+    def _edit(self, vectors: torch.Tensor) -> Edit:
+        return Edit({self._layer: vectors}, self._site, self._position)
 
     def _first(self, lengths: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(lengths)

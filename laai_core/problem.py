@@ -66,7 +66,7 @@ class Problem:
         self.layout, self._settings, self._highest = layout, settings, max(layers)
         self._prefixes = Prefixes(layout, self._batch, layers)
         self._replay: bool | None = True if settings.forward == "replay" else None  # None: not known yet
-        if settings.forward == "plain" or layout.virtual_tokens:
+        if settings.forward == "plain" or settings.position != "last" or layout.virtual_tokens:
             self._replay = False
         self._known: dict[int, tuple[Forward, torch.Tensor]] = {}
 
@@ -118,7 +118,9 @@ class Problem:
         if self._replay is None:
             self._replay = self._replayable()
         arguments = self.layout, self._batch, layer, self._settings.site, self._settings.batch_size
-        return ReplayForward(*arguments, self._prefixes) if self._replay else PlainForward(*arguments)
+        if self._replay:
+            return ReplayForward(*arguments, self._prefixes)
+        return PlainForward(*arguments, position=self._settings.position)
 
     def _replayable(self) -> bool:
         """Whether a replay gives the plain numbers at the highest layer, which depends on all replayed blocks."""

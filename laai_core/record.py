@@ -36,7 +36,9 @@ def training_facts(
     layout: Layout, examples: Sequence[Example], seed: int, stopped: str | None = None
 ) -> dict[str, Any]:
     """What every method records of its training; `stopped` is why it ended before its budget, if it did."""
+    rendering = examples[0].rendering
     return {
+        **({} if rendering is None else {"rendering": dict(rendering)}),
         "stopped": stopped,
         "seed": seed,
         "n_train": len(examples),

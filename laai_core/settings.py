@@ -12,7 +12,7 @@ from laai_core.errors import LaaiError
 from laai_core.example import Example
 from laai_core.intervention import Intervention
 from laai_core.optimize import OPTIMIZERS, OptimizerName
-from laai_core.words import SITES, Site
+from laai_core.words import POSITIONS, SITES, Site
 
 PenaltyScale = Literal["relative", "absolute"]
 PENALTY_SCALES: tuple[PenaltyScale, ...] = get_args(PenaltyScale)
@@ -73,9 +73,16 @@ class Settings:
     )
     stop: str = _setting("\n", "appended to every target, so that generation ends where the answer ends")
     site: Site = _setting("heads", "the activation that the vector is added to", choices=SITES)
+    position: str = _setting(
+        "last",
+        "the tokens it is added to: the prompt's last, that and all generated ones, or all; only last is replayed",
+        choices=POSITIONS,
+    )
 
     def __post_init__(self) -> None:
         check(Settings, **vars(self))
+        if self.position != "last" and self.forward == "replay":
+            raise LaaiError(f"position {self.position} cannot be replayed: expected forward auto or plain")
 
 
 @dataclass(frozen=True)

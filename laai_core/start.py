@@ -17,7 +17,7 @@ import torch
 from laai_core.cache import model_inputs, padded
 from laai_core.encode import Whitespace, encode_text
 from laai_core.errors import LaaiError
-from laai_core.example import Example, few_shot_prompt
+from laai_core.example import Example
 from laai_core.hooks import hidden_of, recorded
 from laai_core.locate import Layout
 from laai_core.memory import until_it_fits
@@ -84,10 +84,10 @@ def _prompts(
         for number, example in enumerate(examples):
             shots = [other for place, other in enumerate(examples) if place != number]
             draw.shuffle(shots)
-            few_shot = encoded(few_shot_prompt(shots, example.prompt))
+            few_shot = encoded(example.behind(shots))
             while limit is not None and len(few_shot) > limit and shots:
                 shots.pop(0)
-                few_shot = encoded(few_shot_prompt(shots, example.prompt))
+                few_shot = encoded(example.behind(shots))
             pairs.append((few_shot, encoded(example.prompt)))
     return pairs
 

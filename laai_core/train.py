@@ -215,7 +215,7 @@ def _result(problem: Problem, layer: int, settings: Settings, job: Job, solution
     metadata = {**model_facts(layout, layer), "task": job.task, "method": "laai", "training": training}
     vector = (rms * solution.x).view(layout.shape(layer, settings.site))
     return TrainResult(
-        Intervention({layer: vector}, site=settings.site, metadata=metadata),
+        Intervention({layer: vector}, site=settings.site, position=settings.position, metadata=metadata),
         solution.history,
         solution.objective,
         residual,

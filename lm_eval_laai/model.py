@@ -24,6 +24,7 @@ from laai_core.apply import Edit, hooked
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from laai_core.locate import locate, verify_causal
+from lm_eval_laai.chats import Chats
 from lm_eval_laai.finite import named, watched
 from lm_eval_laai.routing import Routing
 from lm_eval_laai.scoring import Row, Scorer
@@ -80,6 +81,7 @@ class HFLaai(HFLM):
         self._layout = locate(self.model, projection)
         verify_causal(self._layout)
         self._edits = {id(iv): Edit.of(iv, self._layout) for iv in self._routing.all()}
+        self._chats = Chats()
         for iv in self._routing.all():
             self._warn_if_made_elsewhere(iv)
 
@@ -99,6 +101,13 @@ class HFLaai(HFLM):
         dtype = training.get("dtype") if isinstance(training, dict) else None
         if dtype is not None and dtype != str(self.model.dtype).removeprefix("torch."):
             logger.warning("the intervention was trained in %.200s, the model runs in %s", dtype, self.model.dtype)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """HFLM's, noted, so that a vector trained on other prompts is told."""
+        text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        if self._routing is not None:
+            self._chats.note(text, chat_history)
+        return text
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """The response cache knows a request by its text only and would answer for another intervention."""
@@ -250,6 +259,9 @@ class HFLaai(HFLM):
         assert self._routing is not None
         self._routing.require(request.task_name for request in requests)
         interventions = [self._routing.get(request.task_name) for request in requests]
+        for iv, request in zip(interventions, requests, strict=True):
+            if iv is not None and (different := self._chats.difference(iv, request.args[0], self.tokenizer)):
+                logger.warning("%s: %s", request.task_name, different)
         return [
             (None if iv is None else self._edits[id(iv)], named(request))
             for iv, request in zip(interventions, requests, strict=True)

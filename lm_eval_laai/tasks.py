@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from laai_core.data.tasks import OPINIONQA_GROUP, PAIRS
+from laai_core.data.tasks import EXAMPLE_OPTIONS, EXAMPLES, OPINIONQA_GROUP, PAIRS
 
 NO_GROUP = "-"
+# `harness:NAME`: a task that is none of ours.
+HARNESS = "harness"
 
 
 class TaskInfo(NamedTuple):
@@ -34,7 +36,7 @@ def include_path() -> Path:
 
 def list_tasks() -> list[TaskInfo]:
     """Every task: group after group, in the groups' order, then those in no group."""
-    configs = [_read(path) for path in sorted(include_path().glob("**/*.yaml"))]
+    configs = [read_yaml(path) for path in sorted(include_path().glob("**/*.yaml"))]
     by_name = {config["task"]: config for config in configs if "group" not in config}
     groups = {name: group["group"] for group in configs if "group" in group for name in group["task"]}
     return [_info(by_name[name], groups.get(name, NO_GROUP)) for name in {**groups, **by_name}]
@@ -43,15 +45,22 @@ def list_tasks() -> list[TaskInfo]:
 def harness_task(task: str) -> str:
     """What the harness calls a task, and what an intervention folder's files are called.
 
-    What is behind a colon says which word pairs, or which group's opinions: to the harness that is metadata.
+    What is behind a colon says which word pairs, or which group's opinions: to the harness that is metadata. Behind
+    `harness:` is a name of the harness's own.
     """
-    return f"laai_{task.partition(':')[0]}"
+    kind, _, rest = task.partition(":")
+    return rest if kind == HARNESS else f"laai_{kind}"
+
+
+def recorded_task(task: str) -> str:
+    """What a file says it was trained on."""
+    return harness_task(task) if task.startswith(f"{HARNESS}:") else f"laai_{task}"
 
 
 def task_metadata(task: str) -> dict[str, str]:
     """What the harness's --metadata says of a task, with or without laai_, whose name goes on behind a colon."""
     name, _, rest = task.removeprefix("laai_").partition(":")
-    if name == PAIRS:
+    if name in (PAIRS, EXAMPLES, EXAMPLE_OPTIONS):
         return {"file": rest}
     if name == OPINIONQA_GROUP:
         attribute, _, group = rest.partition("=")
@@ -76,8 +85,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML with what it includes, merged as the harness merges: shallowly, its own keys win."""
     config: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     included = config.pop("include", None)
-    return {**_read(path.parent / included), **config} if included else config
+    return {**read_yaml(path.parent / included), **config} if included else config

@@ -7,9 +7,11 @@ from typing import Any
 from datasets import Dataset
 
 from laai_core.data import load_task
-from laai_core.data.tasks import OPINIONQA_GROUP, PAIRS, opinionqa_group, split_opinions
+from laai_core.data.tasks import EXAMPLE_OPTIONS, EXAMPLES, OPINIONQA_GROUP, PAIRS, opinionqa_group, split_opinions
 from laai_core.errors import LaaiError
-from lm_eval_laai import metrics
+from lm_eval_laai.own_task import documents, exact_match, opinion_metrics
+
+__all__ = ["exact_match", "load", "load_opinions", "opinion_metrics"]
 
 
 def load(
@@ -26,22 +28,11 @@ def load(
     --metadata. Hence `**_`; and hence `laai_task`, since an argument of that name belongs to no model, so that none
     replaces the data set. `file` says which word pairs, where the task leaves that open.
     """
-    if laai_task == PAIRS:
+    if laai_task in (PAIRS, EXAMPLES, EXAMPLE_OPTIONS):
         if file is None:
-            raise LaaiError(f'laai_{PAIRS}: expected a file, for example --metadata \'{{"file":"words.json"}}\'')
-        laai_task = f"{PAIRS}:{file}"
-    split = load_task(laai_task, seed=seed, n_train=n_train, data=None if data is None else str(data))
-    return {
-        name: Dataset.from_dict(
-            {"prompt": [example.prompt for example in part], "target": [example.target for example in part]}
-        )
-        for name, part in (("train", split.train), ("test", split.test))
-    }
-
-
-def exact_match(doc: dict[str, str], results: list[str]) -> dict[str, float]:
-    """Whether the first line generated is the target."""
-    return {"exact_match": metrics.exact_match(results[0], doc["target"])}
+            raise LaaiError(f'laai_{laai_task}: expected a file, for example --metadata \'{{"file":"words.json"}}\'')
+        laai_task = f"{laai_task}:{file}"
+    return documents(load_task(laai_task, seed=seed, n_train=n_train, data=None if data is None else str(data)))
 
 
 def load_opinions(
@@ -51,9 +42,12 @@ def load_opinions(
     data: str | None = None,
     attribute: str | None = None,
     group: str | None = None,
+    file: str | None = None,
     **_: Any,
 ) -> dict[str, Dataset]:
     """As `load`, for an opinion task; `attribute` and `group` say whose opinions, where the task leaves that open."""
+    if laai_task == EXAMPLE_OPTIONS:
+        return load(laai_task, seed, n_train, file=file)
     if laai_task == OPINIONQA_GROUP:
         if attribute is None or group is None:
             raise LaaiError(
@@ -74,8 +68,3 @@ def load_opinions(
         )
         for name, part in (("train", train), ("test", test))
     }
-
-
-def opinion_metrics(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """How far the model's distribution over the answers is from the group's."""
-    return metrics.opinion_metrics([score for score, _ in results], doc["distribution"], doc["positions"])

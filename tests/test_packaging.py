@@ -178,6 +178,36 @@ def test_wheel(tmp_path: Path) -> None:
             assert (target / package / path.relative_to(source / folder)).exists(), path
 
 
+def test_what_a_stranger_does(tmp_path: Path) -> None:
+    """From the wheel, in a virtual environment of its own and an empty folder: no clone, nothing editable."""
+    source, empty, venv = (tmp_path / name for name in ("source", "empty", "venv"))
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "reference_model", "runs", "tests")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    pip = [sys.executable, "-m", "pip"]
+    subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)], check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True, timeout=100)
+    python = venv / "bin" / "python"
+    (wheel,) = tmp_path.glob("*.whl")
+    install = ["--python", str(python), "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([*pip, *install], check=True, timeout=100)
+    shutil.rmtree(source)
+    # What it requires is taken from here; an editable installation of ours is not, since its .pth is not read there.
+    here = [path for path in sys.path if Path(path).name == "site-packages"]
+    (folder,) = (venv / "lib").glob("python*/site-packages")
+    (folder / "requirements.pth").write_text("\n".join(here) + "\n")
+    empty.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    where = "import laai_core, lm_eval_laai; print(laai_core.__file__, lm_eval_laai.__file__)"
+    found = subprocess.run([python, "-c", where], cwd=empty, env=environment, capture_output=True, text=True)
+    assert all(path.startswith(str(folder)) for path in found.stdout.split()) and found.stdout, found.stderr
+    script = shutil.copy(ROOT / "tests" / "stranger.py", empty)
+    command = [python, script, str(ROOT / "reference_model" / "weights")]
+    done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "All tasks found and valid" in done.stdout
+    assert re.search(r"^hot .* cold$", done.stdout, re.MULTILINE)
+
+
 # `import torch`
 
 IMPORT_TORCH = """

@@ -1,5 +1,6 @@
 """Data: the word-rule tasks, their compositions, the bundled lexicon, and the split no seed can leak through."""
 
+from laai_core.data.examples import load_examples
 from laai_core.data.fetch import fetch
 from laai_core.data.lexicon import COLUMNS, lexicon_pairs, read_lexicon
 from laai_core.data.pairs import WordPair, data_folder, join_pairs, read_pairs
@@ -15,6 +16,7 @@ __all__ = [
     "item_key",
     "join_pairs",
     "lexicon_pairs",
+    "load_examples",
     "load_pairs",
     "load_task",
     "read_lexicon",

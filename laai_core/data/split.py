@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import random
 import unicodedata
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from laai_core.errors import LaaiError
 
@@ -37,6 +37,11 @@ def split_items(
     """
     items = list(items)
     pool = {item_key(key(item)): item for item in items if in_training_pool(key(item))}
+    return draw(pool, seed, n_train, name), [item for item in items if not in_training_pool(key(item))]
+
+
+def draw(pool: Mapping[Any, Item], seed: int, n_train: int, name: str) -> list[Item]:
+    """`n_train` of the pool's items by its sorted keys, in the order drawn; errors as `split_items`."""
     if isinstance(n_train, bool) or not isinstance(n_train, int) or not 1 <= n_train <= len(pool):
         raise LaaiError(
             f"task {name}: n_train is {n_train}; expected a whole number from 1 to {len(pool)}, its training pool"
@@ -44,5 +49,4 @@ def split_items(
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:  # random.Random draws alike for -1 and 1
         raise LaaiError(f"task {name}: seed is {seed!r}; expected a whole number, 0 or above")
     # Sorted, so that the draw does not depend on the order of the file.
-    drawn = random.Random(seed).sample(sorted(pool), n_train)
-    return [pool[k] for k in drawn], [item for item in items if not in_training_pool(key(item))]
+    return [pool[key] for key in random.Random(seed).sample(sorted(pool), n_train)]

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import difflib
 import os
+from pathlib import Path
 
+from laai_core.data.examples import OwnData, read_examples
 from laai_core.data.lexicon import LEXICON, lexicon_pairs
 from laai_core.data.opinion import Opinion
 from laai_core.data.opinionqa import load_opinionqa
@@ -26,6 +28,8 @@ OPINIONQA = {
 }
 # Any file of word pairs: `pairs:FILE.json`. What is before the colon is the harness's task.
 PAIRS = "pairs"
+# Any file of rows, with targets: `examples:FILE.jsonl`; with options and distributions: `example_options:FILE.jsonl`.
+EXAMPLES, EXAMPLE_OPTIONS = "examples", "example_options"
 # Any group of OpinionQA: `opinionqa_group:SEX=Female`. Likewise.
 OPINIONQA_GROUP = "opinionqa_group"
 SURVEY_PREFIX = "survey_"
@@ -34,9 +38,9 @@ SURVEY_PREFIX = "survey_"
 def task_names() -> list[str]:
     """Every name `load_task` takes: word tasks, then opinion tasks.
 
-    To `pairs` :FILE is added, to `opinionqa_group` :ATTRIBUTE=GROUP.
+    To `pairs`, `examples` and `example_options` :FILE is added, to `opinionqa_group` :ATTRIBUTE=GROUP.
     """
-    return [*word_task_names(), *opinion_task_names()]
+    return [*word_task_names(), *opinion_task_names(), EXAMPLES, EXAMPLE_OPTIONS]
 
 
 def word_task_names() -> list[str]:
@@ -102,6 +106,21 @@ def _pairs_of_file(name: str) -> tuple[list[WordPair], dict[str, str]]:
     return pairs, {path.name: digest}
 
 
+def examples_task(data: OwnData, path: os.PathLike[str]) -> str:
+    """The name of the task of a file that was read."""
+    return f"{EXAMPLE_OPTIONS if data.has_options else EXAMPLES}:{os.fspath(path)}"
+
+
+def _own_data(kind: str, file: str) -> OwnData:
+    if not file:
+        raise LaaiError(f"task {kind!r} names no file; expected {kind}:FILE.jsonl")
+    data = read_examples(file)
+    if data.has_options != (kind == EXAMPLE_OPTIONS):
+        raise LaaiError(f"task {kind}:{file}: the file's rows are of the task {examples_task(data, Path(file))}")
+    # Where the file lay says nothing to anyone else, and would make equal trainings unequal files.
+    return data._replace(name=f"{kind}:{Path(file).name}")
+
+
 def rule_prompt(word: str) -> str:
     """The prompt of every word task."""
     return f"Q: {word}\nA:"
@@ -147,6 +166,8 @@ def load_task(name: str, seed: int = 0, n_train: int = 10, data: str | os.PathLi
         train, test = ([opinion.example() for opinion in part] for part in opinions[:2])
         return Split(train, test, name, seed, opinions[2])
     kind, _, file = str(name).partition(":")
+    if kind in (EXAMPLES, EXAMPLE_OPTIONS):
+        return _own_data(kind, file).split(seed, n_train)
     if kind != PAIRS and name not in word_task_names():
         raise _unknown(name, task_names())
     pairs, sources = load_pairs(name, data)

@@ -20,6 +20,8 @@ COMMANDS = {
     "inspect": "show an intervention: layer, site, norms, sparsity, training",
     "data": "show which data sets are found where; `data fetch` downloads them",
     "models": "list the models --model knows by name; `models fetch` gets one",
+    "task": "write a harness task of examples of your own",
+    "generate": "answers without and with an intervention, side by side",
     "tasks": "list the harness tasks, and the --include_path to give",
     "demo": "train a Δ for each lexicon rule; compare with zero-shot and ten-shot",
     "check": "compare a results file of the harness with a baseline, or with another run",

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from laai_core.data import load_task
 from laai_core.encode import WHITESPACE
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
+from lm_eval_laai.commands.examples import add_own_data_arguments, own_or_named_split
 from lm_eval_laai.commands.options import add_model_arguments, model_source, output_path
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.methods.compose import METHODS, compose
@@ -41,6 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     fitting.add_argument(
         "--whitespace", choices=WHITESPACE, default="refuse", help="as for train (default: %(default)s)"
     )
+    add_own_data_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -50,6 +51,8 @@ def _weights(text: str) -> list[float]:
 
 def _command(arguments: argparse.Namespace) -> Report:
     path = _path(arguments)
+    if arguments.method != "fit" and (arguments.examples or arguments.prompt_template):
+        raise LaaiError(f"--examples: --method {arguments.method} uses no examples, only fit does")
     task = None if arguments.task is None else harness_task(arguments.task)
     parents = [Intervention.load(file) for file in arguments.files]
     composed = compose(parents, arguments.method, arguments.weights, task, **_fit_arguments(arguments))
@@ -79,10 +82,11 @@ def _fit_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.model is not None:
             raise LaaiError(f"--model {arguments.model}: --method {arguments.method} uses no model, only fit does")
         return {}
-    for flag in ("model", "task"):
-        if getattr(arguments, flag) is None:
-            raise LaaiError(f"--method fit needs --{flag}")
-    split = load_task(arguments.task, seed=arguments.seed, n_train=arguments.n_train, data=arguments.data)
+    if arguments.model is None:
+        raise LaaiError("--method fit needs --model")
+    if (arguments.task is None) == (arguments.examples is None):
+        raise LaaiError("--method fit needs --task or --examples, one of the two")
+    split = own_or_named_split(arguments)
     model, tokenizer = model_source(arguments).load()
     return {
         "model": model,

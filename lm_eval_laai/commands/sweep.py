@@ -11,8 +11,11 @@ from typing import Any
 
 from laai_core import files
 from laai_core.data import task_names
+from laai_core.data.examples import OwnData, write_rows
+from laai_core.data.tasks import examples_task
 from laai_core.errors import LaaiError
 from laai_core.settings import PENALTY_SCALES, Job, check
+from lm_eval_laai.commands.examples import add_own_data_arguments, own_data
 from lm_eval_laai.commands.options import (
     add_model_arguments,
     check_counts,
@@ -36,7 +39,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The flags of `sweep`."""
     parser.set_defaults(command=_command)
     add_model_arguments(parser, required=True)
-    parser.add_argument("--task", type=_words, required=True, metavar="T[,T]", help="as for train")
+    parser.add_argument("--task", type=_words, metavar="T[,T]", help="as for train")
+    add_own_data_arguments(parser)
     parser.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
     parser.add_argument("--n-train", type=int, default=10, help="training examples (default: %(default)s)")
     parser.add_argument("--layers", type=_layers, default=ALL, metavar="N[,N]", help="0-based (default: all)")
@@ -74,20 +78,24 @@ def _command(arguments: argparse.Namespace) -> Report | None:
     # In the order of what it costs to find out that something is wrong.
     check_counts(arguments)
     penalties = _penalties(arguments)
-    unknown = [task for task in arguments.task if task.partition(":")[0] not in task_names()]
-    if unknown or not arguments.task:
+    own = own_data(arguments)
+    if (own is None) == (arguments.task is None):
+        raise LaaiError("expected --task or --examples, one of the two")
+    unknown = [task for task in arguments.task or () if task.partition(":")[0] not in task_names()]
+    if unknown or arguments.task == []:
         raise LaaiError(f"no task named {', '.join(unknown)!r}: `laai tasks` lists them")
     folder = Path(arguments.output).expanduser()
     check_writable(folder)
     if arguments.plot:
         check_plot(folder / "sweep.png")
     process = Process()
+    tasks = arguments.task or [_own_task(own, folder)]
     source = model_source(arguments)
     source = replace(source, device=process.device(source.device))
     source.checked_device()
     sweep = Sweep(
         Setting(source, arguments.data, arguments.limit, arguments.batch_size),
-        tuple(dict.fromkeys(f"laai_{task}" for task in arguments.task)),
+        tuple(dict.fromkeys(f"laai_{task}" for task in tasks)),
         _chosen_layers(arguments.layers, source.config()),
         tuple(range(arguments.seeds)),
         penalties,
@@ -99,6 +107,14 @@ def _command(arguments: argparse.Namespace) -> Report | None:
     if not process.first:
         return None
     return _reported(sweep, store, folder, arguments.plot)
+
+
+def _own_task(own: OwnData | None, folder: Path) -> str:
+    """The name of the task of own rows, which are kept with their prompts beside the sweep's results."""
+    assert own is not None
+    path = folder / f"{own.name}.jsonl"
+    write_rows(own, path)
+    return examples_task(own, path)
 
 
 def _penalties(arguments: argparse.Namespace) -> tuple[tuple[float, float], ...]:

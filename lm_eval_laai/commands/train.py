@@ -8,13 +8,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from laai_core.data import load_task
 from laai_core.errors import Interrupted, LaaiError, NotFinite, WorkFailed
 from laai_core.example import Split
 from laai_core.files import PARTIAL, SUFFIX
 from laai_core.settings import Job, Settings
 from laai_core.settings import check as check_field
 from laai_core.train import TrainResult
+from lm_eval_laai.commands.examples import add_own_data_arguments, add_rendering_arguments, training_split, unescaped
 from lm_eval_laai.commands.options import (
     adapter_folder,
     add_layer_argument,
@@ -28,18 +28,13 @@ from lm_eval_laai.facts import flat
 from lm_eval_laai.methods import LAAI, METHODS, fit
 from lm_eval_laai.methods.method import Method
 from lm_eval_laai.methods.select import train_chosen
-from lm_eval_laai.tasks import harness_task
+from lm_eval_laai.tasks import harness_task, recorded_task
 
 if TYPE_CHECKING:  # a second of imports
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Fields of Job and Settings that are flags of the same name: their kinds, defaults and helps are told there.
-_FLAGS = {
-    one.name: one
-    for kind in (Job, Settings)
-    for one in fields(kind)
-    if "help" in one.metadata and one.name not in ("stop", "site")
-}
+_FLAGS = {one.name: one for kind in (Job, Settings) for one in fields(kind) if "help" in one.metadata}
 _CHOSEN = ("l1", "group", "steps")  # by cross-validation where they are not given
 
 
@@ -53,7 +48,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="docs/methods.md says what each is (default: %(default)s)",
     )
     add_model_arguments(parser, required=True)
-    parser.add_argument("--task", required=True, help="a task without laai_, for example lexicon_antonym")
+    parser.add_argument("--task", help="a task without laai_, for example lexicon_antonym")
+    add_own_data_arguments(parser)
+    add_rendering_arguments(parser)
     parser.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
     parser.add_argument("--n-train", type=int, default=10, help="training examples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
@@ -74,12 +71,15 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags without defaults, so that a given one can be told from a missing one; `_options` fills defaults in."""
     for name, one in _FLAGS.items():
         default = "chosen by cross-validation" if name in _CHOSEN else one.default
-        text = one.metadata["help"] + ("" if default is None else f" (default: {default})")
+        shown = str(default).encode("unicode_escape").decode()  # the stop's newline as \\n
+        text = one.metadata["help"] + ("" if default is None else f" (default: {shown})")
         parser.add_argument(_flag(name), type=_kind(name), choices=one.metadata.get("choices"), help=text)
 
 
 def _kind(name: str) -> Any:
     """What a flag's text becomes: the type in the field's annotation."""
+    if name == "stop":
+        return unescaped
     hint = {**get_type_hints(Job), **get_type_hints(Settings)}[name]
     return next((kind for kind in (int, float) if kind in (hint, *get_args(hint))), str)
 
@@ -120,7 +120,7 @@ def summary(result: TrainResult) -> dict[str, Any]:
 
 def _command(arguments: argparse.Namespace) -> Report:
     # In the order of what it costs to find out that something is wrong.
-    split = load_task(arguments.task, seed=arguments.seed, n_train=arguments.n_train, data=arguments.data)
+    split = training_split(arguments)
     method = METHODS[arguments.method]
     options = _options(arguments, method)
     path = (adapter_folder if method.writes_adapter else output_path)(arguments.output, arguments.task)
@@ -155,7 +155,7 @@ def _train(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Train a Δ and write `path`, or, where training stops before its end, the best so far beside it."""
-    task = f"laai_{split.name}"
+    task = recorded_task(split.name)
     try:
         result, choice = train_chosen(
             model, tokenizer, split.train, layer, seed=seed, task=task, progress=True, **options

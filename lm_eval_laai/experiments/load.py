@@ -77,10 +77,15 @@ class ModelSource:
             )
         return config
 
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer alone."""
+        tokenizer: PreTrainedTokenizerBase = self._read(AutoTokenizer, "tokenizer")
+        return tokenizer
+
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model in evaluation mode on its device, and the tokenizer."""
         device = self.checked_device()
-        tokenizer = self._read(AutoTokenizer, "tokenizer")
+        tokenizer = self.tokenizer()
         model, info = self._read(AutoModelForCausalLM, "model", dtype=self.dtype, output_loading_info=True)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from laai_core.errors import LaaiError
 from laai_core.example import Split
 from lm_eval_laai.methods.method import Method, Option, middle_layer, third_layer
+from lm_eval_laai.tasks import recorded_task
 
 if TYPE_CHECKING:  # a second of imports
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ def _train_laai(
 ) -> None:
     from lm_eval_laai.methods.select import train_chosen
 
-    task = f"laai_{split.name}"
+    task = recorded_task(split.name)
     result, _ = train_chosen(model, tokenizer, split.train, layer, seed=seed, task=task, progress=progress, **options)
     result.intervention.save(path)
 
@@ -49,7 +50,7 @@ def _train_function_vector(
 ) -> None:
     from lm_eval_laai.methods.function_vector import function_vector
 
-    task = f"laai_{split.name}"
+    task = recorded_task(split.name)
     function_vector(model, tokenizer, split.train, layer, seed, task=task, progress=progress, **options).save(path)
 
 
@@ -64,7 +65,7 @@ def _train_in_context_vector(
 ) -> None:
     from lm_eval_laai.methods.in_context_vector import in_context_vector
 
-    in_context_vector(model, tokenizer, split.train, layer, seed, f"laai_{split.name}").save(path)
+    in_context_vector(model, tokenizer, split.train, layer, seed, recorded_task(split.name)).save(path)
 
 
 def _adapter(name: str, title: str, passes: float, **facts: Any) -> Method:
@@ -82,7 +83,9 @@ def _adapter(name: str, title: str, passes: float, **facts: Any) -> Method:
     ) -> None:
         from lm_eval_laai.methods.adapters import train_adapter
 
-        train_adapter(name, model, tokenizer, split.train, path, layer, seed, steps, f"laai_{split.name}", progress)
+        train_adapter(
+            name, model, tokenizer, split.train, path, layer, seed, steps, recorded_task(split.name), progress
+        )
 
     steps = Option("optimiser steps", least=1)
     return Method(name, title, train, passes, {"steps": steps}, writes_adapter=True, **facts)

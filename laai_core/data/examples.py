@@ -1,0 +1,237 @@
+"""Examples of one's own: rows of a JSON Lines, CSV or JSON file, or of standard input.
+
+A row has a prompt and an answer:
+  - the prompt: "prompt", or the template with the row's columns in it, as in 'Q: {input}\\nA:';
+  - the answer: "target" (the text that continues the prompt), or "output" (behind one space), or "options" with a
+    "distribution" over them.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from laai_core import files
+from laai_core.data.split import draw, item_key, split_items
+from laai_core.errors import LaaiError
+from laai_core.example import Example, Split
+
+STDIN = "-"
+DEFAULT_TEMPLATE = "Q: {input}\nA:"  # of rows with an "input", as the word tasks have it
+_COLUMN = re.compile(r"\{(\w+)\}")
+_ROWS = '{"prompt", "target"}, {"input", "output"} or {"prompt", "options", "distribution"}'
+_Row = tuple[str, Any]  # what an error calls it, and what it is
+
+
+class Item(NamedTuple):
+    """An example, and the text that decides which side of the split it is on: the row's input, or else its prompt."""
+
+    key: str
+    example: Example
+
+
+class OwnData(NamedTuple):
+    """The items of one file in file order, one for each key, all with targets or all with options.
+
+    `name` is the file's name without its ending and with nothing but letters, digits, - and _: what the harness calls
+    the task. `sources` is {file name: SHA-256 of its bytes}.
+    """
+
+    items: list[Item]
+    name: str
+    sources: dict[str, str]
+
+    @property
+    def has_options(self) -> bool:
+        """Whether the examples are options with a distribution."""
+        return self.items[0].example.options is not None
+
+    def split(self, seed: int, n_train: int, train_on_all: bool = False) -> Split:
+        """`n_train` examples drawn by `seed` from the training pool, and all test examples. Errors of `split_items`.
+
+        With `train_on_all` they are drawn from all rows, and there is no test example.
+        """
+        test: list[Item] = []
+        if train_on_all:
+            drawn = draw({item_key(item.key): item for item in self.items}, seed, n_train, self.name)
+        else:
+            drawn, test = split_items(self.items, lambda item: item.key, seed, n_train, self.name)
+        return Split([i.example for i in drawn], [i.example for i in test], self.name, seed, self.sources)
+
+
+def load_examples(source: str | os.PathLike[str], prompt_template: str | None = None) -> list[Example]:
+    """The examples of a file in file order; of rows with equal inputs (or else prompts) the first.
+
+    Args:
+        source: a file whose name ends in .jsonl, .csv or .json (a list of rows); `-` is JSON Lines on standard input.
+            In a CSV file "options" and "distribution" are JSON lists.
+        prompt_template: text in which {column} stands for that column of the row. Default: the row's "prompt", or
+            'Q: {input}\\nA:' where it has an "input".
+
+    Raises:
+        LaaiError: one line with the file and the row: the line of the file, or of a .json file the n-th row.
+    """
+    return [item.example for item in read_examples(source, prompt_template).items]
+
+
+def read_examples(source: str | os.PathLike[str], prompt_template: str | None = None) -> OwnData:
+    """`load_examples`, with what a split and a harness task need besides."""
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    raw, label = _content(path, name), "standard input" if name == STDIN else str(path)
+    items: dict[str, Item] = {}
+    kinds: dict[bool, str] = {}
+    for where, row in _rows(raw, label, ".jsonl" if name == STDIN else path.suffix.lower()):
+        item = _item(row, prompt_template, where)
+        kinds.setdefault(item.example.target is None, where)
+        if len(kinds) > 1:
+            first, other = (("options" if kind else "a target", at) for kind, at in kinds.items())
+            raise LaaiError(f"{other[1]} has {other[0]}, but {first[1]} {first[0]}; expected one kind in a file")
+        items.setdefault(item_key(item.key), item)
+    if not items:
+        raise LaaiError(f"{label} has no row; expected at least one {_ROWS}")
+    stem = "examples" if name == STDIN else re.sub(r"[^\w-]+", "_", path.stem, flags=re.ASCII).strip("_") or "examples"
+    return OwnData(list(items.values()), stem, {path.name: hashlib.sha256(raw).hexdigest()})
+
+
+def write_rows(data: OwnData, path: Path) -> None:
+    """Write JSON lines that `read_examples` reads as the same items, without a template."""
+    rows = []
+    for key, example in data.items:
+        names = ("prompt", "target", "options", "distribution")
+        given = {name: getattr(example, name) for name in names}
+        own = {} if key == example.prompt else {"input": key}
+        rows.append(own | {name: value for name, value in given.items() if value is not None})
+    files.write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def _content(path: Path, name: str) -> bytes:
+    if name == STDIN:
+        return sys.stdin.buffer.read()
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise LaaiError(f"{path}: cannot be read ({reason}); expected a file of rows {_ROWS}") from error
+
+
+def _rows(raw: bytes, label: str, suffix: str) -> Iterator[_Row]:
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LaaiError(f"{label}: not UTF-8 at byte {error.start}; expected rows {_ROWS}") from error
+    if suffix == ".csv":
+        return _csv_rows(text, label)
+    if suffix == ".json":
+        return _json_rows(text, label)
+    if suffix in (".jsonl", ".ndjson"):
+        return _jsonl_rows(text, label)
+    raise LaaiError(f"{label}: expected a name that ends in .jsonl, .csv or .json, or - for standard input")
+
+
+def _jsonl_rows(text: str, label: str) -> Iterator[_Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{label}: row {number}"
+            yield where, _parsed(line, where)
+
+
+def _json_rows(text: str, label: str) -> Iterator[_Row]:
+    rows = _parsed(text, label)
+    if not isinstance(rows, list):
+        raise LaaiError(f"{label}: holds a JSON {type(rows).__name__}; expected a list of rows {_ROWS}")
+    for number, row in enumerate(rows, start=1):
+        yield f"{label}: row {number}", row
+
+
+def _csv_rows(text: str, label: str) -> Iterator[_Row]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    begin = 2  # the header is line 1
+    try:
+        for row in reader:
+            where, begin = f"{label}: row {begin}", reader.line_num + 1
+            if None in row or None in row.values():
+                raise LaaiError(f"{where} has more or fewer cells than the header; expected one for each column")
+            lists = {
+                name: _parsed(row[name], f"{where}: {name}") for name in ("options", "distribution") if name in row
+            }
+            yield where, {**row, **lists}
+    except csv.Error as error:
+        raise LaaiError(f"{label}: row {begin} is not valid CSV ({error})") from error
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise LaaiError(f"{where}: not valid JSON ({error.msg} at character {error.pos + 1})") from error
+    except (ValueError, RecursionError) as error:
+        why = "too deeply nested" if isinstance(error, RecursionError) else "a number of thousands of digits"
+        raise LaaiError(f"{where}: not valid JSON ({why})") from error
+
+
+def _item(row: Any, template: str | None, where: str) -> Item:
+    if not isinstance(row, dict):
+        raise LaaiError(f"{where} is a {type(row).__name__}; expected {_ROWS}")
+    if template is None and "prompt" not in row:
+        template = DEFAULT_TEMPLATE
+        if "input" not in row:
+            raise LaaiError(f'{where} has no "prompt" and no "input"; expected {_ROWS}')
+    prompt = _text(row, "prompt", where) if template is None else filled(template, row, where)
+    if "options" in row or "distribution" in row:
+        answer = {"options": row.get("options"), "distribution": row.get("distribution")}
+        for name, value in answer.items():
+            if not isinstance(value, list):
+                raise LaaiError(f'{where}: "{name}" is {_kind(value)}; expected a list, beside the other one')
+    elif "target" in row:
+        answer = {"target": _text(row, "target", where).rstrip()}
+    elif "output" in row:
+        answer = {"target": f" {_text(row, 'output', where).strip()}"}
+    else:
+        raise LaaiError(f'{where} has no "target", no "output" and no "options"; expected {_ROWS}')
+    try:
+        rendering = None if template is None else {"prompt_template": template}
+        return Item(
+            _text(row, "input", where) if "input" in row else prompt, Example(prompt, **answer, rendering=rendering)
+        )
+    except LaaiError as error:
+        raise LaaiError(f"{where}: {error}") from None
+
+
+def columns(template: str) -> list[str]:
+    """The columns a template names, each once."""
+    return list(dict.fromkeys(_COLUMN.findall(template)))
+
+
+def filled(template: str, row: dict[str, Any], where: str) -> str:
+    """The template with a row's columns in the places of their names. LaaiError for a column that is not there."""
+    if not _COLUMN.search(template):
+        raise LaaiError(f"prompt template {template!r:.80} names no column; expected one, as in 'Q: {{input}}\\nA:'")
+    return _COLUMN.sub(lambda found: _text(row, found[1], where), template)
+
+
+def _text(row: dict[str, Any], name: str, where: str) -> str:
+    if name not in row:
+        raise LaaiError(f'{where} has no "{name}"; its columns are {", ".join(map(str, row))}')
+    value = row[name]
+    if not isinstance(value, str) or not value.strip():
+        raise LaaiError(f'{where}: "{name}" is {_kind(value)}; expected text')
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise LaaiError(f'{where}: "{name}" is {value!r:.60}, which is not valid Unicode') from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return f"the text {value!r:.40}" if value.strip() else "empty"
+    return "missing" if value is None else f"a {type(value).__name__}"

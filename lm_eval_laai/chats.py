@@ -1,0 +1,61 @@
+"""Chat templates: their identity, and whether an intervention was trained on prompts like those it is evaluated on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from laai_core.intervention import Intervention
+
+TEMPLATE, SYSTEM, INSTRUCTION = "chat_template_sha256", "system", "system_instruction"  # keys of a rendering
+
+
+def template_sha256(tokenizer: Any) -> str:
+    """Identity of a tokenizer's chat template."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+
+
+def system_message(messages: Sequence[Mapping[str, str]]) -> str | None:
+    """What the system says at the beginning of a conversation."""
+    return messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+
+
+def rendering_of(intervention: Intervention) -> dict[str, Any]:
+    """How the file says that the training prompts were rendered; empty where it says nothing."""
+    training = intervention.metadata.get("training")
+    rendering = training.get("rendering") if isinstance(training, dict) else None
+    return rendering if isinstance(rendering, dict) else {}
+
+
+class Chats:
+    """The contexts that the harness rendered as chats, and their system messages."""
+
+    def __init__(self) -> None:
+        self._systems: dict[str, str | None] = {}
+        self._compared: set[int] = set()
+
+    def note(self, context: str, messages: Sequence[Mapping[str, str]]) -> None:
+        """Remember a context that was rendered."""
+        self._systems[context] = system_message(messages)
+
+    def difference(self, intervention: Intervention, context: str, tokenizer: Any) -> str | None:
+        """How the prompts in training and in evaluation differ; an intervention's first context is compared."""
+        if id(intervention) in self._compared:
+            return None
+        self._compared.add(id(intervention))
+        trained, is_chat = rendering_of(intervention), context in self._systems
+        if (TEMPLATE in trained) != is_chat:
+            words = ("with", "without") if TEMPLATE in trained else ("without", "with")
+            return "the intervention was trained {} a chat template and is evaluated {} one".format(*words)
+        if not is_chat:
+            instruction = trained.get(INSTRUCTION)
+            if isinstance(instruction, str) and not context.startswith(instruction):
+                return f"the intervention was trained under the instruction {instruction!r:.60}, this prompt is not"
+            return None
+        if trained[TEMPLATE] != template_sha256(tokenizer):
+            return "the intervention was trained with another chat template than the tokenizer's"
+        if trained.get(SYSTEM) != self._systems[context]:
+            before, now = trained.get(SYSTEM), self._systems[context]
+            return f"the intervention was trained under the system message {before!r:.60}, evaluated under {now!r:.60}"
+        return None

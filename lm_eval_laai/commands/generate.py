@@ -1,0 +1,141 @@
+"""`laai generate`: what a model answers without and with an intervention, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING, Any
+
+from laai_core.errors import LaaiError
+from lm_eval_laai.commands.options import add_model_arguments, model_source
+from lm_eval_laai.commands.report import Report, table
+
+if TYPE_CHECKING:
+    from laai_core.intervention import Intervention
+
+STOP = "\n"  # where the file names none
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The flags of `generate`."""
+    parser.set_defaults(command=_command)
+    parser.add_argument(
+        "prompts", nargs="+", metavar="TEXT", help="put into the file's prompt template, where it has one"
+    )
+    add_model_arguments(parser, required=True)
+    parser.add_argument(
+        "--intervention", required=True, metavar="FILE", help="a .safetensors file, or org/repo[:file][@revision]"
+    )
+    parser.add_argument(
+        "--scale",
+        type=_numbers,
+        default=[0.0, 1.0],
+        metavar="X[,X]",
+        help="factors on the intervention, a column each; 0 is the model alone (default: 0,1)",
+    )
+    parser.add_argument("--raw", action="store_true", help="the texts are whole prompts: no template, no chat")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="at most (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the answers as JSON")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _command(arguments: argparse.Namespace) -> Report:
+    from laai_core.intervention import Intervention
+    from lm_eval_laai.chats import TEMPLATE, rendering_of
+    from lm_eval_laai.experiments.harness import warnings_off
+    from lm_eval_laai.model import HFLaai
+
+    if arguments.max_new_tokens < 1:
+        raise LaaiError(f"--max-new-tokens is {arguments.max_new_tokens}: expected at least one")
+    if not all(map(math.isfinite, arguments.scale)):
+        raise LaaiError(f"--scale has {arguments.scale}: expected finite numbers")
+    if not all(text.strip() for text in arguments.prompts):
+        raise LaaiError("a prompt is empty: expected text")
+    intervention = Intervention.load(arguments.intervention)
+    prompts = list(arguments.prompts) if arguments.raw else _rendered(arguments.prompts, intervention)
+    model, tokenizer = model_source(arguments).load()
+    if not arguments.raw and TEMPLATE in rendering_of(intervention) and not tokenizer.chat_template:
+        raise LaaiError(
+            f"the file was trained on chats, {arguments.model} has no chat template: expected --raw prompts"
+        )
+    contexts: list[str] = []
+    answers: dict[float, list[str]] = {}
+    for scale in dict.fromkeys(arguments.scale):
+        with warnings_off():
+            lm = HFLaai(model, intervention, scale=scale, tokenizer=tokenizer, batch_size=len(prompts))
+            contexts = [lm.apply_chat_template(p) if isinstance(p, list) else p for p in prompts]
+            answers[scale] = _answers(lm, contexts, _stop(intervention), arguments.max_new_tokens)
+    facts = {
+        "model": arguments.model,
+        "intervention": {"file": arguments.intervention, "sha256": intervention.sha256},
+        "answers": [
+            {"text": text, "prompt": prompt, "by_scale": {f"{scale:g}": answers[scale][number] for scale in answers}}
+            for number, (text, prompt) in enumerate(zip(arguments.prompts, contexts, strict=True))
+        ],
+    }
+    return Report(facts, _table(facts, list(answers)))
+
+
+def _rendered(texts: list[str], intervention: Intervention) -> list[str | list[dict[str, str]]]:
+    """The texts in the template of the file's training prompts; as conversations where those were chats."""
+    from lm_eval_laai.chats import INSTRUCTION, SYSTEM, TEMPLATE, rendering_of
+
+    rendering = rendering_of(intervention)
+    template = _template(intervention, rendering)
+    prompts = [text if template is None else _filled(template, text) for text in texts]
+    if TEMPLATE not in rendering:
+        return [rendering.get(INSTRUCTION, "") + prompt for prompt in prompts]
+    system = rendering.get(SYSTEM)
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [[*first, {"role": "user", "content": prompt}] for prompt in prompts]
+
+
+def _template(intervention: Intervention, rendering: dict[str, Any]) -> str | None:
+    """The recorded template, or that of the word tasks for a file trained on one of them."""
+    from laai_core.data.examples import DEFAULT_TEMPLATE
+    from laai_core.data.tasks import word_task_names
+
+    if "prompt_template" in rendering:
+        return str(rendering["prompt_template"])
+    task = str(intervention.metadata.get("task") or "")
+    name = task.removeprefix("laai_").partition(":")[0]
+    return DEFAULT_TEMPLATE if task.startswith("laai_") and name in word_task_names() else None
+
+
+def _filled(template: str, text: str) -> str:
+    """The template with the text in the place of its one column."""
+    from laai_core.data.examples import columns, filled
+
+    names = columns(template)
+    if len(names) != 1:
+        raise LaaiError(
+            f"the file's template {template!r:.60} has the columns {', '.join(names)}: expected --raw prompts"
+        )
+    return filled(template, {names[0]: text}, "the prompt")
+
+
+def _stop(intervention: Intervention) -> str:
+    """Where the training targets end."""
+    training = intervention.metadata.get("training")
+    return str((training.get("stop") if isinstance(training, dict) else None) or STOP)
+
+
+def _answers(lm: Any, contexts: list[str], stop: str, count: int) -> list[str]:
+    """Greedy answers, by the code that evaluates."""
+    from lm_eval.api.instance import Instance
+
+    options = {"until": [stop], "max_gen_toks": count, "do_sample": False}
+    requests = [Instance("generate_until", {}, (context, dict(options)), 0) for context in contexts]
+    return [answer.strip() for answer in lm.generate_until(requests, disable_tqdm=True)]
+
+
+def _table(facts: dict[str, Any], scales: list[float]) -> str:
+    titles = ["without Δ" if scale == 0 else "with Δ" if scale == 1 else f"{scale:g} · Δ" for scale in scales]
+    rows = [
+        [answer["text"], *(" ".join(answer["by_scale"][f"{scale:g}"].split()) or "(nothing)" for scale in scales)]
+        for answer in facts["answers"]
+    ]
+    return table([["", *titles], *rows])

@@ -1,0 +1,162 @@
+"""A harness task of one's own examples: the folder that `laai task` writes, and what its YAML calls.
+
+The folder is complete and may be moved: NAME.yaml, what it includes, the rows, and a utils.py of three lines.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
+
+from laai_core import files
+from laai_core.data.examples import OwnData, read_examples, write_rows
+from laai_core.data.split import in_training_pool
+from laai_core.errors import LaaiError
+from laai_core.example import Example, Split
+from lm_eval_laai import metrics
+from lm_eval_laai.tasks import include_path, read_yaml
+
+ROWS = "examples.jsonl"
+SHOTS = 10  # training examples where there are as many
+_UTILS = '''"""What the YAML beside this file calls. Written by `laai task`."""
+
+from pathlib import Path
+
+from lm_eval_laai.own_task import exact_match, load_beside, opinion_metrics  # noqa: F401
+
+
+def load(**metadata):
+    return load_beside(Path(__file__), **metadata)
+
+
+load_opinions = load
+'''
+
+
+def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: int | None = None) -> Path:
+    """Write `folder`/NAME/, the task NAME (default: the data's name); returns its YAML.
+
+    Args:
+        max_gen_toks: tokens to generate at most. Default: one for each byte of the longest target, 16 at least.
+
+    Raises:
+        LaaiError: for a name that the harness or a file cannot have, examples that cannot be evaluated (a target of
+            several lines), or too few of them: there must be some to train on and some to test on.
+    """
+    name = data.name if name is None else name
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise LaaiError(f"task name {name!r:.60}: expected letters, digits, - and _")
+    sides = [in_training_pool(item.key) for item in data.items]
+    if not 0 < sum(sides) < len(sides):
+        part = "test" if sum(sides) else "training"
+        raise LaaiError(
+            f"{', '.join(data.sources)}: none of the {len(sides)} rows is in the {part} part, "
+            f"which the text of a row decides; expected more rows"
+        )
+    for item in data.items:
+        if item.example.target is not None and len(item.example.target.strip().splitlines()) > 1:
+            raise LaaiError(
+                f"target {item.example.target!r:.60} has a line break inside; "
+                f"expected one line, which exact match compares"
+            )
+    shared = _shared(data)
+    generation = "" if data.has_options else _generation(data, max_gen_toks)
+    folder = folder / name
+    files.write(folder / shared, (include_path() / shared).read_bytes())
+    files.write(folder / "utils.py", _UTILS.encode())
+    write_rows(data, folder / ROWS)
+    path = folder / f"{name}.yaml"
+    files.write(path, _yaml(name, shared, delimiter(data), generation, min(SHOTS, sum(sides)), data).encode())
+    return path
+
+
+def _shared(data: OwnData) -> str:
+    """What the task's YAML includes."""
+    return "_opinion_task_yaml" if data.has_options else "_word_task_yaml"
+
+
+def _yaml(name: str, shared: str, between: str, generation: str, n_train: int, data: OwnData) -> str:
+    return (
+        f"# {', '.join(data.sources)} as a task, written by `laai task`. Needs lm-eval-laai to be installed.\n"
+        f"include: {shared}\ntask: {name}\ntarget_delimiter: {json.dumps(between)}\n{generation}"
+        f"metadata:\n  source: {json.dumps(', '.join(data.sources))}\n"
+        f"  seed: 0\n  n_train: {n_train}\n  version: 1.0\n"
+    )
+
+
+def _generation(data: OwnData, max_gen_toks: int | None) -> str:
+    longest = max(len(str(item.example.target).encode()) for item in data.items)
+    count = max(longest, 16) if max_gen_toks is None else max_gen_toks
+    if count < 1:
+        raise LaaiError(f"max_gen_toks is {count}: expected at least one")
+    return f'generation_kwargs:\n  until: ["\\n"]\n  max_gen_toks: {count}\n  do_sample: false\n'
+
+
+def delimiter(data: OwnData) -> str:
+    """What the harness puts between prompt and answer: a space where every answer begins with one.
+
+    In a chat the harness leaves the delimiter out: an answer begins its turn with its own first letter.
+    """
+    texts = [text for item in data.items for text in (item.example.options or [str(item.example.target)])]
+    return " " if all(text.startswith(" ") and not text[1].isspace() for text in texts) else ""
+
+
+def task_of(data: OwnData, split: Split) -> ConfigurableTask:
+    """The task that `write` would write of the data, with the documents of a split, and without a file.
+
+    Where the split leaves none to test on, its training documents stand in: the harness looks at a test document.
+    """
+    docs = documents(split, delimiter(data))
+    docs = docs if split.test else {name: docs["train"] for name in docs}
+    config = {
+        **read_yaml(include_path() / _shared(data)),
+        "task": data.name,
+        "target_delimiter": delimiter(data),
+        "custom_dataset": lambda **_: docs,
+        "process_results": opinion_metrics if data.has_options else exact_match,
+    }
+    return ConfigurableTask(config=config)
+
+
+def load_beside(file: Path, seed: int = 0, n_train: int = SHOTS, **_: Any) -> dict[str, Dataset]:
+    """The splits `train` (the few-shot examples: what an intervention is trained on) and `test` of a written task.
+
+    `file` lies in the task's folder. `**_` because the harness passes every model argument.
+    """
+    data = read_examples(file.with_name(ROWS))
+    return documents(data.split(seed, n_train), delimiter(data))
+
+
+def documents(split: Split, between: str = "") -> dict[str, Dataset]:
+    """A split as the harness holds it, with `between` taken off the answers."""
+    parts = (("train", split.train), ("test", split.test))
+    return {name: Dataset.from_list([document(example, between) for example in part]) for name, part in parts}
+
+
+def document(example: Example, between: str = "") -> dict[str, Any]:
+    """The columns of `_word_task_yaml`, or those of `_opinion_task_yaml`; options have no order."""
+    if example.target is not None:
+        return {"prompt": example.prompt, "target": example.target.removeprefix(between)}
+    assert example.options is not None and example.distribution is not None
+    return {
+        "prompt": example.prompt,
+        "choices": [option.removeprefix(between) for option in example.options],
+        "target": example.options.index(example.answer),
+        "distribution": list(example.distribution),
+        "positions": [0] * len(example.options),
+    }
+
+
+def exact_match(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+    """Whether the first line generated is the target."""
+    return {"exact_match": metrics.exact_match(results[0], doc["target"])}
+
+
+def opinion_metrics(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
+    """How far the model's distribution over the answers is from the group's."""
+    return metrics.opinion_metrics([score for score, _ in results], doc["distribution"], doc["positions"])

@@ -1,0 +1,338 @@
+"""Examples of one's own: rows in every format, their split, the task written of them, and the commands on them."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+from tiny import REFERENCE
+
+import laai_core as laai
+from laai_core.data.examples import read_examples
+from laai_core.data.split import in_training_pool
+from laai_core.example import few_shot_prompt
+from lm_eval_laai import own_task
+from lm_eval_laai.commands import cli
+
+WORDS = [{"input": f"word{n}", "output": f"answer {n}"} for n in range(60)]
+SHARES = [
+    {"prompt": f"Is {n} big?", "options": [" yes", " no"], "distribution": [n / 60, 1 - n / 60]} for n in range(60)
+]
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "my words.jsonl"
+    path.write_text(lines(WORDS))
+    return path
+
+
+@pytest.fixture
+def shares(tmp_path: Path) -> Path:
+    path = tmp_path / "shares.jsonl"
+    path.write_text(lines(SHARES))
+    return path
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command line that must end in one line and exit code 2; returns the line."""
+
+    def run(*argv: object) -> str:
+        capfd.readouterr()
+        assert cli.main([str(a) for a in argv]) == 2
+        out, err = capfd.readouterr()
+        assert out == "" and err.startswith("laai: error: ") and err.count("\n") == 1
+        return err
+
+    return run
+
+
+def done(capfd: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
+    capfd.readouterr()
+    assert cli.main([*map(str, argv), "--json"]) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+def loaded(folder: Path, name: str, **metadata: Any) -> Any:
+    return TaskManager(include_path=str(folder), include_defaults=False, metadata=metadata).load([name])["tasks"][name]
+
+
+# Reading
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_every_format_gives_the_same_examples(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"words{suffix}"
+    rows = [{"input": 'a "b", c', "output": "é"}, {"input": "d", "output": "e f"}]
+    text = {
+        ".jsonl": "\n" + lines(rows),
+        ".json": json.dumps(rows),
+        ".csv": 'input,output\r\n"a ""b"", c",é\r\nd,e f\r\n',
+    }[suffix]
+    path.write_text(text, encoding="utf-8")
+    assert laai.load_examples(path) == [
+        laai.Example('Q: a "b", c\nA:', " é"),
+        laai.Example("Q: d\nA:", " e f"),
+    ]
+
+
+def test_kinds_of_rows_and_templates(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "p {x}", "target": "t\\n"}\n')
+    assert laai.load_examples(path) == [laai.Example("p {x}", "t")]  # braces in a prompt are text
+    path.write_text('{"a": "1", "b": "{a}", "target": "t"}\n')
+    assert laai.load_examples(path, "{b}, {a}:") == [laai.Example("{a}, 1:", "t")]  # filled once
+    path.write_text(lines(SHARES[:2]))
+    assert laai.load_examples(path)[1] == laai.Example(
+        "Is 1 big?", options=[" yes", " no"], distribution=[1 / 60, 59 / 60]
+    )
+    csv = tmp_path / "x.csv"
+    csv.write_text('prompt,options,distribution\nq,"["" a"", "" b""]","[0.25, 0.75]"\n')
+    assert laai.load_examples(csv) == [laai.Example("q", options=[" a", " b"], distribution=[0.25, 0.75])]
+
+
+def test_of_equal_inputs_the_first_stays(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(
+        lines([{"input": "a", "output": "1"}, {"input": " a ", "output": "2"}, {"input": "b", "output": "3"}])
+    )
+    assert [example.target for example in laai.load_examples(path)] == [" 1", " 3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.jsonl", None, "x.jsonl: cannot be read (No such file or directory)"),
+        ("x.txt", "a", "expected a name that ends in .jsonl, .csv or .json"),
+        ("x.jsonl", "\n\n", "x.jsonl has no row"),
+        ("x.jsonl", '{"input": "a", "output": "b"}\n\n{"input": "a"\n', "x.jsonl: row 3: not valid JSON"),
+        ("x.jsonl", '{"input": "a", "output": "b"}\n[1]\n', "x.jsonl: row 2 is a list"),
+        ("x.jsonl", '{"output": "b"}\n', 'x.jsonl: row 1 has no "prompt" and no "input"'),
+        ("x.jsonl", '{"input": "a"}\n', 'x.jsonl: row 1 has no "target", no "output" and no "options"'),
+        ("x.jsonl", '{"input": "a", "output": 4}\n', 'x.jsonl: row 1: "output" is a int'),
+        ("x.jsonl", '{"input": " ", "output": "b"}\n', 'x.jsonl: row 1: "input" is empty'),
+        ("x.jsonl", '{"input": "a", "output": "\\ud800"}\n', "is not valid Unicode"),
+        ("x.jsonl", '{"prompt": "a", "options": ["b", "c"]}\n', 'row 1: "distribution" is missing'),
+        (
+            "x.jsonl",
+            '{"prompt": "a", "options": ["b", "c"], "distribution": [1, 1]}\n',
+            "row 1: Example with prompt 'a'",
+        ),
+        ("x.jsonl", lines([WORDS[0], SHARES[0]]), "x.jsonl: row 2 has options, but"),
+        ("x.json", '{"input": "a"}', "holds a JSON dict"),
+        ("x.json", '[{"input": "a", "output": "b"}, 3]', "x.json: row 2 is a int"),
+        ("x.json", "[" * 100_000, "too deeply nested"),
+        ("x.csv", "input,output\na,b\nc\n", "x.csv: row 3 has more or fewer cells"),
+        ("x.csv", 'input,output\n"a\nb",c\nd,e,f\n', "x.csv: row 4 has more or fewer cells"),
+        ("x.csv", 'input,output\n"a"b,c\n', "x.csv: row 2 is not valid CSV"),
+        ("x.csv", "prompt,options,distribution\na,b,c\n", "x.csv: row 2: options: not valid JSON"),
+        ("x.jsonl", b"\xff", "not UTF-8 at byte 0"),
+    ],
+)
+def test_bad_rows(name: str, content: Any, said: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for command in (["train", "--model", "reference", "--examples", path], ["task", path]):
+        assert said in refused(*command, "--output", f"{tmp_path}/out/")
+        assert not (tmp_path / "out").exists()
+    assert said in refused("sweep", "--model", "reference", "--examples", path, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "said"), [("Q:", "names no column"), ("Q: {question}", 'row 1 has no "question"')]
+)
+def test_bad_templates(template: str, said: str, file: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert said in refused("task", file, "--prompt-template", template, "--output", tmp_path / "out")
+
+
+# The split
+
+
+def test_the_split_does_not_move_when_rows_are_added(file: Path, tmp_path: Path) -> None:
+    shuffled = [*WORDS, {"input": "new", "output": "row"}]
+    random.Random(0).shuffle(shuffled)
+    other = tmp_path / "other.jsonl"
+    other.write_text(lines(shuffled))
+    first, second = read_examples(file).split(0, 5), read_examples(other).split(0, 5)
+    added = laai.Example("Q: new\nA:", " row")
+    assert set(second.test) - {added} == set(first.test)
+    assert all(in_training_pool(e.prompt.removeprefix("Q: ").removesuffix("\nA:")) for e in first.train)
+    everything = read_examples(file).split(3, 60, train_on_all=True)
+    assert (len(set(everything.train)), everything.test) == (60, [])
+
+
+# The task
+
+
+@pytest.mark.parametrize("shots", [0, 3])
+def test_the_written_task_shows_the_same_prompts(shots: int, file: Path, shares: Path, tmp_path: Path) -> None:
+    for path, name in ((file, "my_words"), (shares, "shares")):
+        data = read_examples(path)
+        own_task.write(data, tmp_path / "tasks")
+        split = data.split(seed=2, n_train=4)
+        task = loaded(tmp_path / "tasks", name, seed=2, n_train=4)
+        docs = list(task.test_docs())
+        assert len(docs) == len(split.test) > 30
+        for doc, example in zip(docs, split.test, strict=True):
+            assert task.fewshot_context(doc, shots) == few_shot_prompt(split.train[:shots], example.prompt)
+            if example.options is not None:
+                requests = task.construct_requests(doc, "", metadata=(name, 0, 1))
+                assert tuple(request.args[1] for request in requests) == example.options
+                assert tuple(doc["distribution"]) == example.distribution
+
+
+def test_a_written_task_can_be_moved_and_is_valid(file: Path, tmp_path: Path) -> None:
+    own_task.write(read_examples(file), tmp_path / "tasks", name="mine")
+    shutil.move(tmp_path / "tasks", tmp_path / "elsewhere")
+    command = [sys.executable, "-m", "lm_eval", "validate", "--tasks", "mine", "--include_path", "elsewhere"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert said.returncode == 0 and "All tasks found and valid" in said.stdout, said.stderr
+    assert len(list(loaded(tmp_path / "elsewhere", "mine").test_docs())) > 30
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "said"),
+    [
+        (WORDS, ["--name", "a b"], "expected letters, digits, - and _"),
+        (WORDS[:1], [], "none of the 1 rows is in the"),
+        ([{"prompt": f"p{n}", "target": "a\nb"} for n in range(20)], [], "has a line break inside"),
+        (WORDS, ["--max-gen-toks", "0"], "max_gen_toks is 0"),
+    ],
+)
+def test_what_cannot_be_a_task(rows: Any, flags: Any, said: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(lines(rows))
+    assert said in refused("task", path, *flags, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# The commands
+
+
+def test_train_by_file_and_by_standard_input(
+    file: Path, small: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = [
+        "train",
+        "--model",
+        small,
+        "--layer",
+        1,
+        "--steps",
+        2,
+        "--l1",
+        0,
+        "--group",
+        0,
+        "--n-train",
+        4,
+        "--stop",
+        r";\n",
+    ]
+    facts = done(capfd, *line, "--examples", file, "--output", f"{tmp_path}/out/")
+    made = laai.Intervention.load(tmp_path / "out" / "my_words.safetensors")
+    assert facts["task"] == made.metadata["task"] == "my_words"
+    training = made.metadata["training"]
+    assert training["rendering"] == {"prompt_template": "Q: {input}\nA:"} and training["stop"] == ";\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes())))
+    done(capfd, *line, "--examples", "-", "--output", tmp_path / "piped.safetensors")
+    assert torch.equal(laai.Intervention.load(tmp_path / "piped.safetensors").vector(1), made.vector(1))
+
+
+def test_a_task_without_rendering_says_nothing_of_it(small: Path, tmp_path: Path, capfd: Any) -> None:
+    path = tmp_path / "x.safetensors"
+    done(capfd, "train", "--model", small, "--task", "lexicon_antonym", "--layer", 1, "--steps", 2, "--output", path)
+    assert "rendering" not in laai.Intervention.load(path).metadata["training"]
+
+
+def test_a_position_is_trained_and_kept(small: Path, file: Path, tmp_path: Path, capfd: Any) -> None:
+    """At the prompt's last token alone, or at the target's tokens too: other vectors, and other objectives."""
+    found = {}
+    for position in ("last", "generated", "all"):
+        path = tmp_path / f"{position}.safetensors"
+        line = ["train", "--model", small, "--examples", file, "--layer", 1, "--steps", 3, "--l1", 0, "--group", 0]
+        facts = done(capfd, *line, "--start", "zero", "--position", position, "--site", "residual", "--output", path)
+        made = laai.Intervention.load(path)
+        assert (made.position, made.site) == (position, "residual")
+        found[position] = facts["objective"]
+    assert len(set(found.values())) == 3
+
+
+def test_sweep_and_compose(file: Path, shares: Path, small: Path, tmp_path: Path, capfd: Any) -> None:
+    line = [
+        "sweep",
+        "--model",
+        small,
+        "--layers",
+        1,
+        "--seeds",
+        1,
+        "--l1",
+        0,
+        "--group",
+        0,
+        "--n-train",
+        4,
+        "--limit",
+        4,
+    ]
+    for path, metric in ((file, "exact_match"), (shares, "kl")):
+        facts = done(capfd, *line, "--examples", path, "--output", tmp_path / "sweep")
+        (record,) = facts["scores"]
+        assert record["metric"] == metric and record["mean"] is not None
+    parents = [tmp_path / f"{n}.safetensors" for n in range(2)]
+    for seed, parent in enumerate(parents):
+        flags = ["--layer", 1, "--steps", 2, "--n-train", 4, "--seed", seed, "--output", parent]
+        done(capfd, "train", "--model", small, "--examples", file, *flags)
+    facts = done(
+        capfd, "compose", *parents, "--method", "fit", "--model", small, "--examples", file, "--n-train", 4,
+        "-o", tmp_path / "sum.safetensors",
+    )  # fmt: skip
+    assert facts["training"]["n_train"] == 4
+
+
+def test_refusals(file: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    line = ["train", "--model", "reference", "--output", f"{tmp_path}/out/"]
+    assert "expected one of --task, --examples and --harness-task, got none" in refused(*line)
+    assert "got --task and --examples" in refused(*line, "--task", "antonym", "--examples", file)
+    assert "--loss does not go with --examples" in refused(*line, "--examples", file, "--loss", "kl")
+    assert "expected --examples with it" in refused(*line, "--task", "lexicon_antonym", "--prompt-template", "{a}")
+    assert "has the stop string 'w' inside" not in refused(*line, "--examples", file, "--stop", "swe", "--n-train", 99)
+    assert "has the stop string 'swe' inside" in refused(*line, "--examples", file, "--stop", "swe")
+    assert "trains on --task and --examples" in refused(
+        *line, "--method", "icv", "--examples", file, "--system-instruction", "x"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate(file: Path, tmp_path: Path, capfd: Any) -> None:
+    """It puts words into the recorded template, one column a scale."""
+    path = tmp_path / "v.safetensors"
+    flags = ["--layer", 3, "--steps", 2, "--output", path]
+    done(capfd, "train", "--model", REFERENCE, "--task", "lexicon_antonym", *flags)
+    facts = done(capfd, "generate", "--model", REFERENCE, "--intervention", path, "hot", "big", "--scale", "0,1,2")
+    assert [a["prompt"] for a in facts["answers"]] == ["Q: hot\nA:", "Q: big\nA:"]
+    assert facts["answers"][0]["by_scale"]["1"] == "cold" != facts["answers"][0]["by_scale"]["0"]
+    assert set(facts["answers"][0]["by_scale"]) == {"0", "1", "2"}
+    raw = done(capfd, "generate", "--model", REFERENCE, "--intervention", path, "Q: hot\nA:", "--raw")
+    assert raw["answers"][0]["by_scale"]["1"] == "cold"
+    assert cli.main(["generate", "--model", str(REFERENCE), "--intervention", str(path), "hot"]) == 0
+    out = capfd.readouterr().out.splitlines()
+    assert out[0].split() == ["without", "Δ", "with", "Δ"] and out[1].split()[-1] == "cold"
