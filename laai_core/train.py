@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +54,7 @@ def train(
     group: float = Job.group,
     *,
     progress: bool = False,
+    on_step: Callable[[Step], None] = lambda step: None,
     **settings: Any,
 ) -> TrainResult:
     """Minimise mean task loss + l1 * |x|_1 + group * sum_h |x_h|_2 over one vector at one layer.
@@ -62,6 +64,7 @@ def train(
         examples: with targets (loss `nll`, eq. 3) or with options and distributions (loss `kl`, eq. 4).
         layer: 0-based, negative from the end.
         progress: show a tqdm bar on stderr.
+        on_step: called with every evaluation, right after it.
         l1, group: the paper's gamma and lambda.
         settings: the other fields of `laai_core.settings.Job` (lr, seed, task, start) and those of `Settings` (steps,
             optimizer, penalty_scale, tolerance, ...), which say what each is.
@@ -72,7 +75,13 @@ def train(
         Interrupted: on Ctrl-C, once there is something to keep; `results` has the best so far.
     """
     own = {one.name: settings.pop(one.name) for one in fields(Job) if one.name in settings}
-    (result,) = train_many(model, tokenizer, [Job(examples, layer, l1, group, **own)], progress=progress, **settings)
+    job = Job(examples, layer, l1, group, **own)
+
+    def on_steps(done: dict[int, Step]) -> None:
+        for step in done.values():
+            on_step(step)
+
+    (result,) = train_many(model, tokenizer, [job], progress=progress, on_steps=on_steps, **settings)
     return result
 
 
@@ -82,13 +91,15 @@ def train_many(
     jobs: Sequence[Job],
     *,
     progress: bool = False,
+    on_steps: Callable[[dict[int, Step]], None] = lambda steps: None,
     **settings: Any,
 ) -> list[TrainResult]:
     """Train several vectors; those of one layer run as rows of one batch, each with its own optimiser and end.
 
     `settings` are fields of `laai_core.settings.Settings`; errors as for `train`; the results are in the order of
     `jobs`. A job that is not finite does not stop the others: `NotFinite` comes when they are done. `Interrupted` has
-    the jobs of the layer it came at.
+    the jobs of the layer it came at. `on_steps` is called after each round of evaluations with {number of the job: its
+    step}; the jobs of a layer go together, one layer after the other.
     """
     if not jobs:
         raise LaaiError("no jobs, expected at least one")
@@ -109,17 +120,19 @@ def train_many(
             tqdm(total=shared.steps * len(jobs), desc="train", disable=not progress, leave=False)
         )
 
-        def report(done: dict[int, Step]) -> None:
+        def report(numbers: Sequence[int], done: dict[int, Step]) -> None:
             if done:
                 *_, last = done.values()
                 bar.set_postfix(objective=f"{last.objective:.4f}", heads=last.active_heads, refresh=False)
             bar.update(len(done))
+            on_steps({numbers[run]: step for run, step in done.items()})
 
         for problem, layers in problems:
             theirs = {layer: [jobs[number] for number in at_layer[layer]] for layer in layers}
             starts = _starts(layout, tokenizer, theirs, shared)
             for layer, here in theirs.items():
-                found, unfinished = _at_layer(problem, layer, here, starts[layer], shared, report)
+                told = partial(report, at_layer[layer])
+                found, unfinished = _at_layer(problem, layer, here, starts[layer], shared, told)
                 if isinstance(unfinished, Interrupted):
                     raise Interrupted(str(unfinished), found)
                 results |= zip(at_layer[layer], found, strict=True)

@@ -109,6 +109,32 @@ def test_train_then_inspect(model: Path, tmp_path: Path, capfd: pytest.CaptureFi
         assert part in text
 
 
+def test_train_logs_every_evaluation_to_a_file(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
+    line = ["train", "--model", model, "--task", TASK, "--layer", 1, "--l1", 0.02, "--group", 0.01]
+    log, plain, logged = tmp_path / "new" / "log.jsonl", tmp_path / "plain", tmp_path / "logged"
+    facts_of(capfd, *line, "--steps", 7, "--output", f"{plain}/")
+    facts = facts_of(capfd, *line, "--steps", 7, "--output", f"{logged}/", "--log-to", log)
+    assert (plain / FILE).read_bytes() == (logged / FILE).read_bytes()
+
+    steps = [json.loads(text) for text in log.read_text(encoding="utf-8").splitlines()]
+    assert [step["evaluation"] for step in steps] == list(range(1, 8))
+    for step in steps:
+        assert step["objective"] == pytest.approx(step["loss"] + step["penalty"])
+    best = min(steps, key=lambda step: step["objective"])
+    assert (best["objective"], best["active_heads"]) == (facts["objective"], facts["active_heads"])
+    assert best["nonzero"] == int((laai.Intervention.load(logged / FILE).vector(1) != 0).sum())
+
+    facts_of(capfd, *line, "--steps", 2, "--output", f"{logged}/", "--log-to", log)  # in the place of the old lines
+    assert len(log.read_text(encoding="utf-8").splitlines()) == 2
+    kept = log.read_bytes()
+    assert "has no --log-to" in refused(*line[:5], "--method", "icv", "--log-to", log, "--output", f"{logged}/")
+    assert "is a folder: expected a file" in refused(*line, "--log-to", tmp_path)
+    assert "cannot write to" in refused(*line, "--log-to", log / "x")
+    assert log.read_bytes() == kept
+
+
 def test_train_prints_a_summary_and_logs_to_stderr(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

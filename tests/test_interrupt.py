@@ -140,6 +140,15 @@ def test_train_keeps_its_best_so_far_in_another_file(change, code, why, small, f
     assert Path("x.safetensors").read_bytes() == again
 
 
+def test_the_log_of_an_interrupted_training_has_what_it_came_to(small, folder):
+    with changed(ctrl_c):
+        assert cli.main([*TRAIN, *FIXED, "--model", str(small), "--log-to", "log.jsonl"]) == 130
+    steps = [json.loads(line) for line in Path("log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [step["evaluation"] for step in steps] == list(range(1, 10))
+    best = laai.Intervention.load("x.partial.safetensors").metadata["training"]["objective"]
+    assert min(step["objective"] for step in steps) == best
+
+
 @pytest.mark.parametrize(
     ("change", "code", "why"),
     [

@@ -581,3 +581,20 @@ def test_bert_as_a_decoder_is_not_refused_for_what_it_was():
     result = train(model=model, layer=0, steps=10, l1=0.0, group=0.0)
     assert result.intervention.layers == [0]
     assert result.objective < result.history[0].objective
+
+
+def test_every_step_is_told_with_the_number_of_its_job():
+    model, told = tiny_model("Llama"), {0: [], 1: [], 2: []}
+    jobs = [laai.Job(RULES, 2), laai.Job(RULES, 0, l1=0.02), laai.Job(RULES, 2, l1=0.02)]
+
+    def on_steps(done):
+        for number, step in done.items():
+            told[number].append(step)
+
+    results = laai.train_many(model, TOKENIZER, jobs, steps=5, on_steps=on_steps)
+    assert [told[number] for number in range(3)] == [result.history for result in results]
+    assert told[0] != told[2]
+
+    steps = []
+    result = laai.train(model, TOKENIZER, RULES, 0, l1=0.02, steps=5, on_step=steps.append)
+    assert steps == result.history == told[1]

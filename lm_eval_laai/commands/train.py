@@ -13,7 +13,7 @@ from laai_core.example import Split
 from laai_core.files import PARTIAL, SUFFIX
 from laai_core.settings import Job, Settings
 from laai_core.settings import check as check_field
-from laai_core.train import TrainResult
+from laai_core.train import TrainResult, train
 from lm_eval_laai.commands.examples import add_own_data_arguments, add_rendering_arguments, training_split, unescaped
 from lm_eval_laai.commands.options import (
     adapter_folder,
@@ -24,10 +24,11 @@ from lm_eval_laai.commands.options import (
     output_path,
 )
 from lm_eval_laai.commands.report import Report, table
+from lm_eval_laai.commands.step_log import check_log, step_log
 from lm_eval_laai.facts import flat
 from lm_eval_laai.methods import LAAI, METHODS, fit
 from lm_eval_laai.methods.method import Method
-from lm_eval_laai.methods.select import train_chosen
+from lm_eval_laai.methods.select import choose
 from lm_eval_laai.tasks import harness_task, recorded_task
 
 if TYPE_CHECKING:  # a second of imports
@@ -64,6 +65,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         help=f"a folder gets laai_<task>{SUFFIX}, where intervention=DIR finds it, or an adapter's folder laai_<task> "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--log-to",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="of laai: a line of JSON for each evaluation of the training, none for the cross-validation, as soon as "
+        "it is made: objective, loss, penalty, non-zeros, active heads",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -87,8 +95,9 @@ def _kind(name: str) -> Any:
 def _options(arguments: argparse.Namespace, method: Method) -> dict[str, Any]:
     """What was given of the method's own flags, checked; for LAAI with the defaults of what was not."""
     taken = _FLAGS if method is LAAI else method.options
-    for name in (*_FLAGS, "heads"):
-        if name not in taken and getattr(arguments, name) is not None:
+    allowed = {*taken, "log_to"} if method is LAAI else {*taken}
+    for name in (*_FLAGS, "heads", "log_to"):
+        if name not in allowed and getattr(arguments, name) is not None:
             raise LaaiError(f"the method {method.name} has no {_flag(name)}: leave it out")
     options = {name: getattr(arguments, name) for name in taken}
     if method is LAAI:
@@ -125,13 +134,15 @@ def _command(arguments: argparse.Namespace) -> Report:
     options = _options(arguments, method)
     path = (adapter_folder if method.writes_adapter else output_path)(arguments.output, arguments.task)
     method.check(path, arguments.layer, {name: options[name] for name in method.options})
+    if arguments.log_to is not None:
+        check_log(arguments.log_to)
     source = model_source(arguments)
     source.checked_device()
     layer = checked_layer(arguments.layer, source.config())
     model, tokenizer = source.load()
     start = time.perf_counter()
     if method is LAAI:
-        learnt = _train(model, tokenizer, split, path, layer, arguments.seed, options)
+        learnt = _train(model, tokenizer, split, path, layer, arguments.seed, arguments.log_to, options)
     else:
         fit(method.name, model, tokenizer, split, layer=layer, seed=arguments.seed, output=path, **options)
         learnt = {"training": method.record(path)}
@@ -152,14 +163,17 @@ def _train(
     path: Path,
     layer: int | None,
     seed: int,
+    log: Path | None,
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """Train a Δ and write `path`, or, where training stops before its end, the best so far beside it."""
     task = recorded_task(split.name)
     try:
-        result, choice = train_chosen(
-            model, tokenizer, split.train, layer, seed=seed, task=task, progress=True, **options
-        )
+        choice = choose(model, tokenizer, split.train, layer, progress=True, **options)
+        options |= {"l1": choice.l1, "group": choice.group, "steps": choice.steps}
+        if log is not None:
+            options["on_step"] = step_log(log)
+        result = train(model, tokenizer, split.train, choice.layer, seed=seed, task=task, progress=True, **options)
     except Interrupted as stopped:
         raise KeyboardInterrupt(_kept(stopped, path)) from None
     except NotFinite as stopped:

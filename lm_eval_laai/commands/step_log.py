@@ -1,0 +1,38 @@
+"""The file of `laai train --log-to`: the evaluations of a training, for who watches or plots it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from laai_core.errors import LaaiError
+from laai_core.files import unwritable
+from lm_eval_laai.commands.options import check_writable
+
+if TYPE_CHECKING:  # torch
+    from laai_core.optimize import Step
+
+
+def check_log(path: Path) -> None:
+    """LaaiError for a file that could not be written. Nothing is made, or emptied, yet."""
+    if path.is_dir():
+        raise LaaiError(f"--log-to {path} is a folder: expected a file")
+    check_writable(path.parent)
+
+
+def step_log(path: Path) -> Callable[[Step], None]:
+    """Empty `path`, or make it; what is returned adds one line of JSON, closing the file so that it can be read."""
+
+    def write(mode: str, text: str) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open(mode, encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise unwritable(path, error) from None
+
+    write("w", "")
+    return lambda step: write("a", json.dumps(asdict(step)) + "\n")
