@@ -16,7 +16,7 @@ Its training: encode, objective, penalty, optimize, forward, cache and replay (t
 start, record, train. `data/` reads and bundles tasks, `hub/` reads the Hugging Face Hub; the flat files need them for
 `load_task` and `Intervention.load` alone.
 
-The public names are imported when they are first used: who needs `laai_core.errors` alone waits for no torch.
+Public names are imported at first use, so that importing `laai_core.errors` alone does not load torch.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from laai_core.errors import LaaiError
 from laai_core.locate import Layout
 from lm_eval_laai.finite import check
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel
 
 # A shared prompt's cache is repeated for its continuations; below this many tokens that is never a memory question.

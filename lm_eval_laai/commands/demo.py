@@ -31,7 +31,7 @@ from lm_eval_laai.methods.select import train_chosen
 from lm_eval_laai.metrics import first_line
 from lm_eval_laai.tasks import TaskInfo, list_tasks
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHOTS = 10  # solved examples in the prompt, and training examples: the same ones

@@ -30,7 +30,7 @@ from lm_eval_laai.methods.method import Method
 from lm_eval_laai.methods.select import train_chosen
 from lm_eval_laai.tasks import harness_task, recorded_task
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Fields of Job and Settings that are flags of the same name: their kinds, defaults and helps are told there.

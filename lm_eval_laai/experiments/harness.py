@@ -25,7 +25,7 @@ from lm_eval_laai.experiments.setting import Setting, task_info
 from lm_eval_laai.model import HFLaai
 from lm_eval_laai.tasks import include_path, task_metadata
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FEWSHOT_SEED = 1234  # the harness's default; the tasks' sampler takes the first n and draws nothing

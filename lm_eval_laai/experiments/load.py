@@ -19,7 +19,7 @@ from laai_core.errors import LaaiError
 from lm_eval_laai.known_models.folder import pretrained
 from lm_eval_laai.known_models.package import check_gguf_library
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from lm_eval_laai import methods
 from lm_eval_laai.experiments.cells import Cell, Fit, Store, named
 from lm_eval_laai.experiments.setting import Setting
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from laai_core.example import Split
 from lm_eval_laai.methods.method import Method, Option, middle_layer, third_layer
 from lm_eval_laai.tasks import recorded_task
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["LAAI", "METHODS", "fit", "method_named"]

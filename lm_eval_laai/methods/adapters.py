@@ -30,7 +30,7 @@ from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.method import ADAPTER_FACTS, ADAPTER_STEPS
 from lm_eval_laai.methods.places import attention_inputs, down_projection, first_attention, is_transposed
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RANK = 4  # of LoRA

@@ -23,7 +23,7 @@ from laai_core.locate import Layout, locate, verify_causal
 from laai_core.objective import SMOOTHING, Objective
 from laai_core.record import training_facts
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from laai_core.intervention import Intervention
 from laai_core.locate import locate
 from laai_core.objective import Objective
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 

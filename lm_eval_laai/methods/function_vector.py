@@ -26,7 +26,7 @@ from laai_core.locate import Layout, locate
 from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.method import third_layer
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The numbers of the authors' code.

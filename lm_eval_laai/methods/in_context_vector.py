@@ -23,7 +23,7 @@ from laai_core.locate import Layout, locate
 from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.places import first_attention
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STEP = 0.1  # the paper's and the authors' README's

@@ -33,7 +33,7 @@ from laai_core.settings import Job, Settings, check
 from laai_core.start import in_context_starts
 from laai_core.train import TrainResult, train
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FOLDS = 3

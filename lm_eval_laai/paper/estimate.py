@@ -17,7 +17,7 @@ from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.methods import METHODS
 from lm_eval_laai.methods.method import ADAPTER_STEPS
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS, TOKENS, REPEATS = 64, 16, 3
