@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from laai_core.locate import Layout
+if TYPE_CHECKING:  # importing transformers takes a second
+    from laai_core.locate import Layout
 
 
 def padded(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from laai_core.cache import padded
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 
@@ -126,12 +127,7 @@ def encode_examples(
             for offset, token in enumerate(continuation):
                 scored.append((rows[key], len(prompt) - 1 + offset, token, len(owners)))
             owners.append(index)
-    width = max(len(ids) for *_, ids in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for (*_, ids), row in rows.items():
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        mask[row, : len(ids)] = 1
+    input_ids, mask = padded([ids for *_, ids in rows], torch.device("cpu"))
     rows_of, columns, tokens, continuations = torch.tensor(scored).T
     run = torch.tensor(list(runs))
     trained = torch.ones(len(run)) if held_out is None else 1 - torch.tensor(list(held_out)).float()
