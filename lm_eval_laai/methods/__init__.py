@@ -1,7 +1,7 @@
 """The paper's method and the baselines it is measured against, trained on the same examples by one entry.
 
-A method is one entry of METHODS. What it trains with is imported when it trains: a command line that lists the methods
-waits for neither torch nor PEFT.
+A method is one entry of METHODS. A method's libraries are imported when it trains, so that listing the methods loads
+neither torch nor PEFT.
 """
 
 from __future__ import annotations
