@@ -16,7 +16,7 @@ Its training: encode, objective, penalty, optimize, forward, cache and replay (t
 start, record, train. `data/` reads and bundles tasks, `hub/` reads the Hugging Face Hub; the flat files need them for
 `load_task` and `Intervention.load` alone.
 
-The public names are imported when they are first used: who needs `laai_core.errors` alone waits for no torch.
+Public names are imported at first use, so that importing `laai_core.errors` alone does not load torch.
 """
 
 from __future__ import annotations
@@ -27,29 +27,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from laai_core.apply import apply
-    from laai_core.data import load_examples, load_task
-    from laai_core.errors import LaaiError
-    from laai_core.example import Example, Split
-    from laai_core.intervention import Intervention
-    from laai_core.settings import Job
-    from laai_core.train import TrainResult, train, train_many
-    from laai_core.version import __version__
+    from laai_core.apply import apply as apply
+    from laai_core.data import load_examples as load_examples
+    from laai_core.data import load_task as load_task
+    from laai_core.errors import LaaiError as LaaiError
+    from laai_core.example import Example as Example
+    from laai_core.example import Split as Split
+    from laai_core.intervention import Intervention as Intervention
+    from laai_core.settings import Job as Job
+    from laai_core.train import TrainResult as TrainResult
+    from laai_core.train import train as train
+    from laai_core.train import train_many as train_many
+    from laai_core.version import __version__ as __version__
 
-__all__ = [
-    "Example",
-    "Intervention",
-    "Job",
-    "LaaiError",
-    "Split",
-    "TrainResult",
-    "__version__",
-    "apply",
-    "load_examples",
-    "load_task",
-    "train",
-    "train_many",
-]
 _FILES = {
     "Example": "example",
     "Intervention": "intervention",
@@ -64,6 +54,7 @@ _FILES = {
     "train": "train",
     "train_many": "train",
 }
+__all__ = list(_FILES)
 
 
 def __getattr__(name: str) -> Any:

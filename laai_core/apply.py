@@ -1,4 +1,4 @@
-"""Apply interventions to a live model: hooks that add vectors at exact positions, and always come off again."""
+"""Apply interventions to a live model: hooks that edit activations at exact tokens, removed however the block ends."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
 from laai_core.positions import Call, Generation, PositionTracker, repeated
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, eq=False)  # eq=False: rows share an Edit by identity, and tensors have no truth value
+@dataclass(frozen=True, eq=False)  # eq=False: compared by identity, as tensors have no truth value
 class Edit:
-    """An edit of some rows: vectors [D] by layer, or [B, D] with one for each row of the call; for `add` the scale is
-    folded in.
+    """Vectors to write into rows: by layer [D], or [B, D] with one per row of the call.
 
-    The vectors may require gradients: training goes through the same hooks as application.
+    For `add` the vectors include the scale. They may require gradients: training uses the hooks of `apply`.
     """
 
     vectors: Mapping[int, torch.Tensor]
     site: str = "heads"
     position: str = "last"
     operation: str = "add"
-    step: float = 1.0  # of the operation `icv`
+    step: float = 1.0  # step size of the operation `icv`
 
     @classmethod
     def of(cls, intervention: Intervention, layout: Layout) -> Edit:
@@ -86,7 +85,7 @@ def hooked(
 
 
 class _Steering:
-    """The hooks of one `apply`, and their record of the forward call in progress."""
+    """The hooks of one `apply`, and the state of the current forward call."""
 
     def __init__(
         self, layout: Layout, rows: Edit | Sequence[Edit | None], prompt_lengths: Sequence[int] | None
@@ -117,8 +116,8 @@ class _Steering:
                 yield module.register_forward_hook(self._output_hook(layer, site))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's `generate`, with its prompt told to the tracker: a forward call alone cannot know whether it is
-        a step of `generate` without a cache, or a chunk of a prefill.
+        """The model's `generate`, with its prompt given to the tracker: a forward call alone does not show whether it
+        is a step of `generate` without a cache, or a chunk of a prefill.
         """
         outer = self._tracker.generation
         self._tracker.generation = Generation(_prompt_mask(self._layout.model, args, kwargs))
@@ -128,7 +127,7 @@ class _Steering:
             self._tracker.generation = outer
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note where this call's prompts end. On the decoder, so that `model.model(...)` is seen too."""
+        """Record where this call's prompts end. A hook of the decoder, so that `model.model(...)` is covered too."""
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         tokens = given.get("input_ids")
         if tokens is None:
@@ -160,7 +159,7 @@ class _Steering:
     def _edited(self, x: torch.Tensor, layer: int, site: str) -> torch.Tensor:
         """x [B, T, D] with every edit of this layer and site; x itself when nothing is to change."""
         shape = x.shape
-        if x.ndim == 2:  # some feed-forwards (OPT's) see all tokens in one row of tokens
+        if x.ndim == 2:  # some feed-forwards (OPT's) flatten all rows into one
             x = x.view(*self._expected_shape(), -1) if len(x) == self._expected_shape().numel() else x
         for index, edit in enumerate(self._edits):
             if edit.site != site or layer not in edit.vectors:
@@ -188,9 +187,9 @@ class _Steering:
         return self._call.ordinals.shape
 
     def _vector(self, index: int, layer: int, x: torch.Tensor) -> torch.Tensor:
-        """The vector in the activation's dtype, on its device: cast once a device, unless it is being trained.
+        """The vector in the activation's dtype, on its device: cast once per device, unless it is being trained.
 
-        The activation's dtype is another than the model's under autocast.
+        Under autocast the activation's dtype differs from the model's.
         """
         vector = self._edits[index].vectors[layer]
         if vector.requires_grad:
@@ -228,7 +227,7 @@ def icv_step(x: torch.Tensor, vector: torch.Tensor, step: float) -> torch.Tensor
 
 
 def _distinct(rows: Edit | Sequence[Edit | None]) -> tuple[list[Edit], torch.Tensor | None]:
-    """The distinct edits, and the edit's number of each row (-1: untouched), or None when one edit is for all."""
+    """The distinct edits, and each row's index among them (-1: untouched), or None when one edit is for all rows."""
     if isinstance(rows, Edit):
         return [rows], None
     edits: list[Edit] = []
@@ -245,7 +244,7 @@ def _forward_parameters(module: nn.Module) -> list[str]:
 
 
 def _prompt_mask(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """[R, P] mask of what `generate` was given, 1 where a token is real."""
+    """[R, P] mask of the prompt given to `generate`: 1 for tokens, 0 for padding. LaaiError when unknown."""
     prompt = kwargs.get("input_ids")
     for other in (args[0] if args else None, kwargs.get("inputs"), kwargs.get("inputs_embeds")):
         prompt = other if prompt is None else prompt

@@ -1,7 +1,7 @@
-"""Prompts that run once and are read by many: ragged rows as model inputs, and views of their key-value cache.
+"""Ragged token rows as padded model inputs, and views of key-value caches that several forwards read.
 
-The views work on the layer objects of transformers' caches; a copy is shallow, and every cache layer replaces its
-tensors instead of writing into them, so that the original stays as it was.
+A view is a shallow copy with its own copies of the cache's layer objects. Layers replace their tensors instead of
+writing into them, so that the original cache stays unchanged.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from laai_core.locate import Layout
+if TYPE_CHECKING:  # importing transformers takes a second
+    from laai_core.locate import Layout
 
 
 def padded(
@@ -37,9 +38,9 @@ def model_inputs(
     cached_mask: torch.Tensor | None = None,
     cached_lengths: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """The model's arguments for tokens [R, T] behind what is cached; positions count each row's real tokens.
+    """The model's arguments for tokens and mask [R, T] behind a cache; position ids count non-padding tokens.
 
-    `cached_mask` [R, P] and `cached_lengths` [R] describe the cache, if there is one.
+    `cached_mask` [R, P] and `cached_lengths` [R]: mask and non-padding tokens of the cache; None: no cache.
     """
     inputs = {
         "input_ids": tokens,
@@ -52,7 +53,7 @@ def model_inputs(
 
 
 def selected(cache: Any, rows: torch.Tensor) -> Any:
-    """A cache with `rows` [n] of another, in that order, repeats allowed.
+    """A view of `cache` with batch rows `rows` [n], in that order, repeats allowed.
 
     Raises:
         AttributeError, NotImplementedError: for caches whose rows cannot be chosen (recurrent states).
@@ -64,7 +65,7 @@ def selected(cache: Any, rows: torch.Tensor) -> Any:
 
 
 def read_only(cache: Any) -> Any:
-    """A cache whose `update` returns old and new keys and values together, and keeps only the old ones."""
+    """A view of `cache` whose `update` returns cached and new keys and values together without storing the new."""
     frozen = copy.copy(cache)
     frozen.layers = [_read_only_layer(layer) for layer in cache.layers]
     return frozen

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from laai_core.cache import padded
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedTokenizerBase
 
 Whitespace = Literal["refuse", "loglikelihood", "generation"]
@@ -33,7 +34,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def encode_pair(
     tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, whitespace: Whitespace = "refuse"
 ) -> tuple[list[int], list[int]]:
-    """Ids of a prompt and of the target behind it.
+    """Token ids of a prompt and of the target behind the prompt.
 
     Args:
         whitespace: a prompt that ends in whitespace is tokenised in two ways by the harness: `loglikelihood` moves
@@ -69,7 +70,7 @@ class Batch:
     input_ids: torch.Tensor  # [R, T]
     attention_mask: torch.Tensor  # [R, T]
     prompt_lengths: list[int]  # R
-    run_of_row: list[int]  # R: which vector a row is under
+    run_of_row: list[int]  # R: the run whose vector is added to the row
     # One entry per scored token [M]: its row, the column whose logits predict it, its id, its continuation.
     row: torch.Tensor
     column: torch.Tensor
@@ -77,7 +78,7 @@ class Batch:
     continuation: torch.Tensor
     example: torch.Tensor  # [C]: the example of each continuation
     run_of_example: torch.Tensor  # [N]
-    share: torch.Tensor  # [N]: of each example in the mean loss of its run; 0 where it is held out
+    share: torch.Tensor  # [N]: weight of each example in its run's mean loss; 0 if held out
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
@@ -96,8 +97,8 @@ def encode_examples(
 ) -> Batch:
     """All examples in one batch. A target gets `stop` appended (so that generation ends there), options do not.
 
-    `runs` numbers the vector each example is under, from 0; default: one for all. Examples `held_out` are scored and
-    count for nothing in the mean loss of their run; default: none.
+    `runs` [N]: the run of each example, from 0; default: all in run 0. `held_out` [N]: examples that are scored but
+    have weight 0 in their run's mean loss; default: none.
 
     Raises:
         LaaiError: no example, an example that cannot be tokenised, or one longer than `max_length` tokens.
@@ -126,12 +127,7 @@ def encode_examples(
             for offset, token in enumerate(continuation):
                 scored.append((rows[key], len(prompt) - 1 + offset, token, len(owners)))
             owners.append(index)
-    width = max(len(ids) for *_, ids in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for (*_, ids), row in rows.items():
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        mask[row, : len(ids)] = 1
+    input_ids, mask = padded([ids for *_, ids in rows], torch.device("cpu"))
     rows_of, columns, tokens, continuations = torch.tensor(scored).T
     run = torch.tensor(list(runs))
     trained = torch.ones(len(run)) if held_out is None else 1 - torch.tensor(list(held_out)).float()

@@ -1,4 +1,4 @@
-"""LaaiError for bad input, WorkFailed for failures that are nobody's input, and two errors that carry results."""
+"""LaaiError for bad input, WorkFailed for valid input whose work failed, and two errors that carry partial results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class LaaiError(Exception):
     """Bad input, in one line: what was wrong, where, and what was expected."""
 
     def __init__(self, message: object) -> None:
-        # Names of files, and what is in them, may be long, and hold line breaks, terminal commands, or no Unicode.
+        # File names and contents may be long, and hold line breaks, terminal escapes or unpaired surrogates.
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message)[: LONGEST + 1])
         super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}...")
 
@@ -24,7 +24,7 @@ class WorkFailed(LaaiError):
 class Unfinished(BaseException):
     """A training that ended early: an exception, so that a caller who does not catch it stores nothing.
 
-    `results`: the best so far of every run, in order; `finished` of each says whether the run reached its end.
+    `results`: the best point so far of every run, in order; `finished` of each says whether the run reached its end.
     """
 
     def __init__(self, message: object, results: Sequence[Any]) -> None:

@@ -9,20 +9,20 @@ from typing import Any
 
 from laai_core.errors import LaaiError
 
-# Human distributions are rounded when they are published; further from one than this is a mistake, not rounding.
+# Published distributions are rounded; a sum further from 1 is a mistake.
 SUM_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with what should follow it.
+    """A prompt with its answer.
 
     Either `target` (the text that continues the prompt, for the task loss `nll`), or `options` (K answer texts) with
     `distribution` (K probabilities, the humans' answers, for the task loss `kl`). Sequences are stored as tuples.
-    `rendering` says how the prompt was made (template, chat template, system instruction), where that is known: it is
-    recorded in what is trained, and is no part of the example's identity.
+    `rendering`: how the prompt was made (template, chat template, system instruction), if known. Training records the
+    rendering in the file's metadata; equality and hash ignore it.
 
-    Raises LaaiError, naming the prompt, when neither or both are given or when they do not fit each other.
+    Raises LaaiError, naming the prompt, when neither or both are given, or when options and distribution do not match.
     """
 
     prompt: str
@@ -74,7 +74,7 @@ class Example:
             self._refuse(f"distribution is {distribution!r}", "finite numbers, none below 0")
         if abs(sum(shares) - 1) > SUM_TOLERANCE:
             self._refuse(f"distribution sums to {sum(shares):g}", "1")
-        # Tuples make the example hashable and immune to its caller; object.__setattr__, because the class is frozen.
+        # Tuples: hashable, and no caller can change them. object.__setattr__, because the class is frozen.
         object.__setattr__(self, "options", tuple(options))
         object.__setattr__(self, "distribution", shares)
 
@@ -98,5 +98,5 @@ class Split:
 
 
 def few_shot_prompt(examples: Sequence[Example], prompt: str) -> str:
-    """The solved examples in order, each followed by a blank line, then the prompt: what the harness builds too."""
+    """The solved examples in order, each followed by a blank line, then the prompt, as in the harness."""
     return "".join(f"{example.prompt}{example.answer}\n\n" for example in examples) + prompt

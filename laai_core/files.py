@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the suffix of an intervention's file. Every command uses this: no torch."""
+"""Files written whole or not at all, and the suffix of an intervention's file. Every command imports it: no torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from laai_core.errors import LaaiError, WorkFailed
 
 SUFFIX = ".safetensors"
-PARTIAL = f".partial{SUFFIX}"  # what a training that was stopped leaves; a folder of interventions has no use for it
+PARTIAL = f".partial{SUFFIX}"  # of an interrupted training's file, which folders of interventions skip
 _FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def write(path: Path, content: bytes) -> None:
     """Put `content` at `path` whole or not at all: temporary file beside it, fsync, rename."""
     try:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not mkstemp's: its files are private
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not mkstemp, whose files have mode 0600
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as file:
@@ -27,11 +27,11 @@ def write(path: Path, content: bytes) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: no name, or one with a zero byte
+    except (OSError, ValueError) as error:  # ValueError: an empty name, or a zero byte in the name
         raise unwritable(path, error) from None
 
 
 def unwritable(path: Path, error: OSError | ValueError) -> LaaiError:
-    """What to raise when writing failed: a full or broken disk is nobody's bad input."""
+    """The exception for a failed write: WorkFailed for a full or broken disk, else LaaiError."""
     kind = WorkFailed if isinstance(error, OSError) and error.errno in _FAULTS else LaaiError
     return kind(f"cannot write {path}: {getattr(error, 'strerror', None) or error}")

@@ -23,19 +23,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a batch that go through the model together, and the logits that are read from them.
+    """Batch rows that share a forward, and the logits read from it.
 
-    Columns count from the first token that the model is given.
+    Columns count from the first token given to the model.
     """
 
-    inputs: Any  # of the model, as `Forward._inputs` made them
+    inputs: Any  # return value of `Forward._inputs`
     lengths: list[int]  # [rows] tokens of each prompt
     end: torch.Tensor  # [rows] the column of each prompt's last token
     owner: torch.Tensor  # [rows] index among the active runs
     row: torch.Tensor  # [u] the row of each logit that is read
-    column: torch.Tensor  # [u] its column
+    column: torch.Tensor  # [u] the column of each logit that is read
     scored: torch.Tensor  # [m] indices of scored tokens in the batch
-    logit: torch.Tensor  # [m] index in [u] of the logit that predicts each
+    logit: torch.Tensor  # [m] index among the u logits of each scored token's logit
 
 
 class Forward(ABC):
@@ -43,7 +43,7 @@ class Forward(ABC):
 
     Args:
         batch: the rows of all runs' examples.
-        batch_size: rows per forward; default all. Halved by itself when memory runs out; never changes the result.
+        batch_size: rows per forward; default all. Halved when memory runs out; never changes the result.
     """
 
     def __init__(self, layout: Layout, batch: Batch, layer: int, site: str, batch_size: int | None = None) -> None:
@@ -54,15 +54,15 @@ class Forward(ABC):
 
     @abstractmethod
     def _first(self, lengths: torch.Tensor) -> torch.Tensor:
-        """The first column [rows] of a batch's rows that the model is given, for prompts of `lengths` [rows]."""
+        """The first column [rows] of each row given to the model; `lengths` [rows]: tokens of the prompts."""
 
     @abstractmethod
     def _inputs(self, rows: list[int]) -> Any:
-        """What `_logits` gives the model for some rows of the batch."""
+        """The model inputs of some batch rows, which `_logits` finds in `Part.inputs`."""
 
     @abstractmethod
     def _logits(self, part: Part, edit: Edit) -> torch.Tensor:
-        """Logits [u, V] that are read from a part, its rows under an edit."""
+        """The logits [u, V] of a part, with an edit applied to its rows."""
 
     def _edit(self, vectors: torch.Tensor) -> Edit:
         """The edit that adds vectors [rows, D], one for each row of a part."""
@@ -71,7 +71,7 @@ class Forward(ABC):
     def loss_and_gradient(
         self, vectors: torch.Tensor, objective: Objective, active: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the runs in `active`: mean task losses [A], gradients [A, D], and losses per example [N] of all examples.
+        """Mean task losses [A] and gradients [A, D] of the runs in `active`, and losses [N] of all examples.
 
         `vectors` [A, D] float32, one for each active run.
         """
@@ -99,8 +99,8 @@ class Forward(ABC):
                 losses = self._run_means(per_example)[runs.to(per_example.device)]
                 (gradients,) = torch.autograd.grad(losses.sum(), deltas)
             return losses.detach(), gradients, per_example.detach()
-        # The loss may couple rows (kl over options), so first all log-probabilities, then part by part again with the
-        # loss's derivative by them.
+        # The loss may couple rows (kl over options): first all log-probabilities, then the gradient part by part,
+        # weighted with the loss's derivative with respect to each log-probability.
         with torch.no_grad():
             logprobs = self._continuations(parts, [self._token_logprobs(deltas, part) for part in parts])
         with torch.enable_grad():
@@ -129,13 +129,13 @@ class Forward(ABC):
 
     @torch.no_grad()
     def token_logprobs(self, vectors: torch.Tensor, rows: list[int], runs: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities of all scored tokens of some rows, of some runs under `vectors` [runs, D]."""
+        """Log-probabilities [m] of the scored tokens of `rows`, which belong to `runs`, under `vectors` [runs, D]."""
         deltas = vectors.to(self._batch.row.device)
         return self._split_until_it_fits(lambda: self._token_logprobs(deltas, self._part(rows, runs)))
 
     @torch.no_grad()
     def activation_rms(self) -> list[float]:
-        """For each run, the root mean square of the site's activation over its examples' last prompt tokens."""
+        """For each run, the root mean square of the site's activation at its last prompt tokens. LaaiError if 0."""
         runs = range(int(self._batch.run_of_example.max()) + 1)
         width = torch.Size(self._layout.shape(self._layer, self._site)).numel()
         zeros = torch.zeros(len(runs), width, device=self._batch.row.device)
@@ -151,10 +151,10 @@ class Forward(ABC):
         return values
 
     def _parts(self, active: Sequence[int]) -> list[Part]:
-        """The rows of the active runs, `batch_size` at a time. Kept until a step has other runs or fewer rows."""
+        """The rows of the active runs, `batch_size` at a time. Cached until the runs or the batch size change."""
         key = (tuple(active), self._batch_size)
         if self._last[0] != key:
-            self._last = (None, [])  # frees its inputs before others are made
+            self._last = (None, [])  # frees the old inputs before new ones are made
             wanted = set(active)
             rows = [row for row, run in enumerate(self._batch.run_of_row) if run in wanted]
             size = self._batch_size
@@ -187,17 +187,17 @@ class Forward(ABC):
         return logprobs
 
     def _mean_squares(self, part: Part, vectors: torch.Tensor) -> torch.Tensor:
-        """Of the site's activation at a part's last prompt tokens: [rows]."""
+        """Mean squares [rows] of the site's activation at a part's last prompt tokens."""
         module = {self._layer: self._layout.module(self._layer, self._site)}
         with recorded(module, keep=hidden_of, inputs=self._site == "heads") as seen:
             self._logits(part, self._edit(vectors))
         (value,) = seen[self._layer]
-        activation = value.reshape(len(part.lengths), -1, value.shape[-1])  # OPT's feed-forward sees one long row
+        activation = value.reshape(len(part.lengths), -1, value.shape[-1])  # OPT's feed-forward flattens rows
         ends = part.end.to(value.device)
         return activation[torch.arange(len(ends)), ends].float().square().mean(1).cpu()
 
     def _continuations(self, parts: Sequence[Part], scores: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Token log-probabilities summed by continuation: [C]; those of inactive runs stay 0."""
+        """Token log-probabilities summed by continuation: [C]; continuations of inactive runs have 0."""
         scored, found = torch.cat([part.scored for part in parts]), torch.cat(list(scores))
         total = found.new_zeros(len(self._batch.example))
         return total.index_add(0, self._batch.continuation[scored].to(found.device), found)
@@ -210,10 +210,10 @@ class Forward(ABC):
 
 
 class _Logprobs(torch.autograd.Function):
-    """Float32 log-probabilities [m] of tokens [m] by the rows [m] of logits [u, V] that predict them.
+    """Float32 log-probabilities [m] of `token` [m] under the rows `row` [m] of `logits` [u, V].
 
-    The derivative is written over the one table [u, V] that is kept. Autograd's own makes two more of that size, which
-    takes as long as some layers where rows are many and the model is small.
+    `backward` overwrites the saved log-probabilities [u, V]. Autograd would allocate two more tensors of that size,
+    which with many rows and a small model takes as long as some layers.
     """
 
     @staticmethod
@@ -233,7 +233,7 @@ class _Logprobs(torch.autograd.Function):
 
 
 class PlainForward(Forward):
-    """Full hooked forwards: the reference every faster path is tested against, and the one for every position."""
+    """Full hooked forwards: the reference for `ReplayForward`, and the only forward for all positions."""
 
     def __init__(self, *arguments: Any, position: str = "last") -> None:
         super().__init__(*arguments)

@@ -14,7 +14,7 @@ Key = TypeVar("Key")
 
 @contextmanager
 def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end of the block, last first; from a generator also those registered before it failed."""
+    """Remove hooks at the end of the block, last first; if a generator fails, remove those registered before."""
     with ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
@@ -56,8 +56,8 @@ def with_hidden(output: Any, hidden: Any) -> Any:
 
 @contextmanager
 def shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Within the block, an attribute of the instance in front of its class's method; another one there comes back."""
-    before = module.__dict__.get(name)  # accelerate's hooks live there
+    """Within the block, set an instance attribute that hides the class's method; restore any earlier attribute."""
+    before = module.__dict__.get(name)  # accelerate sets its own `forward` here
     module.__dict__[name] = value
     try:
         yield
@@ -70,7 +70,7 @@ def shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients for the weights, put back as they were at the end."""
+    """Within the block, evaluation mode and no gradients for the weights; earlier states are restored."""
     training = [m for m in model.modules() if m.training]
     learning = [p for p in model.parameters() if p.requires_grad]
     model.eval()

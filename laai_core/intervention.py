@@ -18,7 +18,7 @@ from laai_core.words import OPERATIONS, POSITIONS, SITES
 if TYPE_CHECKING:
     from laai_core.locate import Layout
 
-# What a file says about the model it was made for; a sum of two interventions keeps these where both agree.
+# Metadata about the model; a sum of two interventions keeps those entries on which both agree.
 _MODEL_KEYS = ("base_model", "model_type", "num_hidden_layers", "num_attention_heads", "head_dim", "hidden_size")
 
 
@@ -75,10 +75,10 @@ class Intervention:
         """Read a file written by `save`. Checks everything before returning; LaaiError says what is wrong.
 
         Args:
-            source: a file, or `org/repo[:file][@revision]` on the Hugging Face Hub (what exists here wins).
-            local_files_only: do not go to the Hub, only into its cache.
+            source: a file, or `org/repo[:file][@revision]` on the Hugging Face Hub (an existing path wins).
+            local_files_only: use the Hub's cache only, no network.
         """
-        from laai_core.hub import local_file  # the Hub's client, which nothing else in the flat core needs
+        from laai_core.hub import local_file  # huggingface_hub, which nothing else in the flat core needs
 
         path = local_file(source, local_files_only)
         arguments = storage.read(path)
@@ -110,7 +110,7 @@ class Intervention:
 
     @property
     def layers(self) -> list[int]:
-        """The layers it writes to, in ascending order."""
+        """The layers that have a vector, in ascending order."""
         return list(self._vectors)
 
     @property
@@ -139,7 +139,7 @@ class Intervention:
                     f"the intervention's vector at layer {layer}, site {self.site}, has shape "
                     f"{tuple(vector.shape)}, this model expects {expected}"
                 )
-            # What is added is cast to the model's dtype; the rule of `icv` is computed in float32.
+            # `add` casts the vector to the model's dtype; `icv` computes in float32.
             dtype = layout.model.dtype if self.operation == "add" else torch.float32
             if not bool(torch.isfinite((vector * self.scale).to(dtype)).all()):
                 name = str(dtype).removeprefix("torch.")

@@ -1,8 +1,8 @@
 """Find decoder blocks, attention output projections and feed-forward modules by structure, never by model name.
 
-The rule reads the module tree only: the decoder's module list of length
-`num_hidden_layers`, in a block its attention child, in that the one output-projection leaf. Widths come from the
-modules, never from the config: several families have heads x head_dim != hidden_size.
+The rule reads the module tree only: the decoder's module list of length `num_hidden_layers`, each block's attention
+child, and the attention's one output projection. Widths come from the modules, never from the config: several
+families have heads x head_dim != hidden_size.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from laai_core.errors import LaaiError
 from laai_core.hooks import recorded
 from laai_core.words import SITES
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel
 
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _PROJECTION_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "attention_out")
-# `fc2` is OPT's: it has no feed-forward module of its own, its last linear layer's output is the same tensor.
+# OPT has no feed-forward module; the output of its last feed-forward layer `fc2` is the same tensor.
 _FEED_FORWARD_NAMES = ("mlp", "ffn", "feed_forward", "feedforward", "block_sparse_moe", "fc2")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where one causal language model can be intervened on. Made by `locate`."""
+    """Modules and sizes of a causal language model that interventions need. Made by `locate`."""
 
     model: PreTrainedModel  # the causal LM itself, without a PEFT wrapper
     decoder: nn.Module  # its forward receives the tokens, the mask and the cache
@@ -44,13 +44,13 @@ class Layout:
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its tokens; the CPU for an offloaded embedding, whose inputs accelerate moves."""
+        """Device of the input embedding; the CPU if offloaded, because accelerate then moves the inputs."""
         embedding: Any = self.model.get_input_embeddings()
         return torch.device("cpu") if embedding.weight.is_meta else embedding.weight.device
 
     @property
     def max_positions(self) -> int | None:
-        """The most tokens a text may have, if the model's configuration says so."""
+        """The most tokens of a text by the configuration (`max_position_embeddings`); None if not given."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     def layer(self, index: int) -> int:
@@ -61,7 +61,7 @@ class Layout:
         return index % count
 
     def module(self, layer: int, site: str) -> nn.Module:
-        """The module a hook goes on: its input is the site for `heads`, its output for `residual` and `mlp`."""
+        """The module to hook: `heads` is its input, `residual` and `mlp` are its output. LaaiError if it has none."""
         layer = self.layer(layer)
         if site == "heads":
             projection = self.projections[layer]
@@ -127,7 +127,7 @@ def verify_causal(layout: Layout) -> None:
     with torch.no_grad(), recorded(projections, keep=lambda x: None, inputs=True) as calls:
         logits = layout.model(torch.tensor([[1, 1], [1, 2]], device=layout.device)).logits[:, 0].float()
     name = type(layout.model).__name__
-    # A causal model gives equal numbers here but for the rounding of quantised and half-precision layers.
+    # On a causal model the two rows differ only by the rounding of quantised and half-precision layers.
     tolerance = 1e-5 if layout.model.dtype == torch.float32 else 1e-3
     if (logits[0] - logits[1]).abs().max() > tolerance * logits.abs().max():
         raise LaaiError(f"{name}'s first position sees later tokens: expected a causal language model")
@@ -138,7 +138,7 @@ def verify_causal(layout: Layout) -> None:
 
 def _find_blocks(model: PreTrainedModel, count: int) -> tuple[nn.Module, tuple[nn.Module, ...]]:
     """The innermost module around the decoder blocks that receives the tokens, and the blocks."""
-    # get_decoder() first: it leads past vision towers. It is wrong for a few types, hence the wider looks.
+    # get_decoder() first: it skips vision towers. For a few model types it is wrong, so larger modules follow.
     roots = [model.get_decoder()] if hasattr(model, "get_decoder") else []
     found: list[str] = []
     for root in [*roots, getattr(model, "base_model", model), model]:
@@ -173,8 +173,8 @@ def _number_of_heads(model: nn.Module, config: Any, block: nn.Module) -> int:
 
 
 def _refuse_sharded(model: PreTrainedModel, blocks: Iterable[nn.Module]) -> None:
-    """A tensor-parallel layer holds a part of the heads in each process: adding the whole vector would be wrong."""
-    tp_size = getattr(model, "_tp_size", None) or 1  # transformers sets it; not all of its plans leave DTensors
+    """LaaiError for tensor parallelism: a process holds some of the heads, so the whole vector would not fit."""
+    tp_size = getattr(model, "_tp_size", None) or 1  # set by transformers, whose plans do not all leave DTensors
     if tp_size > 1 or any(isinstance(p, DTensor) for block in blocks for p in block.parameters()):
         raise LaaiError(
             f"{type(model).__name__} is sharded inside its layers (tensor parallelism): load it without tp_plan, "
@@ -187,9 +187,9 @@ def _takes_tokens(module: nn.Module) -> bool:
 
 
 def _find_projection(block: nn.Module, layer: int, heads: int, hidden: int) -> nn.Module | str:
-    """The attention output projection of one block, or the sentence that says why there is none.
+    """The attention output projection of one block, or the error message if there is none.
 
-    A sentence, not an exception: hybrid models have blocks without attention between those with it.
+    Not an exception, because hybrid models have blocks with and without attention.
     """
     attentions = [(n, m) for n, m in block.named_children() if n in _ATTENTION_NAMES]
     found = [

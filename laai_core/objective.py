@@ -14,7 +14,7 @@ SMOOTHING = 1e-4  # epsilon of the human distribution, the same in training and 
 
 
 def smoothed(distribution: Sequence[float]) -> list[float]:
-    """(1 - eps) * pi + eps / K, so that an answer nobody gave costs a finite amount."""
+    """(1 - eps) * pi + eps / K, so that an answer with pi = 0 has a finite KL."""
     return [(1 - SMOOTHING) * p + SMOOTHING / len(distribution) for p in distribution]
 
 
@@ -41,7 +41,7 @@ class Objective:
             return -logprobs
         owner = self._owner.to(logprobs.device)
         none = logprobs.new_zeros(self._count)
-        # Log-softmax within each example; its largest score is taken off first, so that nothing overflows.
+        # Log-softmax within each example; its largest score is subtracted first, against overflow.
         largest = none.scatter_reduce(0, owner, logprobs.detach(), "amax", include_self=False)
         shifted = logprobs - largest[owner]
         log_p = shifted - none.index_add(0, owner, shifted.exp()).log()[owner]

@@ -19,9 +19,9 @@ from laai_core.penalty import Penalty
 
 OptimizerName = Literal["prox", "adam"]
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
-RECENT = 3  # accepted objectives a trial of `prox` may lie below the largest of
-GROWTH = 4.0  # of a step of `prox` over the one before
-FIRST_SHARE = 0.1  # of the start's length: the first step of `prox`
+RECENT = 3  # `prox` accepts a trial below the largest of this many accepted objectives
+GROWTH = 4.0  # largest ratio of a step of `prox` to the step before
+FIRST_SHARE = 0.1  # length of the first step of `prox`, as a share of the start's
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Points:
-    """A point of every run with what was measured there; objectives include the penalty, gradients do not."""
+    """One point per run with its measurements; objectives include the penalty, gradients do not."""
 
     x: torch.Tensor  # [R, H, d]
     gradient: torch.Tensor  # [R, H, d]
@@ -46,7 +46,7 @@ class Points:
     objective: torch.Tensor  # [R], float64
 
     def where(self, chosen: torch.Tensor, others: Points) -> Points:
-        """These for the runs `chosen` [R], `others` for the rest."""
+        """Self for the runs `chosen` [R], `others` for the rest."""
         wide = chosen.view(-1, 1, 1)
         return Points(
             torch.where(wide, self.x, others.x),
@@ -58,7 +58,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Solution:
-    """The best point a run saw, and how it got there."""
+    """The best point of a run, and its history."""
 
     x: torch.Tensor  # [H, d]
     gradient: torch.Tensor  # [H, d], of the loss at x
@@ -66,15 +66,15 @@ class Solution:
     loss: float
     first_gradient: torch.Tensor  # [H, d], of the loss at the start
     history: list[Step]
-    stopped: str | None  # why it ended before its budget, if it did
+    stopped: str | None  # why the run ended before its budget, or None
     finished: bool  # not interrupted, and everything finite
 
 
-# x [A, H, d] and the numbers of their runs -> losses [A], gradients [A, H, d], and what to say of a run
-# for which they are not finite.
+# x [A, H, d] and the numbers of their runs -> losses [A], gradients [A, H, d], and a function that gives the end of
+# the message on a run whose values are not finite.
 Evaluate = Callable[[torch.Tensor, list[int]], tuple[torch.Tensor, torch.Tensor, Callable[[int], str]]]
 
-# An optimiser yields the x to evaluate next, and which runs have nowhere left to go; it is sent what was found there.
+# An optimiser yields x to evaluate [R, H, d] and the runs without further progress [R]; it is sent the Points at x.
 Optimizer = Generator[tuple[torch.Tensor, torch.Tensor], Points, None]
 
 
@@ -205,7 +205,7 @@ def _prox(penalty: Penalty, point: Points) -> Optimizer:
         short = curvature / change.square().sum((1, 2)).double().clamp_min(1e-30)
         grown = GROWTH * step
         spectral = torch.where(curvature > 1e-12 * square, torch.minimum(short, grown), grown).clamp(1e-8, 1e8)
-        # After a rejected trial its own curvature says how far too long the step was.
+        # After a rejected trial, the curvature along the trial estimates by how much the step was too long.
         shorter = torch.where(curvature > 0, short.clamp(step / 10, step / 2), step / 2)
         step = torch.where(accepted, spectral, shorter)
         later = torch.cat([recent[:, 1:], trial.objective.unsqueeze(1)], 1)

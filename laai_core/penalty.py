@@ -11,7 +11,7 @@ import torch
 class Penalty:
     """`l1` is the paper's gamma, `group` its lambda. Rows of x are the groups.
 
-    Both may be tensors [R, 1, 1], one for each of several x [R, H, d]; what is a scalar for one x is then [R].
+    Both may be tensors [R, 1, 1], one for each run of x [R, H, d]; values that are scalars for one x are then [R].
     """
 
     l1: float | torch.Tensor
@@ -43,7 +43,7 @@ class Penalty:
 
 
 def _norms(x: torch.Tensor) -> torch.Tensor:
-    """Of the rows of x [..., H, d]: [..., H, 1]."""
+    """Norms [..., H, 1] of the rows of x [..., H, d]."""
     return x.norm(dim=-1, keepdim=True)
 
 

@@ -25,7 +25,7 @@ class Call:
     prompt_lengths: torch.Tensor
 
     def hits(self, position: str, rows: torch.Tensor) -> Hits:
-        """Rows and columns of this call, among `rows` [n], that a `position` selects."""
+        """Rows and columns of the tokens in `rows` [n] that a `position` selects."""
         ordinals = self.ordinals[rows]  # [n, T]
         ends = self.prompt_lengths[rows].unsqueeze(1)  # [n, 1]
         if position == "last":
@@ -40,7 +40,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one `generate` was asked to continue: the mask of its prompt [R, P], on the CPU."""
+    """The prompt of one `generate`: its mask [R, P], on the CPU."""
 
     mask: torch.Tensor
 
@@ -84,7 +84,7 @@ class PositionTracker:
             mask: the 2-D attention mask over past and present tokens, or None.
         """
         if self.generation is not None:
-            # generate() may pass a 4-D mask, a dict of masks or none, so its own prompt is what counts.
+            # generate() may pass a 4-D mask, a dict of masks or none, so ordinals come from the prompt's mask.
             ordinals = self.generation.ordinals(past - self._virtual, length, batch)
             ends = self.generation.lengths() if self._given is None else self._given
             return Call(ordinals, repeated(ends, batch))

@@ -18,23 +18,23 @@ from laai_core.penalty import Penalty
 from laai_core.replay import Prefixes, ReplayForward
 from laai_core.settings import Settings
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 
 class Problem:
-    """Runs over examples of their own: one batch for all of them, and for every layer they are minimised at.
+    """Several runs, each over its own examples, in one batch that all layers share.
 
-    Work that needs the model is done at the first use, within `frozen(layout.model)`: the prefixes and the test of the
-    replay once, the root mean square of the activation once a layer.
+    The model runs at first use, within the caller's `frozen(layout.model)`: the prefixes and the test of the replay
+    once, the root mean square of the activation once per layer.
 
     Args:
         sets: the examples of each run.
-        layers: those that will be asked for.
-        held_out: for every example of every set, whether its loss is only watched; default: none is.
-        settings: their `steps`, `optimizer`, `tolerance` and `projection` are the caller's business.
+        layers: all layers that `minimise` will be called with.
+        held_out: for each example of each set, True if its loss is reported but not minimised; default: none.
+        settings: `steps`, `optimizer`, `tolerance` and `projection` are not read here but by the caller.
 
     Raises:
         LaaiError: on bad data, before anything runs.
@@ -65,7 +65,7 @@ class Problem:
         self.objective = Objective(examples)
         self.layout, self._settings, self._highest = layout, settings, max(layers)
         self._prefixes = Prefixes(layout, self._batch, layers)
-        self._replay: bool | None = True if settings.forward == "replay" else None  # None: not known yet
+        self._replay: bool | None = True if settings.forward == "replay" else None  # None: not tested yet
         if settings.forward == "plain" or settings.position != "last" or layout.virtual_tokens:
             self._replay = False
         self._known: dict[int, tuple[Forward, torch.Tensor]] = {}
@@ -92,7 +92,7 @@ class Problem:
         """`laai_core.optimize.minimise` over x [len(runs), H, d] of some runs, with Δ = unit * x.
 
         `on_losses` is called at every evaluation, before the steps are reported, with the losses [N] of all examples
-        of all sets, held out or not; those of runs that are not evaluated are meaningless.
+        of all sets, held out or not; losses of runs that are not evaluated are meaningless.
         """
         forward, unit = self._at(layer)
 
@@ -135,7 +135,7 @@ class Problem:
         return False
 
     def _culprit(self, per_example: torch.Tensor, run: int) -> str:
-        """Which of a run's examples has a loss that is not finite."""
+        """The first example of a run whose loss is not finite, as the end of a message; '' if all are finite."""
         found = per_example[[owner == run for owner in self._owners]]
         bad = (~torch.isfinite(found)).nonzero().flatten().tolist()
         return f" (example {bad[0]})" if bad else ""

@@ -1,4 +1,4 @@
-"""What a file records of how it was made: the model, the examples, the software."""
+"""Provenance recorded in an intervention's file: the model, the examples, the software."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from laai_core.version import __version__
 
 
 def model_facts(layout: Layout, layer: int) -> dict[str, Any]:
-    """The model's name and dimensions; head_dim is that of `layer`."""
+    """Name and dimensions of the model, with the head_dim of `layer`."""
     config = layout.model.config
     name = getattr(config, "_name_or_path", "") or type(layout.model).__name__
     return {
-        # The path of a local model says nothing to anyone else, and would make equal trainings unequal files.
+        # Without the folder, which means nothing on another machine and would give equal trainings different bytes.
         "base_model": Path(name).resolve().name if Path(name).exists() else name,
         "model_type": config.model_type,
         "num_hidden_layers": len(layout.blocks),
@@ -35,7 +35,7 @@ def model_facts(layout: Layout, layer: int) -> dict[str, Any]:
 def training_facts(
     layout: Layout, examples: Sequence[Example], seed: int, stopped: str | None = None
 ) -> dict[str, Any]:
-    """What every method records of its training; `stopped` is why it ended before its budget, if it did."""
+    """Training facts common to all methods; `stopped`: why training ended before its budget, or None."""
     rendering = examples[0].rendering
     return {
         **({} if rendering is None else {"rendering": dict(rendering)}),
@@ -49,13 +49,13 @@ def training_facts(
 
 
 def examples_sha256(examples: Sequence[Example]) -> str:
-    """Identity of the training examples, in order."""
+    """SHA-256 of the training examples in order, without their renderings."""
     rows = [[e.prompt, e.target, e.options, e.distribution] for e in examples]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:
-    """Versions of the software that decides a training's numbers."""
+    """Versions of the software that affects a training's numbers."""
     return {
         "laai": __version__,
         "python": platform.python_version(),

@@ -1,8 +1,8 @@
-"""The fast path: everything before the last prompt token is constant, so it runs once.
+"""The fast path: tokens before the last prompt token do not depend on the vector, so they run once.
 
-A prompt's tokens before its last go through the model once; their keys and values are kept. A step then runs only
-[last prompt token + targets] through layers >= l, forward and backward, against those keys and values, which are read
-and never appended to. The model's own forward does it; the blocks below l return their recorded output.
+A prompt's tokens before its last go through the model once; their keys and values are cached. A step then runs only
+[last prompt token + targets] through layers >= l, forward and backward, against the cache, which is never appended to.
+A step calls the model's own forward; the blocks below l return their recorded output.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from laai_core.forward import Forward, Part
 from laai_core.hooks import attached, recorded, shadowed, with_hidden
 from laai_core.locate import Layout
 
-# Raised by model code that is called with arguments, or a cache, that it does not support.
+# Exceptions of model code that does not support the arguments or the cache of a replay.
 _REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
-Text = tuple[int, tuple[int, ...]]  # tokens in the prompt, then all tokens of a row
+Text = tuple[int, tuple[int, ...]]  # number of prompt tokens, all token ids of a row
 
 
 @dataclass(frozen=True)
 class _Suffixes:
     """Distinct texts from their last prompt token on, with the model's arguments and the cache of their prefixes."""
 
-    number: dict[Text, int]
+    number: dict[Text, int]  # the row of each text in the tensors below
     inputs: dict[str, torch.Tensor]  # tokens [U, T], mask [U, P + T] over prefixes too, positions [U, T]
     cache: Any  # of the distinct prefixes, None where all are empty
-    prefix: torch.Tensor  # [U]: which of them a text has
-    entering: dict[int, Any]  # layer: the output of the block below it, [U, T, hidden], or a tuple that begins with it
+    prefix: torch.Tensor  # [U]: the cache row of each text's prefix
+    entering: dict[int, Any]  # layer: output of the block below, [U, T, hidden] or a tuple that begins so
 
     def take(self, texts: Sequence[Text], layer: int) -> tuple[dict[str, Any], Any]:
         """The model's arguments and the hidden states that enter a layer: a row for each text, repeats allowed."""
@@ -45,7 +45,7 @@ class _Suffixes:
         inputs |= {"past_key_values": None, "use_cache": self.cache is not None}
         if self.cache is not None:
             prefix = self.prefix[rows]
-            whole = prefix.tolist() == list(range(int(self.prefix.max()) + 1))  # then nothing needs to be copied
+            whole = prefix.tolist() == list(range(int(self.prefix.max()) + 1))  # then no rows need to be copied
             inputs["past_key_values"] = read_only(self.cache if whole else selected(self.cache, prefix))
         return inputs, _taken(self.entering[layer], rows)
 
@@ -64,16 +64,16 @@ class Prefixes:
         self._kept: dict[tuple[int, int], _Suffixes] = {}
 
     def suffixes(self, rows: Sequence[int], layer: int, batch_size: int) -> tuple[dict[str, Any], Any]:
-        """The model's arguments for some rows (ascending), and what enters `layer`.
+        """The model's arguments for some rows (ascending), and the hidden states that enter `layer`.
 
-        Runs the whole chunk of `batch_size` rows that they are in and keeps it: later steps with fewer active runs,
-        and other layers, take their rows from it.
+        Runs and caches the whole chunk of `batch_size` rows around `rows`: later steps with fewer active runs, and
+        other layers, take their rows from the same chunk.
         """
         texts = [self.texts[row] for row in rows]
         start = rows[0] // batch_size * batch_size
         if rows[-1] >= start + batch_size:
             return _run(self._layout, texts, [layer]).take(texts, layer)
-        # After memory ran out, chunks of the larger batch size must not stay in it.
+        # After memory ran out, chunks of the larger batch size must not stay in memory.
         self._kept = {key: suffixes for key, suffixes in self._kept.items() if key[1] == batch_size}
         if (start, batch_size) not in self._kept:
             chunk = self.texts[start : start + batch_size]
@@ -82,7 +82,7 @@ class Prefixes:
 
 
 class ReplayForward(Forward):
-    """Steps against frozen prefixes, which the layers of one batch may share."""
+    """Forwards over the tokens from the last prompt token on; `prefixes` may be shared by the layers of one batch."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class ReplayForward(Forward):
     def difference_from(self, plain: Forward) -> float | str:
         """Largest difference from `plain` in a token's log-probability over two rows under a random vector, or, where
         the model's code or cache does not allow a replay, the reason."""
-        # The shortest row and the longest: padding, a short prefix and a ragged target are all there, if anywhere.
+        # The shortest and the longest row have padding, a short prefix and targets of unequal length, if any rows do.
         shapes = {(len(ids), prompt): row for row, (prompt, ids) in enumerate(self._prefixes.texts)}
         rows = sorted({shapes[min(shapes)], shapes[max(shapes)]})
         runs = sorted({self._batch.run_of_row[row] for row in rows})
@@ -127,11 +127,11 @@ class ReplayForward(Forward):
             logits = self._layout.model(**inputs).logits
         if logits.shape[:2] != (1, len(part.row)):
             raise RuntimeError(f"logits of shape {list(logits.shape)} for {len(part.row)} positions")
-        return logits.squeeze(0)  # not logits[0], whose derivative is a second table of that size
+        return logits.squeeze(0)  # not logits[0], whose backward allocates a second [u, V]
 
 
 def _run(layout: Layout, texts: Sequence[Text], layers: Sequence[int]) -> _Suffixes:
-    """Run the distinct prefixes for their cache, then the distinct suffixes for what enters `layers`."""
+    """Run the distinct prefixes for their cache, then the distinct suffixes for the outputs below `layers`."""
     device = layout.device
     distinct = list(dict.fromkeys(texts))
     prefixes = list(dict.fromkeys(ids[: prompt - 1] for prompt, ids in distinct))
@@ -154,7 +154,7 @@ def _run(layout: Layout, texts: Sequence[Text], layers: Sequence[int]) -> _Suffi
 
 
 def _entering(layout: Layout, inputs: dict[str, Any], layers: Sequence[int]) -> dict[int, Any]:
-    """The outputs of the blocks below `layers`; layer 0 has none, it is fed by the embedding."""
+    """The outputs of the blocks below `layers`; layer 0 has no block below."""
     below = {layer: layout.blocks[layer - 1] for layer in set(layers) if layer}
     with recorded(below) as outputs:
         if below:

@@ -31,10 +31,10 @@ def _setting(default: Any, text: str, **limits: Any) -> Any:
 
 
 def check(kind: type, **values: Any) -> None:
-    """LaaiError for a value that no field of `kind`, Settings or Job, can have; None is not checked."""
+    """Raise LaaiError for a value outside the range of its field in `kind` (Settings or Job); None passes."""
     for one in fields(kind):
         value, limits = values.get(one.name), one.metadata
-        if value is None or isinstance(value, Intervention):  # which a start may be
+        if value is None or isinstance(value, Intervention):  # a start may be an Intervention
             continue
         if value not in limits.get("choices", (value,)):
             raise LaaiError(f"unknown {one.name} {value!r}: expected one of {', '.join(limits['choices'])}")
@@ -44,11 +44,11 @@ def check(kind: type, **values: Any) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all jobs of one `train_many` share. Raises LaaiError for a value out of range.
+    """Settings shared by all jobs of one `train_many`. Raises LaaiError for a value out of range.
 
     The penalty scale `absolute` penalises Δ itself, as the paper does. `relative` writes Δ = rms * x and penalises x,
     rms being the root mean square of the site's activation at the last prompt tokens, so that one setting fits any
-    model. `steps` are spent exactly, unless there is a tolerance or `prox` has nothing left to gain in float32.
+    model. Exactly `steps` evaluations are made, unless `tolerance` is met or `prox` stops progressing in float32.
     """
 
     steps: int = _setting(100, "model evaluations", **_COUNT)
@@ -112,7 +112,7 @@ class Job:
 
     @property
     def begin(self) -> StartName | Intervention:
-        """The start, or the default one."""
+        """`start`, or its default."""
         if self.start is None:
             return "icl" if len(self.examples) > 1 else "zero"
         return self.start

@@ -1,4 +1,4 @@
-"""The in-context start: a vector that knows the task before training, read off the model's own few-shot prompts.
+"""The in-context start of training: the mean difference that few-shot prompts make to the activation.
 
 For every example, the site's activation at the last prompt token behind the solved others (a leave-one-out few-shot
 prompt), minus the activation at the same token of the bare prompt. The mean over examples and SHUFFLES orders of the
@@ -22,11 +22,11 @@ from laai_core.hooks import hidden_of, recorded
 from laai_core.locate import Layout
 from laai_core.memory import until_it_fits
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedTokenizerBase
 
-SHUFFLES = 2  # orders of the other examples, for each example
-ROWS = 32  # prompts in one forward, where not told
+SHUFFLES = 2  # orders of the other examples, per example
+ROWS = 32  # prompts per forward, by default
 
 
 @torch.no_grad()
@@ -41,9 +41,9 @@ def in_context_starts(
 ) -> dict[int, torch.Tensor]:
     """{layer: [len(sets), *shape of the site]} the in-context start of every set, float32 on the CPU.
 
-    The orders are drawn with fixed seeds: equal examples in equal order give equal starts. Where a few-shot prompt is
-    longer than the model takes, it has as many of the solved examples as fit. `batch_size` is the prompts of one
-    forward: it changes memory, not the result.
+    The orders are drawn with fixed seeds: equal examples in equal order give equal starts. A few-shot prompt
+    longer than `max_positions` loses solved examples until it fits. `batch_size`, the prompts per forward, changes
+    memory, not the result.
 
     Raises:
         LaaiError: for a set of fewer than two examples.
@@ -72,7 +72,7 @@ Tokens = tuple[int, ...]
 def _prompts(
     layout: Layout, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], whitespace: Whitespace
 ) -> list[tuple[Tokens, Tokens]]:
-    """(tokens of a leave-one-out few-shot prompt, tokens of the same example's bare prompt), SHUFFLES each."""
+    """(tokens of a leave-one-out few-shot prompt, tokens of the bare prompt), SHUFFLES pairs per example."""
 
     def encoded(text: str) -> Tokens:
         return tuple(encode_text(tokenizer, text.rstrip() if whitespace == "loglikelihood" else text))
@@ -82,7 +82,7 @@ def _prompts(
     for shuffle in range(SHUFFLES):
         draw = random.Random(shuffle)
         for number, example in enumerate(examples):
-            shots = [other for place, other in enumerate(examples) if place != number]
+            shots = [other for index, other in enumerate(examples) if index != number]
             draw.shuffle(shots)
             few_shot = encoded(example.behind(shots))
             while limit is not None and len(few_shot) > limit and shots:
@@ -101,7 +101,7 @@ def _last_activations(
 
     def last(value: Any) -> torch.Tensor:
         hidden = hidden_of(value)
-        # Rows are padded on the left. OPT's feed-forward sees all rows as one.
+        # Rows are padded on the left. OPT's feed-forward flattens all rows into one.
         return hidden.reshape(count, -1, hidden.shape[-1])[:, -1].float().cpu()
 
     with recorded(modules, last, inputs=site == "heads") as seen:
@@ -110,5 +110,5 @@ def _last_activations(
             count = len(part)
             tokens, mask = padded(part, layout.device, left=True)
             layout.model(**model_inputs(layout, tokens, mask), use_cache=False, logits_to_keep=1)
-    places = torch.tensor(in_order).argsort()
-    return {layer: torch.cat(parts)[places] for layer, parts in seen.items()}
+    restored = torch.tensor(in_order).argsort()  # undoes the sorting by length
+    return {layer: torch.cat(parts)[restored] for layer, parts in seen.items()}

@@ -1,4 +1,4 @@
-"""One .safetensors file per intervention: encoding, decoding and checking. `files` writes it.
+"""One .safetensors file per intervention: encoding, decoding and checking.
 
 Tensors `layers.{l}.{site}`, float32; one header key `laai` holds sorted JSON, because safetensors writes several
 metadata keys in random order and the same training must give the same bytes.
@@ -20,7 +20,7 @@ from laai_core.errors import LaaiError
 
 FORMAT_VERSION = 1
 _TENSOR_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.([a-z]+)")
-# Far above any real file (a vector is kilobytes), low enough that a hostile header costs nothing.
+# Limits far above any real file (a vector has kilobytes), low enough to bound the cost of a hostile one.
 _MAX_HEADER_BYTES = 4 << 20
 _MAX_FILE_BYTES = 1 << 28
 _MAX_LAYERS = 1024
@@ -36,7 +36,7 @@ def encode(
     operation: str,
     metadata: Mapping[str, Any],
 ) -> bytes:
-    """The file's bytes. `vectors`: non-negative layer to float32 [H, d] or [hidden]."""
+    """The bytes of `vectors`: {layer from 0: float32 [H, d] or [hidden]}. LaaiError for other metadata than JSON."""
     header = {
         **metadata,
         "format_version": FORMAT_VERSION,
@@ -52,10 +52,10 @@ def encode(
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The constructor arguments of the Intervention in the file, whose constructor checks the rest.
+    """The constructor arguments of the Intervention in a file. The constructor checks words, sizes and values.
 
     Raises:
-        LaaiError: missing, not safetensors, truncated, a newer format, or anything in it that does not fit.
+        LaaiError: the file is missing, not safetensors, truncated, of another format version, or malformed.
     """
     content = _content(path)
     header = _header(content, path)
@@ -102,7 +102,7 @@ def _content(path: Path) -> bytes:
 
 
 def _header(content: bytes, path: Path) -> dict[str, Any]:
-    """The safetensors header, checked here first so that the message says what is wrong."""
+    """The safetensors header, checked before safetensors loads the file, so that messages name the fault."""
     length = int.from_bytes(content[:8], "little")
     if len(content) < 10 or content[8:9] != b"{" or length > _MAX_HEADER_BYTES:
         raise LaaiError(f"{path} is not a safetensors file")
@@ -155,9 +155,9 @@ def _facts(metadata: Any, path: Path) -> dict[str, Any]:
 
 
 def _check_writable_as_json(facts: Mapping[str, Any]) -> None:
-    """LaaiError for metadata that a file cannot hold, or that those who show it would choke on.
+    """LaaiError for metadata that cannot be written as standard JSON in UTF-8.
 
-    JSON can say 1e999 and half a surrogate pair; nobody can write either of them down again.
+    `json.loads` accepts 1e999 (infinity) and unpaired surrogates, which cannot be written back.
     """
     if _nests_deeper(facts, _MAX_NESTING):
         raise LaaiError(f"the metadata nests more than {_MAX_NESTING} levels deep")

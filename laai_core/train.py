@@ -24,16 +24,16 @@ from laai_core.record import model_facts, training_facts
 from laai_core.settings import Job, Settings
 from laai_core.start import in_context_starts
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` returns. `objective` and `stationarity` are those of the returned intervention.
+    """One trained vector. `objective` and `stationarity` are measured at the returned intervention.
 
     `critical_penalty` is the smallest p for which the starting point, if it is zero, is stationary under
-    l1 = group = p: from there on training returns zero.
+    l1 = group = p: from this penalty on training returns zero.
     """
 
     intervention: Intervention
@@ -41,7 +41,7 @@ class TrainResult:
     objective: float
     stationarity: float
     critical_penalty: float
-    stopped: str | None  # why training ended before its steps, if it did
+    stopped: str | None  # why training ended before its steps, or None
     finished: bool  # False only in what `NotFinite` and `Interrupted` carry
 
 
@@ -67,7 +67,7 @@ def train(
         on_step: called with every evaluation, right after it.
         l1, group: the paper's gamma and lambda.
         settings: the other fields of `laai_core.settings.Job` (lr, seed, task, start) and those of `Settings` (steps,
-            optimizer, penalty_scale, tolerance, ...), which say what each is.
+            optimizer, penalty_scale, tolerance, ...), documented there.
 
     Raises:
         LaaiError: on bad arguments or data, before anything runs.
@@ -98,8 +98,8 @@ def train_many(
 
     `settings` are fields of `laai_core.settings.Settings`; errors as for `train`; the results are in the order of
     `jobs`. A job that is not finite does not stop the others: `NotFinite` comes when they are done. `Interrupted` has
-    the jobs of the layer it came at. `on_steps` is called after each round of evaluations with {number of the job: its
-    step}; the jobs of a layer go together, one layer after the other.
+    the results of the layer that was running. `on_steps` is called after each round of evaluations with {number of the
+    job: its step}; the jobs of a layer go together, one layer after the other.
     """
     if not jobs:
         raise LaaiError("no jobs, expected at least one")
@@ -137,7 +137,7 @@ def train_many(
                     raise Interrupted(str(unfinished), found)
                 results |= zip(at_layer[layer], found, strict=True)
                 failed = failed or unfinished
-        bar.refresh()  # short runs end between two of its updates
+        bar.refresh()  # short runs end between two updates of the bar
     in_order = [results[number] for number in range(len(jobs))]
     if failed is not None:
         raise NotFinite(failed, in_order)
@@ -145,7 +145,7 @@ def train_many(
 
 
 def _same_examples(jobs: Sequence[Job], at_layer: dict[int, list[int]]) -> list[tuple[list[list[Example]], list[int]]]:
-    """The jobs' examples, and the layers whose jobs have the same ones: prefixes then run once for all of them."""
+    """(examples of a layer's jobs, the layers whose jobs have equal ones): their prefixes run once per such group."""
     groups: list[tuple[list[list[Example]], list[int]]] = []
     for layer, numbers in sorted(at_layer.items()):
         sets = [list(jobs[number].examples) for number in numbers]
@@ -165,7 +165,7 @@ def _at_layer(
     settings: Settings,
     report: Callable[[dict[int, Step]], None],
 ) -> tuple[list[TrainResult], Unfinished | None]:
-    """The results of the jobs of one layer, and what ended some of them before their time."""
+    """The results of the jobs of one layer, and the exception that ended some of them early, or None."""
     unit = problem.unit(layer)
     start = starts.view(len(jobs), *problem.shape(layer)) / unit
     l1, group, lr = torch.tensor([(job.l1, job.group, job.lr) for job in jobs]).T.view(3, -1, 1, 1)
@@ -182,7 +182,7 @@ def _at_layer(
 def _starts(
     layout: Layout, tokenizer: PreTrainedTokenizerBase, jobs: Mapping[int, Sequence[Job]], settings: Settings
 ) -> dict[int, torch.Tensor]:
-    """{layer: Δ [J, *shape of the site]} where the J jobs of each layer begin; job i has the same examples at all."""
+    """{layer: start Δ [J, *shape of the site] of its J jobs}; job i has the same examples at every layer."""
     first, *_ = jobs.values()
     in_context = [number for number in range(len(first)) if any(here[number].begin == "icl" for here in jobs.values())]
     known: dict[int, torch.Tensor] = {}
@@ -204,7 +204,7 @@ def _starts(
 
 
 def _result(problem: Problem, layer: int, settings: Settings, job: Job, solution: Solution, rms: float) -> TrainResult:
-    """The best point of a run as an intervention that says how it was made."""
+    """The best point of a run, its vector with the provenance as metadata."""
     layout = problem.layout
     residual = float(Penalty(job.l1, job.group).stationarity(solution.x, solution.gradient))
     training = {

@@ -12,17 +12,17 @@ TEMPLATE, SYSTEM, INSTRUCTION = "chat_template_sha256", "system", "system_instru
 
 
 def template_sha256(tokenizer: Any) -> str:
-    """Identity of a tokenizer's chat template."""
+    """SHA-256 of a tokenizer's chat template."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
 def system_message(messages: Sequence[Mapping[str, str]]) -> str | None:
-    """What the system says at the beginning of a conversation."""
+    """The system message at the beginning of a conversation, if there is one."""
     return messages[0]["content"] if messages and messages[0]["role"] == "system" else None
 
 
 def rendering_of(intervention: Intervention) -> dict[str, Any]:
-    """How the file says that the training prompts were rendered; empty where it says nothing."""
+    """The rendering of the training prompts that the file records; empty if it records none."""
     training = intervention.metadata.get("training")
     rendering = training.get("rendering") if isinstance(training, dict) else None
     return rendering if isinstance(rendering, dict) else {}
@@ -40,7 +40,7 @@ class Chats:
         self._systems[context] = system_message(messages)
 
     def difference(self, intervention: Intervention, context: str, tokenizer: Any) -> str | None:
-        """How the prompts in training and in evaluation differ; an intervention's first context is compared."""
+        """How training and evaluation prompts differ, or None; only an intervention's first context is compared."""
         if id(intervention) in self._compared:
             return None
         self._compared.add(id(intervention))

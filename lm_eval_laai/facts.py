@@ -1,4 +1,4 @@
-"""Nested metadata as rows for people."""
+"""Nested metadata as rows of a table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """(`training.versions.torch`, value) and so on, sorted by name."""
+    """(name, value) sorted by name; names of nested keys are joined by dots, as in `training.versions.torch`."""
     rows: list[tuple[str, Any]] = []
     for key, value in sorted(facts.items()):
         if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):

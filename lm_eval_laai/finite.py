@@ -1,6 +1,6 @@
 """A NaN or infinite logit under an intervention: an error that names the request, and never an answer.
 
-A vector that overflows in half precision makes such logits, and a harness that sees no error makes scores of them.
+A vector that overflows in half precision gives such logits, and the harness would compute scores from them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ SHOWN = 40  # characters of a prompt's end
 
 
 def named(request: Instance) -> str:
-    """A request in words: its task, its document, its number there and the end of its text."""
+    """A request in words: task, document, number within the document and the end of the text."""
     where = f"task {request.task_name}, document {request.doc_id}, request {request.idx}"
     return f"{where}, which ends in {str(request.args[0])[-SHOWN:]!r}"
 
 
 def check(logits: torch.Tensor, names: Sequence[str | None]) -> None:
-    """WorkFailed for a NaN or infinite logit [B, ..., V] of a named row; rows without a name are under no edit."""
+    """WorkFailed for a NaN or infinite logit [B, ..., V] of a named row; rows without a name have no edit."""
     finite = torch.isfinite(logits).flatten(1).all(1).tolist()
     for name, fine in zip(names, finite, strict=True):
         if name is not None and not fine:
@@ -38,7 +38,7 @@ def check(logits: torch.Tensor, names: Sequence[str | None]) -> None:
 
 @contextmanager
 def watched(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """`check` for every token that `model.generate` chooses; one name a prompt, whose beams are neighbours."""
+    """`check` for every token that `model.generate` chooses; one name per prompt, whose beams are adjacent rows."""
 
     def look(module: nn.Module, arguments: Any, output: Any) -> None:
         beams = len(output.logits) // len(names)

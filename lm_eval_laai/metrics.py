@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def first_line(generated: str) -> str:
-    """The answer in a generated text, stripped: what exact match compares and a judge is asked about."""
+    """The first line of a generated text, stripped: the answer for exact match and for a judge."""
     return generated.split("\n", 1)[0].strip()
 
 
@@ -26,15 +26,15 @@ def opinion_metrics(
     Args:
         logprobs: [K] log-probabilities of the answers, each summed over the answer's tokens.
         distribution: [K] the group's shares.
-        positions: [K] where the options lie on their scale, in any unit and order.
+        positions: [K] the options' positions on their scale, in any unit and order.
 
     Returns:
         kl: KL(p || pi), the paper's (eq. 4); kl_reverse: KL(pi || p); in nats, both with pi smoothed as in training.
-        wasserstein: what it takes to move p to pi along the scale, whose length is 1 (1 - wasserstein is OpinionQA's
+        wasserstein: distance of p and pi along the scale, whose length is 1 (1 - wasserstein is OpinionQA's
             representativeness); absent where all positions are equal: such options have no order.
         tv: half the sum of |p - pi|, total variation.
     """
-    # Seconds to import, and exact match does without both.
+    # These take seconds to import, and exact match needs neither.
     from scipy.stats import wasserstein_distance
 
     from laai_core.objective import smoothed

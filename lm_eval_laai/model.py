@@ -31,7 +31,7 @@ from lm_eval_laai.scoring import Row, Scorer
 
 logger = logging.getLogger(__name__)
 
-_Routed = tuple[Edit | None, str]  # a request's edit, and what an error calls the request
+_Routed = tuple[Edit | None, str]  # a request's edit, and its name in errors
 
 
 class _RoutedText(str):
@@ -92,7 +92,7 @@ class HFLaai(HFLM):
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def _warn_if_made_elsewhere(self, intervention: Intervention) -> None:
-        """A vector for another model of the same shape, or trained in another dtype, works, and means less."""
+        """Warn of a vector trained on another model of the same shape, or in another dtype."""
         made_for = intervention.metadata.get("base_model")
         used_on = self.pretrained if isinstance(self.pretrained, str) else self.config._name_or_path
         if isinstance(made_for, str) and _name(made_for) != _name(used_on):
@@ -103,14 +103,14 @@ class HFLaai(HFLM):
             logger.warning("the intervention was trained in %.200s, the model runs in %s", dtype, self.model.dtype)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """HFLM's, noted, so that a vector trained on other prompts is told."""
+        """HFLM's; records the context, to warn of a vector that was trained on prompts rendered otherwise."""
         text: str = super().apply_chat_template(chat_history, add_generation_prompt)
         if self._routing is not None:
             self._chats.note(text, chat_history)
         return text
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """The response cache knows a request by its text only and would answer for another intervention."""
+        """LaaiError for a response cache: its keys are texts, so it would answer for another intervention."""
         if self._routing is not None and cache_hook.dbdict is not None:
             raise LaaiError("--use_cache is refused with an intervention: its keys do not say which one was applied")
         super().set_cache_hook(cache_hook)
@@ -235,8 +235,8 @@ class HFLaai(HFLM):
     ) -> torch.Tensor:
         """Contexts of one length at a time, without padding.
 
-        PEFT puts padding between the soft prompt and the text and counts it as positions: in `hf` the answers depend
-        on who shares the batch.
+        PEFT puts padding between the soft prompt and the text and counts padding as positions: in `hf` an answer
+        depends on the other rows of its batch.
         """
         width, lengths = context.shape[1], attention_mask.sum(1)
         answers: list[torch.Tensor] = [context] * len(context)
@@ -255,7 +255,7 @@ class HFLaai(HFLM):
         return torch.cat([context, pad_sequence(answers, batch_first=True, padding_value=padding)], dim=1)
 
     def _routed(self, requests: Sequence[Instance]) -> list[_Routed]:
-        """The edit of each request, by its task, and its name."""
+        """The edit (by task) and the name of each request."""
         assert self._routing is not None
         self._routing.require(request.task_name for request in requests)
         interventions = [self._routing.get(request.task_name) for request in requests]
@@ -269,14 +269,14 @@ class HFLaai(HFLM):
 
 
 def _join_cpu_launch() -> None:
-    """Meet torchrun's other processes on a machine without an accelerator: accelerate does so only for `cpu=True`."""
+    """Join torchrun's process group on a machine without an accelerator: accelerate does so only for `cpu=True`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
-        state = PartialState(cpu=True, timeout=timedelta(weeks=52))  # HFLM's own: one may wait long for a slower one
+        state = PartialState(cpu=True, timeout=timedelta(weeks=52))  # HFLM's: processes may wait long for a slow one
         state.device = torch.device("cpu")  # accelerate says cpu:0, which safetensors before 0.8 refuses
 
 
 def _refuse_tensor_parallel(arguments: dict[str, Any]) -> None:
-    """Before the model loads; `locate` refuses a model that came sharded in another way."""
+    """LaaiError before the model loads; `locate` refuses models that are sharded by other means."""
     for name in ("tp_plan", "tp_size"):
         if arguments.get(name) is not None:
             raise LaaiError(

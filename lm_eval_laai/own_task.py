@@ -22,7 +22,7 @@ from lm_eval_laai import metrics
 from lm_eval_laai.tasks import include_path, read_yaml
 
 ROWS = "examples.jsonl"
-SHOTS = 10  # training examples where there are as many
+SHOTS = 10  # training examples, if there are as many
 _UTILS = '''"""What the YAML beside this file calls. Written by `laai task`."""
 
 from pathlib import Path
@@ -109,7 +109,7 @@ def delimiter(data: OwnData) -> str:
 def task_of(data: OwnData, split: Split) -> ConfigurableTask:
     """The task that `write` would write of the data, with the documents of a split, and without a file.
 
-    Where the split leaves none to test on, its training documents stand in: the harness looks at a test document.
+    Without test examples, the training documents serve as test documents, because the harness reads one.
     """
     docs = documents(split, delimiter(data))
     docs = docs if split.test else {name: docs["train"] for name in docs}

@@ -10,8 +10,8 @@ import sys
 
 NAME = "hf-laai"
 TARGET = "lm_eval_laai.model:HFLaai"
-# Whoever looks up a model imports this first. A name added without it would leave lm-eval 0.4.13 with that one model:
-# it imports its own only into an empty registry.
+# Every look-up of a model imports this module first. A name added earlier would leave lm-eval 0.4.13 with that one
+# model, because lm-eval imports its own models only into an empty registry.
 AWAITED = "lm_eval.models"
 
 
@@ -20,12 +20,12 @@ def register() -> None:
     if sys.modules.get(AWAITED) is not None:
         _add_name()
     elif _Watcher not in sys.meta_path:
-        # It stays there: taking it out while another thread walks the list would hide a finder from that thread.
+        # Never removed: a removal while another thread iterates over the list would hide a finder from that thread.
         sys.meta_path.insert(0, _Watcher)
 
 
 class _Watcher:
-    """A finder that finds nothing; it is asked first, and so hears of the import of `lm_eval.models`."""
+    """A finder that finds nothing; being the first in the list, it notices the import of `lm_eval.models`."""
 
     @staticmethod
     def find_spec(fullname: str, path: object = None, target: object = None) -> None:
@@ -41,7 +41,7 @@ def _add_name() -> None:
         if NAME not in model_registry:
             model_registry.register(NAME, target=TARGET)
     except Exception:
-        # Another registry than this was written for: `hf-laai` is then unknown, and the harness says so when asked.
+        # An unknown kind of registry: `hf-laai` stays unknown, and the harness says so when asked for it.
         import logging
 
         logging.getLogger(__name__).debug("%s was not registered with lm_eval", NAME, exc_info=True)

@@ -1,4 +1,4 @@
-"""Training examples as the harness renders a task: its own code makes every prompt, and every chat."""
+"""Training examples as the harness renders a task: every prompt and chat is made by the harness's code."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Renderer:
         system_instruction: as the harness's `--system_instruction`.
 
     Raises:
-        LaaiError: for a task, or a tokenizer, that cannot be rendered so.
+        LaaiError: for a task or a tokenizer without such a rendering.
     """
 
     def __init__(self, task: Any, tokenizer: Any = None, system_instruction: str | None = None) -> None:
@@ -73,7 +73,7 @@ class Renderer:
 
     @property
     def name(self) -> str:
-        """What the harness calls the task."""
+        """The task's name in the harness."""
         return str(self._task.config.task)
 
     @property
@@ -119,7 +119,7 @@ class Renderer:
             num_fewshot=len(shots),
             system_instruction=self._system,
             apply_chat_template=self._chat is not None,
-            fewshot_as_multiturn=self._chat is not None,  # what the harness does unless told otherwise
+            fewshot_as_multiturn=self._chat is not None,  # the harness's default
             chat_template=self._chat,
             gen_prefix=self._task.doc_to_prefix(doc),
         )
@@ -137,9 +137,7 @@ class Renderer:
         if self._kind == "loglikelihood":
             return RenderedExample(*requests.args, **own)
         gold, count = self._gold(doc), len(self._task.doc_to_choice(doc))
-        pairs = [
-            request.args for request in requests[:count]
-        ]  # behind these, acc_mutual_info has some without context
+        pairs = [request.args for request in requests[:count]]  # acc_mutual_info appends requests without context
         if loss == "nll":
             return RenderedExample(*pairs[gold], **own)
         if not isinstance(context, str):
@@ -148,7 +146,7 @@ class Renderer:
         return RenderedExample(context, None, [option for _, option in pairs], distribution, **own)
 
     def _answer(self, doc: Any, prompt: str) -> str:
-        """What the harness shows behind the prompt where the document is a solved example."""
+        """The harness's text behind the prompt of the document as a solved example."""
         task, prefix = self._task, self._task.doc_to_prefix(doc)
         options = {
             "q": task.doc_to_text(doc),
@@ -183,7 +181,7 @@ class Renderer:
         return gold
 
     def _rendering(self, doc: Any) -> dict[str, Any]:
-        """What is recorded, after the document's context was made."""
+        """The rendering to record; valid after the document's context was made."""
         facts: dict[str, Any] = {"harness_task": self.name}
         if self._chat is not None:
             facts[TEMPLATE] = template_sha256(self._chat.tokenizer)
@@ -194,11 +192,11 @@ class Renderer:
 
 
 class _Given:
-    """A sampler of few-shot examples that has been told which."""
+    """A sampler of few-shot examples that returns given documents."""
 
     def __init__(self, docs: Sequence[Any]) -> None:
         self._docs = docs
 
     def sample(self, n: int, eval_doc: Any = None) -> Sequence[Any]:
-        """All of them: the caller asks for as many as there are."""
+        """All documents: the caller asks for as many as there are."""
         return self._docs

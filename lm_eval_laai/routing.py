@@ -29,11 +29,11 @@ class Routing:
     """
 
     def __init__(self, source: str | Path | Intervention, scale: float = 1.0, unrouted: str | None = "error") -> None:
-        unrouted = "none" if unrouted is None else unrouted  # what the harness makes of `unrouted=none`
+        unrouted = "none" if unrouted is None else unrouted  # the harness parses `unrouted=none` as None
         if unrouted not in UNROUTED:
             raise LaaiError(f"unrouted is {unrouted!r:.60}: expected one of {', '.join(UNROUTED)}")
         if not isinstance(source, str | Path | Intervention) or not str(source).strip():
-            # The harness makes a number of `intervention=7`, and a truth value of `intervention=true`.
+            # The harness parses `intervention=7` as a number and `intervention=true` as a truth value.
             raise LaaiError(f"intervention is {source!r:.60}: expected a path (of a file called 7: ./7) or a name")
         self._unrouted = unrouted
         self._for_all: Intervention | None = None
@@ -67,7 +67,7 @@ class Routing:
             )
 
     def report(self) -> list[dict[str, Any]]:
-        """What was applied, for the results file: identity, place and strength of every intervention."""
+        """Facts on every intervention for the results file: identity, layers, site, position and scale."""
         return [
             {
                 "source": source.encode(errors="backslashreplace").decode(),  # a path need not be Unicode, JSON must

@@ -22,10 +22,10 @@ from laai_core.errors import LaaiError
 from laai_core.locate import Layout
 from lm_eval_laai.finite import check
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel
 
-# A shared prompt's cache is repeated for its continuations; below this many tokens that is never a memory question.
+# A shared prompt's cache is repeated for its continuations; below this many tokens the memory does not matter.
 _FREE_CACHE_TOKENS = 4096
 
 Answer = tuple[float, bool]  # log-probability, and whether greedy decoding would give the continuation
@@ -33,7 +33,7 @@ Answer = tuple[float, bool]  # log-probability, and whether greedy decoding woul
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One request: token ids of its prompt and continuation, what is written into it, what an error calls it."""
+    """One request: token ids of its prompt and continuation, its edit, and its name in errors."""
 
     prompt: list[int]
     continuation: list[int]
@@ -82,7 +82,7 @@ class Scorer:
     def score(
         self, rows: Sequence[Row], batch_size: int, done: Callable[[int], object] = lambda count: None
     ) -> list[Answer]:
-        """Answers in the order of `rows`; `done` hears how many more requests are answered.
+        """Answers in the order of `rows`; `done` is called with the number of requests just answered.
 
         Raises:
             LaaiError: for a continuation longer than the model's window.
@@ -132,7 +132,7 @@ class Scorer:
         return list(groups.values())
 
     def _plain(self, groups: Sequence[_Group]) -> Iterator[tuple[int, Answer]]:
-        """One right-padded row a group, without a mask, as the harness calls the model."""
+        """One right-padded row per group, without a mask, as the harness calls the model."""
         inputs = [g.prompt + g.longest()[:-1] for g in groups]
         ids, _ = padded(inputs, self._device)  # [B, T]
         with hooked(self._layout, [g.edit for g in groups], [len(g.prompt) for g in groups]):
@@ -185,7 +185,7 @@ class Scorer:
         return True
 
     def _log_softmax(self, logits: torch.Tensor, groups: Sequence[_Group]) -> torch.Tensor:
-        """Of logits [G, ..., V]; WorkFailed where those of a group under an edit are not finite."""
+        """Log-softmax of logits [G, ..., V]; WorkFailed where a group under an edit has logits that are not finite."""
         check(logits, [None if group.edit is None else group.name for group in groups])
         return F.log_softmax(logits, dim=-1, dtype=self._softmax_dtype)
 
@@ -197,7 +197,7 @@ def _answer(span: torch.Tensor, continuation: Sequence[int]) -> Answer:
 
 
 def _packed(groups: Sequence[_Group], batch_size: int) -> Iterator[list[_Group]]:
-    """Runs of groups whose continuations fill a batch, one group at least."""
+    """Successive groups, at least one, whose continuations fill a batch."""
     chunk: list[_Group] = []
     rows = 0
     for group in groups:

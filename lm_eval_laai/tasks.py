@@ -1,4 +1,4 @@
-"""Where the task definitions lie, and what they say, without starting the harness."""
+"""The folder and the content of the task definitions, read without the harness."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from laai_core.data.tasks import EXAMPLE_OPTIONS, EXAMPLES, OPINIONQA_GROUP, PAIRS
 
 NO_GROUP = "-"
-# `harness:NAME`: a task that is none of ours.
+# `harness:NAME`: a task of the harness's own.
 HARNESS = "harness"
 
 
@@ -43,9 +43,9 @@ def list_tasks() -> list[TaskInfo]:
 
 
 def harness_task(task: str) -> str:
-    """What the harness calls a task, and what an intervention folder's files are called.
+    """The harness's name of a task, by which an intervention folder names its files.
 
-    What is behind a colon says which word pairs, or which group's opinions: to the harness that is metadata. Behind
+    The text behind a colon selects word pairs or a group's opinions, which the harness gets as metadata. Behind
     `harness:` is a name of the harness's own.
     """
     kind, _, rest = task.partition(":")
@@ -53,12 +53,12 @@ def harness_task(task: str) -> str:
 
 
 def recorded_task(task: str) -> str:
-    """What a file says it was trained on."""
+    """The task name that a trained file records."""
     return harness_task(task) if task.startswith(f"{HARNESS}:") else f"laai_{task}"
 
 
 def task_metadata(task: str) -> dict[str, str]:
-    """What the harness's --metadata says of a task, with or without laai_, whose name goes on behind a colon."""
+    """The harness's --metadata for a task, with or without laai_, whose name has a colon."""
     name, _, rest = task.removeprefix("laai_").partition(":")
     if name in (PAIRS, EXAMPLES, EXAMPLE_OPTIONS):
         return {"file": rest}

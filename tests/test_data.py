@@ -22,7 +22,7 @@ FILES = {
 
 
 def slow_pool(text):
-    """The pool rule as DESIGN states it, written down a second time."""
+    """The pool rule, written down a second time."""
     digest = hashlib.sha256(unicodedata.normalize("NFC", text.strip()).encode("utf-8")).hexdigest()
     return int(digest[:8], 16) % 10 < 3
 

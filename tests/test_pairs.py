@@ -64,7 +64,7 @@ def done(capfd: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
 
 
 def slow_pool(text: str) -> bool:
-    """The pool rule as DESIGN states it, written down once more."""
+    """The pool rule, written down once more."""
     digest = hashlib.sha256(unicodedata.normalize("NFC", text.strip()).encode("utf-8")).hexdigest()
     return int(digest[:8], 16) % 10 < 3
 

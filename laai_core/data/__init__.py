@@ -1,4 +1,4 @@
-"""Data: the word-rule tasks, their compositions, the bundled lexicon, and the split no seed can leak through."""
+"""Data: the word-rule tasks, their compositions, the bundled lexicon, and the split into training and test items."""
 
 from laai_core.data.examples import load_examples
 from laai_core.data.fetch import fetch

@@ -12,7 +12,7 @@ from laai_core.data.opinion import Counts, Question, check_known, check_options,
 from laai_core.data.panel import read_file, read_info
 from laai_core.errors import LaaiError
 
-REFUSED = "refused"  # in lower case
+REFUSED = "refused"  # compared in lower case
 MAX_COUNT = 1e12  # people
 _NOT_GROUPS = ("MC_options", "question_text")
 
@@ -36,8 +36,8 @@ def counts_of_records(
 ) -> list[tuple[Question, Counts]]:
     """The questions of the aggregated form and a group's counts; a question the group was not asked has none.
 
-    `info` says what the questions are; without it their own MC_options do, in order, `Refused` being a refusal.
-    Raises LaaiError, starting with `where`, which is followed by question key and group.
+    The questions are those of `info`; without `info` they have their own MC_options, in order, less `Refused`.
+    Raises LaaiError, starting with `where`, question key and group.
     """
     if not isinstance(records, dict) or not records:
         raise LaaiError(f"{where}: holds no questions; expected {{question key: {{group: {{option: count}}}}}}")

@@ -28,11 +28,11 @@ STDIN = "-"
 DEFAULT_TEMPLATE = "Q: {input}\nA:"  # of rows with an "input", as the word tasks have it
 _COLUMN = re.compile(r"\{(\w+)\}")
 _ROWS = '{"prompt", "target"}, {"input", "output"} or {"prompt", "options", "distribution"}'
-_Row = tuple[str, Any]  # what an error calls it, and what it is
+_Row = tuple[str, Any]  # where the row is, for messages, and its JSON value
 
 
 class Item(NamedTuple):
-    """An example, and the text that decides which side of the split it is on: the row's input, or else its prompt."""
+    """An example and `key`, the text by which the split sorts it: the row's input, or else its prompt."""
 
     key: str
     example: Example
@@ -41,8 +41,8 @@ class Item(NamedTuple):
 class OwnData(NamedTuple):
     """The items of one file in file order, one for each key, all with targets or all with options.
 
-    `name` is the file's name without its ending and with nothing but letters, digits, - and _: what the harness calls
-    the task. `sources` is {file name: SHA-256 of its bytes}.
+    `name`, the task's in the harness, is the file's name without its ending and with nothing but letters, digits, -
+    and _. `sources` is {file name: SHA-256 of its bytes}.
     """
 
     items: list[Item]
@@ -83,7 +83,7 @@ def load_examples(source: str | os.PathLike[str], prompt_template: str | None = 
 
 
 def read_examples(source: str | os.PathLike[str], prompt_template: str | None = None) -> OwnData:
-    """`load_examples`, with what a split and a harness task need besides."""
+    """`load_examples`, with the keys that a split needs, and the name and SHA-256 for a harness task."""
     name = os.fspath(source)
     path = Path(name).expanduser()
     raw, label = _content(path, name), "standard input" if name == STDIN else str(path)
@@ -212,7 +212,7 @@ def columns(template: str) -> list[str]:
 
 
 def filled(template: str, row: dict[str, Any], where: str) -> str:
-    """The template with a row's columns in the places of their names. LaaiError for a column that is not there."""
+    """The template with each {column} replaced by the row's text. LaaiError for a column the row lacks."""
     if not _COLUMN.search(template):
         raise LaaiError(f"prompt template {template!r:.80} names no column; expected one, as in 'Q: {{input}}\\nA:'")
     return _COLUMN.sub(lambda found: _text(row, found[1], where), template)

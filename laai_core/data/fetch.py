@@ -19,7 +19,7 @@ from laai_core.data.pairs import SETS_FOLDER, data_folder
 from laai_core.errors import LaaiError, WorkFailed
 from laai_core.files import unwritable
 
-# Todd et al. 2024, MIT licence. Pinned to one commit; the sums make sure of it.
+# Todd et al. 2024, MIT licence. Pinned to one commit, checked by SHA-256.
 BASE_URL = (
     "https://raw.githubusercontent.com/ericwtodd/function_vectors/"
     "fb9eac7b6dc707ea1475a717379916007fe448d5/dataset_files/abstractive"
@@ -56,11 +56,11 @@ def fetch(
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """One fetch at a time: two would write into one `.part`, and on into the file it becomes. A killed one lets go."""
+    """Lock the folder within the block: two fetches would write into one `.part`. The lock ends with its process."""
     if os.name != "posix":
         yield
         return
-    import fcntl  # POSIX has it
+    import fcntl  # POSIX only
 
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -70,7 +70,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             print(f"waiting for another fetch into {folder}", file=sys.stderr, flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:
-            pass  # a file system without locks: then nobody is kept out
+            pass  # a file system without locks
         yield
     finally:
         os.close(handle)
@@ -82,7 +82,7 @@ def _fetch_one(name: str, path: Path, base_url: str, progress: bool) -> Path:
     try:
         if path.is_file() and _sha256(path) == SHA256[name]:
             return path
-        if not (part.is_file() and _sha256(part) == SHA256[name]):  # whole, when only the rename was missed
+        if not (part.is_file() and _sha256(part) == SHA256[name]):  # whole, if only the rename was missed
             _download(url, part, progress)
         found = _sha256(part)
         if found != SHA256[name]:
@@ -96,7 +96,7 @@ def _fetch_one(name: str, path: Path, base_url: str, progress: bool) -> Path:
 
 
 def _download(url: str, part: Path, progress: bool) -> None:
-    """Bring `part` to its full length, asking only for what is missing. Raises LaaiError; keeps what came."""
+    """Bring `part` to its full length, requesting only the missing bytes. Raises LaaiError; keeps what came."""
     have = part.stat().st_size if part.exists() else 0
     try:
         response = _open(url, have)
@@ -108,7 +108,7 @@ def _download(url: str, part: Path, progress: bool) -> None:
     except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
         raise WorkFailed(f"{url}: cannot be reached ({_reason(error)}); expected a server that answers") from error
     with response:
-        # A server that does not know ranges sends everything (200): then what we have is thrown away.
+        # A server without ranges sends the whole file (200), which replaces the part.
         resumed = response.status == 206 and _range_start(response) == have
         if response.status == 206 and not resumed:
             raise WorkFailed(f"{url}: the server sent another range than bytes {have}-; expected that one or all")

@@ -1,4 +1,4 @@
-"""Opinion questions: what is asked, and what share of a group chose each option."""
+"""Opinion questions, and the share of a group that chose each option."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 LETTERS = string.ascii_uppercase
 LONGEST = 10_000  # characters of a question or an option; beyond is a mistake
 
-Counts = dict[str, float]  # answer -> how many gave it, or their weight
+Counts = dict[str, float]  # answer -> number of people, or their total weight
 
 
 def question_prompt(question: str, options: Sequence[str]) -> str:
@@ -48,16 +48,16 @@ class Opinion:
 
     @property
     def answers(self) -> list[str]:
-        """What may follow the prompt: one letter an option."""
+        """The possible continuations of the prompt: one letter per option."""
         return [f" {letter}" for letter in LETTERS[: len(self.distribution)]]
 
     @property
     def most_common(self) -> str:
-        """The answer most of the group gave, the first of several: what a few-shot example shows."""
+        """The most frequent answer, on a tie the first: the answer of a few-shot example."""
         return self.answers[self.distribution.index(max(self.distribution))]
 
     def example(self) -> Example:
-        """For the task loss `kl`."""
+        """The example for the task loss `kl`."""
         prompt = question_prompt(self.question.text, self.question.options)
         return Example(prompt, options=self.answers, distribution=self.distribution)
 
@@ -70,7 +70,7 @@ def opinion(question: Question, counts: Mapping[str, float]) -> Opinion | None:
 
 
 def shares(counted: Iterable[tuple[Question, Mapping[str, float]]], who: str, where: str) -> list[Opinion]:
-    """The opinions of those questions that were answered. Warns of the others; LaaiError when none is left."""
+    """The opinions on the answered questions. Warns of unanswered ones; LaaiError when all are."""
     opinions, unanswered = [], []
     for question, counts in counted:
         found = opinion(question, counts)
@@ -87,7 +87,7 @@ def shares(counted: Iterable[tuple[Question, Mapping[str, float]]], who: str, wh
 
 
 def check_text(text: object, where: str) -> str:
-    """A key, a question or an option, stripped. Raises LaaiError, starting with `where`, for what can't be one."""
+    """A key, a question or an option, stripped. Raises LaaiError, starting with `where`, for anything else."""
     if not isinstance(text, str) or not 0 < len(text.strip()) <= LONGEST:
         raise LaaiError(f"{where} is {text!r:.60}; expected text of at most {LONGEST} characters")
     try:

@@ -3,12 +3,12 @@
 Two layouts are read. The authors' own has a folder for each wave of the panel:
 
     human_resp/American_Trends_Panel_W<n>/
-        info.csv       key, question, references (option texts, refusals last), option_ordinal (places on the scale)
+        info.csv       key, question, references (option texts, refusals last), option_ordinal (positions on the scale)
         metadata.csv   key (an attribute, such as SEX), options (its groups)
         responses.csv  a row for each person: answers as text, attributes, the weight WEIGHT_W<n>
 
 The aggregated one (Meister et al. 2024) has a file of counts for each attribute, <attribute>_data.json. An info.csv
-beside it says what the options are and how they are ordered: in those files they were cut at every comma.
+beside it gives the options and their order: the aggregated files cut option texts at every comma.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ AGGREGATED = "_data.json"
 
 
 class Found(NamedTuple):
-    """Where the data lie; `waves` or `aggregated` is not empty."""
+    """The data's folder and files; `waves` or `aggregated` is not empty."""
 
     folder: Path
     waves: list[Path]  # folders
@@ -57,7 +57,7 @@ def find_opinionqa(data: str | os.PathLike[str] | None = None) -> Found:
 def load_opinionqa(
     attribute: str, group: str, data: str | os.PathLike[str] | None = None
 ) -> tuple[list[Opinion], dict[str, str]]:
-    """How the people whose `attribute` is `group` answered each question, and {file: SHA-256} of what was read.
+    """How the people whose `attribute` is `group` answered each question, and {file: SHA-256} of the files read.
 
     Shares are weighted (authors' layout) or counted (aggregated form, read where there are no waves), refusals left
     out. Questions nobody of the group answered are left out too, and so are people without a weight, with a warning.

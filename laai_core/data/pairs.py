@@ -104,7 +104,7 @@ def _read_record(record: Any, where: str) -> WordPair:
 
 
 def check_side(text: Any, where: str) -> str:
-    """One side of a pair, stripped. Raises LaaiError, starting with `where`, for what could not be an answer."""
+    """One side of a pair, stripped. Raises LaaiError, starting with `where`, for text that no answer could match."""
     if not isinstance(text, str):
         raise LaaiError(f"{where} is a {type(text).__name__}; expected text")
     text = text.strip()

@@ -17,7 +17,7 @@ from laai_core.errors import LaaiError
 
 logger = logging.getLogger(__name__)
 
-MAX_PLACE = 1e6  # of an option on its scale; beyond is a mistake
+MAX_POSITION = 1e6  # largest position of an option on its scale; beyond is a mistake
 MAX_WEIGHT = 1e12
 _WAVE = "American_Trends_Panel_W"
 
@@ -68,8 +68,8 @@ class _Tally:
     ) -> None:
         self.questions = questions
         self.counts: list[Counts] = [dict.fromkeys((*q.options, *q.refusals), 0.0) for q in questions]
-        self.people = 0  # of the group
-        self.unweighted = 0  # of them, without a weight
+        self.people = 0  # in the group
+        self.unweighted = 0  # people in the group without a weight
         self._path = path
         self._group = group
         self._weight_name = weight
@@ -109,8 +109,8 @@ class _Tally:
 def read_info(path: Path) -> tuple[dict[str, Question], str]:
     """The questions of an info.csv by key, in its order, and the file's SHA-256.
 
-    The options are the first of `references`, as many as `option_ordinal` has places for; the others are refusals. A
-    key that comes again is one question to people of several groups in other words: its first row stays.
+    The options are the first of `references`, as many as `option_ordinal` has numbers; the others are refusals. A
+    repeated key is one question in other words for other people: its first row stays.
     Raises LaaiError naming file, row (the header is row 1) and column.
     """
     header, rows, digest = _table(path)
@@ -121,13 +121,14 @@ def read_info(path: Path) -> tuple[dict[str, Question], str]:
         cell = {name: check_text(cells[column], where[name]) for name, column in columns.items()}
         listed = _literal(cell["references"], str, "option texts", where["references"])
         references = [check_text(text, where["references"]) for text in listed]
-        places = _literal(cell["option_ordinal"], (int, float), "numbers", where["option_ordinal"])
-        if len(places) > len(references) or not all(abs(place) <= MAX_PLACE for place in places):
+        positions = _literal(cell["option_ordinal"], (int, float), "numbers", where["option_ordinal"])
+        if len(positions) > len(references) or not all(abs(position) <= MAX_POSITION for position in positions):
             expected = f"at most {len(references)} finite numbers, the number of references"
             raise LaaiError(f"{where['option_ordinal']} is {cell['option_ordinal']!r:.60}; expected {expected}")
-        options, refusals = references[: len(places)], references[len(places) :]
+        options, refusals = references[: len(positions)], references[len(positions) :]
         check_options(options, where["references"])
-        question = Question(cell["key"], cell["question"], tuple(options), tuple(map(float, places)), tuple(refusals))
+        scale = tuple(map(float, positions))
+        question = Question(cell["key"], cell["question"], tuple(options), scale, tuple(refusals))
         questions.setdefault(question.key, question)
     if not questions:
         raise LaaiError(f"{path}: has a header and no row; expected at least one question")
@@ -193,7 +194,7 @@ def _column(path: Path, header: list[str], name: str) -> int:
 
 
 def _literal(text: str, kind: type | tuple[type, ...], what: str, where: str) -> list[Any]:
-    """A Python list of one kind of thing, written out. Never evaluated."""
+    """A Python list literal whose items are all of one kind. The text is parsed, never evaluated."""
     try:
         found = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

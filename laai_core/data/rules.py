@@ -11,9 +11,9 @@ class Rule:
 
     Args:
         title: in the paper's tables.
-        description: what is asked for, in words; a soft prompt starts from it. The paper gives the French one.
-        claim: what the judge is asked about an `input` and a `prediction`. The paper's, to the letter, for the four
-            rules; it judges compositions too and does not say with which words, so theirs are ours, in its manner.
+        description: the rule in words, from which a soft prompt starts. The French one is the paper's.
+        claim: the judge's question about an `input` and a `prediction`. The paper's, verbatim, for the four rules; the
+            paper judges compositions too without giving the wording, so these follow the wording of the rules.
         file: of the public set; a composition has none.
         column: of the bundled lexicon; a composition has none.
         parts: of a composition: the rule applied first, the rule applied to its result.

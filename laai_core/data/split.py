@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 def item_key(text: str) -> str:
-    """What identifies an item: its input, stripped and in Unicode normal form C."""
+    """The identity of an item: its input, stripped and in Unicode normal form C."""
     return unicodedata.normalize("NFC", text.strip())
 
 

@@ -14,7 +14,7 @@ import random
 from laai_core.data.aggregated import counts_of_records
 from laai_core.data.opinion import Opinion, shares
 
-# What is asked, and the scale from most to least for the subject.
+# Question templates, and their scales from most to least for the subject.
 QUESTIONS = [
     ("How often do you visit the {}?", ("Always", "Often", "Sometimes", "Rarely", "Never")),
     ("How important is the {} to you?", ("Essential", "Important", "Useful", "Minor", "Worthless")),
@@ -28,16 +28,16 @@ bakery bank bridge choir cinema clinic council ferry fire garden harbour library
 police pool railway school stadium theatre university
 """.split()
 REFUSED = "Refused"
-RESPONDENTS = 1000  # a group
+RESPONDENTS = 1000  # per group
 STEEPNESS = 4.0  # how much a group prefers its own part of the scale, in logits over the whole scale
 JITTER = 0.3  # how far a group's answers to single questions stray from its tendency, in logits
 
-# Group -> how much it likes a place on the scale, from 0 (most for the subject) to 1 (most against it).
+# Group -> preference for a position on the scale, from 0 (most for the subject) to 1 (most against it).
 TENDENCIES = {
-    "keen": lambda place: -place,
-    "wary": lambda place: place - 1,
-    "moderate": lambda place: -2 * abs(place - 0.5),
-    "divided": lambda place: 2 * abs(place - 0.5) - 1,
+    "keen": lambda position: -position,
+    "wary": lambda position: position - 1,
+    "moderate": lambda position: -2 * abs(position - 0.5),
+    "divided": lambda position: 2 * abs(position - 0.5) - 1,
 }
 
 
@@ -68,8 +68,8 @@ def survey_records() -> dict[str, dict]:
 def answer_counts(key: str, group: str, scale: tuple[str, ...]) -> dict[str, float]:
     """How many of RESPONDENTS chose each option of `scale`, and how many refused."""
     noise = random.Random(f"{group} on {key}")  # seeded with a text: the same numbers on every machine
-    places = [index / (len(scale) - 1) for index in range(len(scale))]
-    shares = [math.exp(STEEPNESS * TENDENCIES[group](place) + JITTER * noise.gauss(0, 1)) for place in places]
+    positions = [index / (len(scale) - 1) for index in range(len(scale))]
+    shares = [math.exp(STEEPNESS * TENDENCIES[group](position) + JITTER * noise.gauss(0, 1)) for position in positions]
     refused = noise.randrange(40)
     counts = [round((RESPONDENTS - refused) * share / sum(shares)) for share in shares]
     return dict(zip([*scale, REFUSED], map(float, [*counts, refused]), strict=True))

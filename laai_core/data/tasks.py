@@ -26,11 +26,11 @@ OPINIONQA = {
     "opinionqa_moderate": ("POLIDEOLOGY", "Moderate"),
     "opinionqa_northeast": ("CREGION", "Northeast"),
 }
-# Any file of word pairs: `pairs:FILE.json`. What is before the colon is the harness's task.
+# Any file of word pairs: `pairs:FILE.json`. The part before the colon is the harness's task.
 PAIRS = "pairs"
 # Any file of rows, with targets: `examples:FILE.jsonl`; with options and distributions: `example_options:FILE.jsonl`.
 EXAMPLES, EXAMPLE_OPTIONS = "examples", "example_options"
-# Any group of OpinionQA: `opinionqa_group:SEX=Female`. Likewise.
+# Any group of OpinionQA: `opinionqa_group:SEX=Female`.
 OPINIONQA_GROUP = "opinionqa_group"
 SURVEY_PREFIX = "survey_"
 
@@ -107,7 +107,7 @@ def _pairs_of_file(name: str) -> tuple[list[WordPair], dict[str, str]]:
 
 
 def examples_task(data: OwnData, path: os.PathLike[str]) -> str:
-    """The name of the task of a file that was read."""
+    """The task name of a file of own data."""
     return f"{EXAMPLE_OPTIONS if data.has_options else EXAMPLES}:{os.fspath(path)}"
 
 
@@ -117,7 +117,7 @@ def _own_data(kind: str, file: str) -> OwnData:
     data = read_examples(file)
     if data.has_options != (kind == EXAMPLE_OPTIONS):
         raise LaaiError(f"task {kind}:{file}: the file's rows are of the task {examples_task(data, Path(file))}")
-    # Where the file lay says nothing to anyone else, and would make equal trainings unequal files.
+    # Without the folder, which means nothing on another machine and would give equal trainings different bytes.
     return data._replace(name=f"{kind}:{Path(file).name}")
 
 
@@ -147,7 +147,7 @@ def load_opinions(name: str, data: str | os.PathLike[str] | None = None) -> tupl
 def split_opinions(
     name: str, seed: int = 0, n_train: int = 10, data: str | os.PathLike[str] | None = None
 ) -> tuple[list[Opinion], list[Opinion], dict[str, str]]:
-    """What `load_task` makes an opinion task's examples of: those to train on, those to test on, the files read."""
+    """The opinions to train on, the opinions to test on, and {file: SHA-256}; arguments and errors of `load_task`."""
     opinions, sources = load_opinions(name, data)
     return *split_items(opinions, lambda opinion: opinion.question.key, seed, n_train, name), sources
 
@@ -157,8 +157,8 @@ def load_task(name: str, seed: int = 0, n_train: int = 10, data: str | os.PathLi
 
     `pairs:FILE.json` is a word task of the file's pairs, or of a bundled set's; its split is called `pairs:` and the
     file's name without its folder. Word tasks: prompts `Q: {input}\\nA:` and targets ` {output}`. Opinion tasks:
-    `Question: ...\\nA. ...\\nAnswer:`, options ` A`, ` B`, ... and the group's distribution. The same examples in
-    `train`'s order are the few-shot ones.
+    `Question: ...\\nA. ...\\nAnswer:`, options ` A`, ` B`, ... and the group's distribution. The harness's
+    few-shot examples are those of `train`, in that order.
     Raises LaaiError for an unknown name, missing or malformed data, or an n_train outside 1..pool.
     """
     if is_opinion_task(name):
@@ -172,7 +172,7 @@ def load_task(name: str, seed: int = 0, n_train: int = 10, data: str | os.PathLi
         raise _unknown(name, task_names())
     pairs, sources = load_pairs(name, data)
     if kind == PAIRS:
-        # Where the file lay says nothing to anyone else, and would make equal trainings unequal files.
+        # Without the folder, as in `_own_data`.
         name = f"{PAIRS}:{pairs_file(file).name}"
     drawn, others = split_items(pairs, lambda pair: pair.input, seed, n_train, name)
 

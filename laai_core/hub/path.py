@@ -1,4 +1,4 @@
-"""Names on the Hugging Face Hub, told from paths. Needs no network and none of its libraries."""
+"""Names on the Hugging Face Hub, distinguished from local paths, without network or huggingface_hub."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class HubPath:
 
 
 def is_repository(name: str) -> bool:
-    """Whether `name` can name a repository: org/repo, and nothing of that name lies on this machine."""
+    """Whether `name` can name a repository: org/repo, and no local path of that name exists."""
     return bool(_REPOSITORY.fullmatch(name)) and not name.endswith(SUFFIX) and not os.path.exists(name)
 
 
 def hub_path(source: str | Path) -> HubPath | None:
     """`org/repo[:file][@revision]` as a HubPath, or None for a path on this machine.
 
-    What exists here wins, a Path is always a path, and `folder/name.safetensors` is a path too, so that a misspelt
-    one never reaches for the network.
+    An existing path wins, a Path object is always a path, and so is `folder/name.safetensors`, so that a misspelt
+    path causes no request.
     """
     match = _SPEC.fullmatch(source) if isinstance(source, str) else None
     if match is None or os.path.exists(source) or match["repo"].endswith(SUFFIX):

@@ -27,7 +27,7 @@ from laai_core.files import SUFFIX
 from laai_core.hub.path import HubPath
 from laai_core.hub.path import hub_path as parsed
 
-_SECONDS = 10.0  # to wait for an answer that is a list of names
+_SECONDS = 10.0  # timeout of the request for a repository's file names
 
 
 def local_file(source: str | Path, local_files_only: bool = False) -> Path:
@@ -36,7 +36,7 @@ def local_file(source: str | Path, local_files_only: bool = False) -> Path:
     Args:
         source: a path, or a name as `laai_core.hub.path.hub_path` reads it. Without a file the repository must hold
             exactly one .safetensors.
-        local_files_only: look into the cache only.
+        local_files_only: use the cache only, no network.
 
     Raises:
         LaaiError: no such repository, revision or file, none or several to choose from, gated, no network.
@@ -57,7 +57,7 @@ def local_file(source: str | Path, local_files_only: bool = False) -> Path:
 
 
 def _files(hub_path: HubPath, local_files_only: bool) -> list[str]:
-    """Names of the repository's interventions; what the cache holds of it when the Hub cannot be reached."""
+    """Names of the repository's interventions; those in the cache when the Hub cannot be reached."""
     with explained(hub_path, local_files_only):
         reason: Exception | None = None
         if not local_files_only:

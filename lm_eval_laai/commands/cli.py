@@ -1,4 +1,4 @@
-"""The `laai` console script. A command's module is imported when the command line names it, torch only by those."""
+"""The `laai` console script. A command's module is imported when the command line names the command."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
     except LaaiError as error:
         why, code = str(error), BAD_INPUT
     except RuntimeError as error:
-        from torch import OutOfMemoryError  # seconds, in a command that needed no torch
+        from torch import OutOfMemoryError  # here: importing torch takes seconds, and not every command needs it
 
         if not isinstance(error, OutOfMemoryError):
             raise
@@ -87,9 +87,9 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         why, code = str(interrupt) or "interrupted", INTERRUPTED
     if why is not None:
-        # Not in the except clauses: bars of the frames that an exception holds would be drawn behind the line.
+        # Outside the except clauses: the exception keeps progress bars alive that would be drawn behind the line.
         return _stop(why, code)
-    if report is None:  # where several processes were launched, one of them reports
+    if report is None:  # of several launched processes one reports
         return DONE
     print(json.dumps(report.facts, indent=2) if arguments.json else report.text)
     return FAILED if report.failed else DONE

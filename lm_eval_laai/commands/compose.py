@@ -77,7 +77,7 @@ def _path(arguments: argparse.Namespace) -> Path:
 
 
 def _fit_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `compose` takes for `fit`; nothing for the other methods, which need no model."""
+    """Arguments of `compose` for the method `fit`; none for the other methods, which need no model."""
     if arguments.method != "fit":
         if arguments.model is not None:
             raise LaaiError(f"--model {arguments.model}: --method {arguments.method} uses no model, only fit does")

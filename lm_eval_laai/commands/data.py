@@ -77,7 +77,7 @@ def _state(file_name: str, data: str | None) -> dict[str, Any]:
 
 
 def _opinionqa(data: str | None) -> dict[str, Any]:
-    """Where it is, and of which waves or of which attributes; the files are read when a task needs them."""
+    """Folder, waves and attributes of OpinionQA; the files themselves are not read."""
     try:
         found = find_opinionqa(data)
     except LaaiError:

@@ -31,17 +31,17 @@ from lm_eval_laai.methods.select import train_chosen
 from lm_eval_laai.metrics import first_line
 from lm_eval_laai.tasks import TaskInfo, list_tasks
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHOTS = 10  # solved examples in the prompt, and training examples: the same ones
 MODEL = "smollm2-135m"
-# By default two English rules, which the model's language is, and so many items that it takes minutes on two cores.
+# By default two rules within English, the model's language, which take minutes on two cores.
 TASKS = ["laai_lexicon_antonym", "laai_lexicon_synonym"]
 LIMIT = 100
-REFERENCE_TASKS = ["laai_lexicon"]  # with --model reference, all items: it is small
-BOOTSTRAPS = 100_000  # the harness's default, of a metric whose standard error has no formula
-SHOWN = 5  # test words a task with the model's answers
+REFERENCE_TASKS = ["laai_lexicon"]  # with --model reference, all items: the model is small
+BOOTSTRAPS = 100_000  # the harness's default, for metrics whose standard error has no formula
+SHOWN = 5  # test words per task, with the model's answers
 SETTINGS = {"zero_shot": "zero-shot", "ten_shot": "ten-shot", "delta": "Δ"}  # file name: title
 
 Score = tuple[float, float]  # mean, standard error
@@ -108,7 +108,7 @@ def _command(arguments: argparse.Namespace) -> Report:
 
 
 def _chosen(names: Sequence[str]) -> list[TaskInfo]:
-    """The tasks that go by these names, or whose group does."""
+    """The tasks with these names, and those of the groups with these names."""
     known = list_tasks()
     files = [name for name in names if name.startswith(f"{PAIRS}:")]
     if len(files) > 1:
@@ -153,7 +153,7 @@ def _evaluated(
     arguments: argparse.Namespace,
     output: Path,
 ) -> dict[str, Any]:
-    """The harness's results in one of SETTINGS; all but the samples goes to `<output>/<setting>.json`."""
+    """The harness's results in one of SETTINGS; all but the samples is written to `<output>/<setting>.json`."""
     # Here and not above: the harness takes seconds to import, and only this command needs it.
     from lm_eval.utils import handle_non_serializable
 

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         code = laai(argv)
-    except KeyboardInterrupt:  # a second one, while the first is being reported
+    except KeyboardInterrupt:  # a second Ctrl-C, while the first is being reported
         code = INTERRUPTED
     if ours:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the interpreter's end would print a traceback

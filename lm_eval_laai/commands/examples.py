@@ -94,8 +94,8 @@ def own_or_named_split(arguments: argparse.Namespace) -> Split:
 def training_split(arguments: argparse.Namespace) -> Split:
     """The examples to train on, rendered as they will be evaluated.
 
-    Sets `task`, by which the output is named, and `stop` and `whitespace` where they are not given and the harness has
-    a say in them.
+    Sets `task`, by which the output is named, and, where not given, the `stop` and `whitespace` of the harness's
+    rendering.
 
     Raises:
         LaaiError: unless one of --task, --examples and --harness-task is given; for flags that go with another; for
@@ -156,7 +156,7 @@ def _check_stops(split: Split, stop: str) -> None:
 
 
 def _renderer(arguments: argparse.Namespace, task: Any) -> Renderer:
-    from lm_eval_laai.rendering import Renderer  # and the harness with it, which takes seconds
+    from lm_eval_laai.rendering import Renderer  # here: imports the harness, which takes seconds
 
     tokenizer = model_source(arguments).tokenizer() if arguments.apply_chat_template else None
     renderer = Renderer(task, tokenizer, arguments.system_instruction)
@@ -200,7 +200,7 @@ def _harness_split(arguments: argparse.Namespace) -> Split:
 
 
 def _documents(task: Any, split: str | None, name: str) -> Sequence[Any]:
-    """The documents of a split, processed as the task says. LaaiError for the one that the harness evaluates on."""
+    """The documents of a split, processed as the task says. LaaiError for the split that the harness evaluates on."""
     config = task.config
     evaluated = config.test_split if task.has_test_docs() else config.validation_split
     known = [one for one in (config.training_split, config.fewshot_split, config.validation_split) if one]
@@ -218,7 +218,7 @@ def _documents(task: Any, split: str | None, name: str) -> Sequence[Any]:
 
 
 def _loaded(name: str, include: str | None, metadata: dict[str, Any], include_defaults: bool) -> Any:
-    """A task of the harness; whatever goes wrong there becomes one line."""
+    """A task of the harness; every failure to load becomes one line."""
     from lm_eval.tasks import TaskManager
 
     if include is not None and not Path(include).expanduser().is_dir():
@@ -237,6 +237,6 @@ def _one_line(name: str) -> Iterator[None]:
         yield
     except LaaiError:
         raise
-    except Exception as error:  # data sets and task files raise whatever they like
+    except Exception as error:  # data sets and task files may raise anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise LaaiError(f"cannot load the task {name}: {lines[0][:300]}") from error

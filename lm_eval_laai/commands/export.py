@@ -1,4 +1,4 @@
-"""`laai export`: an intervention in a form that another tool reads, where that computes the same."""
+"""`laai export`: an intervention in another tool's form, where that tool computes the same."""
 
 from __future__ import annotations
 

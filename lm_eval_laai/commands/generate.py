@@ -1,4 +1,4 @@
-"""`laai generate`: what a model answers without and with an intervention, side by side."""
+"""`laai generate`: a model's answers without and with an intervention, side by side."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lm_eval_laai.commands.report import Report, table
 if TYPE_CHECKING:
     from laai_core.intervention import Intervention
 
-STOP = "\n"  # where the file names none
+STOP = "\n"  # where the file records none
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +106,7 @@ def _template(intervention: Intervention, rendering: dict[str, Any]) -> str | No
 
 
 def _filled(template: str, text: str) -> str:
-    """The template with the text in the place of its one column."""
+    """The template with its one column replaced by the text."""
     from laai_core.data.examples import columns, filled
 
     names = columns(template)

@@ -1,4 +1,4 @@
-"""`laai inspect`: what is in an intervention file and, given a model, what it would write there."""
+"""`laai inspect`: the content of an intervention file and, given a model, its size and direct effect there."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def _command(arguments: argparse.Namespace) -> Report:
 
 
 def describe(intervention: Intervention) -> dict[str, Any]:
-    """Everything about an intervention but its numbers. Norms are of the stored, unscaled vectors."""
+    """Everything about an intervention but the entries of its vectors. Norms are of the stored, unscaled vectors."""
     layers = {}
     for layer in intervention.layers:
         vector = intervention.vector(layer)
         groups = vector if vector.ndim == 2 else vector.unsqueeze(0)
         layers[str(layer)] = {
             "shape": list(vector.shape),
-            "norms": groups.double().norm(dim=1).tolist(),  # one a head at `heads`, one elsewhere
+            "norms": groups.double().norm(dim=1).tolist(),  # one per head at `heads`, one elsewhere
             "nonzero": groups.count_nonzero(dim=1).tolist(),
             "active_heads": int(groups.ne(0).any(dim=1).sum()) if vector.ndim == 2 else None,
             "zero_share": float((vector == 0).double().mean()),
@@ -124,7 +124,7 @@ def _writes(intervention: Intervention, arguments: argparse.Namespace) -> dict[s
 
 
 def _extremes(effect: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[dict[str, Any]]]:
-    """Of a change of the logits [V]: the items that rise and fall most. Empty for no change at all."""
+    """The vocabulary items whose logits rise and fall most under a change [V]; empty for no change."""
 
     def items(values: torch.Tensor) -> list[dict[str, Any]]:
         ids = values.topk(min(SHOWN, len(values))).indices.tolist() if bool(effect.any()) else []

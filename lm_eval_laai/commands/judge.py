@@ -1,4 +1,4 @@
-"""`laai judge`: the share of predictions that a language model accepts, with its cost told first."""
+"""`laai judge`: the share of predictions that a language model accepts, after an estimate of the cost."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def judge_from(arguments: argparse.Namespace) -> Judge | None:
 
 
 def _command(arguments: argparse.Namespace) -> Report:
-    # In the order of what it costs to find out that something is wrong.
+    # Cheap checks first.
     prices = arguments.price_per_million
     if prices is not None and not all(math.isfinite(price) and price >= 0 for price in prices):
         raise LaaiError(f"--price-per-million {prices[0]} {prices[1]}: expected two prices of at least 0")
@@ -122,7 +122,7 @@ def _output(name: str | None) -> Path | None:
 def _plan(
     parts: Sequence[tuple[str, Sequence[Sample]]], judge: Judge, cache: Cache, prices: Sequence[float] | None
 ) -> dict[str, Any]:
-    """How many queries there are, how many are known, and what the others will cost."""
+    """The number of queries and of cached answers, and the estimated cost of the other queries."""
     queries = list(dict.fromkeys(query for task, samples in parts for query in all_queries(samples, task)))
     todo = unanswered(queries, judge, cache)
     prompt_tokens = sum(math.ceil(len(q.question) / _CHARACTERS_A_TOKEN) + _TOKENS_A_MESSAGE for q in todo)

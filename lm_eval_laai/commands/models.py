@@ -72,7 +72,7 @@ def _sizes(model: KnownModel) -> tuple[str, str]:
 
 
 def _fetch(arguments: argparse.Namespace) -> Report:
-    # Here and not above: it brings transformers, and the other actions need none.
+    # Here and not above: it imports transformers, which the other actions don't need.
     from lm_eval_laai.known_models.fetch import fetch
 
     folder = fetch(arguments.name, arguments.source, arguments.accept_licence)

@@ -1,4 +1,4 @@
-"""What several commands share of their command lines: flags, their checks, and where output goes."""
+"""Flags that several commands share, their checks, and the paths of outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm_eval_laai.tasks import harness_task
 if TYPE_CHECKING:
     from lm_eval_laai.experiments.load import ModelSource
 
-# `auto` is the checkpoint's own: what the harness takes too, and a vector is best trained in what it is evaluated in.
+# `auto` is the checkpoint's dtype, the harness's default too: train a vector in the dtype it is evaluated in.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -32,7 +32,7 @@ def add_model_arguments(parser: argparse._ActionsContainer, required: bool, seve
 
 def model_source(arguments: argparse.Namespace) -> ModelSource:
     """The model the flags name."""
-    from lm_eval_laai.experiments.load import ModelSource  # and transformers with it
+    from lm_eval_laai.experiments.load import ModelSource  # here: imports transformers
 
     return ModelSource(
         arguments.model,

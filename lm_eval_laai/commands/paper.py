@@ -38,8 +38,8 @@ from lm_eval_laai.paper.tables import EXAMPLES, FOUR_RULES, STEPS, TITLES, Recip
 
 LEXICON = "lexicon"
 FIGURES = (1, 2)
-PAPER_LAYER = 3  # its fourth
-PAPER_PENALTY = 0.01  # its gamma and lambda
+PAPER_LAYER = 3  # the paper's fourth layer
+PAPER_PENALTY = 0.01  # the paper's gamma and lambda
 QUICK_LIMIT, QUICK_STEPS, QUICK_LAYERS = 100, 30, 6
 
 
@@ -71,7 +71,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def _command(arguments: argparse.Namespace) -> Report | None:
-    # In the order of what it costs to find out that something is wrong.
+    # Cheap checks first.
     check_counts(arguments)
     _check_choices(arguments)
     folder = Path(arguments.output).expanduser()
@@ -101,7 +101,7 @@ def _check_choices(arguments: argparse.Namespace) -> None:
 
 
 def _content(arguments: argparse.Namespace, process: Process, judge: Judge | None) -> Content:
-    """What the report will be about."""
+    """The tables and figures of the report, with their settings."""
     recipes = [_recipe(arguments, model, process) for model in _models(arguments)]
     first, seeds = recipes[0], list(range(arguments.seeds))
     tables = [paper_table(number, recipes) for number in sorted(set(arguments.tables))]
@@ -182,7 +182,7 @@ def _plans(content: Content) -> list[Plan]:
 
 
 def _listed(plans: Sequence[Plan], store: Store) -> Report:
-    """A dry run's answer."""
+    """The report of a dry run: work left, and an estimate of its time."""
     facts: dict[str, Any] = {"models": []}
     lines = []
     for plan in plans:
@@ -218,7 +218,7 @@ def _reported(
 
 
 def _command_line(arguments: argparse.Namespace) -> str:
-    """What to type for the same report: what defines it, not where it is put or what has been computed already."""
+    """The command line for the same report: the flags that define its content, not its folder or stored results."""
     words = ["laai", "paper"]
     for flag, value in (
         *(("--model", model) for model in arguments.model or []),

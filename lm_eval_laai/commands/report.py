@@ -1,4 +1,4 @@
-"""What a command hands back: facts for machines and text for people. Only the command line prints."""
+"""The result of a command: facts for machines and text for people. Only the command line prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 class Report:
     """`facts` is what --json prints, `text` is what people read.
 
-    `failed` is the exit code 1 of a command that worked and reports a failure, such as a test.
+    `failed` gives exit code 1: the command ran, and reports a failure, as `laai check` does.
     """
 
     facts: dict[str, Any]

@@ -75,7 +75,7 @@ def _weights(text: str) -> list[float]:
 
 
 def _command(arguments: argparse.Namespace) -> Report | None:
-    # In the order of what it costs to find out that something is wrong.
+    # Cheap checks first.
     check_counts(arguments)
     penalties = _penalties(arguments)
     own = own_data(arguments)

@@ -27,7 +27,7 @@ def _command(arguments: argparse.Namespace) -> Report:
     data = read_examples(arguments.file, arguments.prompt_template)
     folder = Path(arguments.output).expanduser()
     check_writable(folder)
-    from lm_eval_laai.own_task import write  # and the harness with it, which takes seconds
+    from lm_eval_laai.own_task import write  # here: imports the harness, which takes seconds
 
     path = write(data, folder, arguments.name, arguments.max_gen_toks)
     pool = sum(in_training_pool(item.key) for item in data.items)

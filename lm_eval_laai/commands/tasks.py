@@ -1,4 +1,4 @@
-"""`laai tasks`: the harness tasks, and where they lie."""
+"""`laai tasks`: the harness tasks, and the folder of their definitions."""
 
 from __future__ import annotations
 

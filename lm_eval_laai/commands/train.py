@@ -1,4 +1,4 @@
-"""`laai train`: a Δ, or what a baseline learns, from a task's training examples, into one file or folder."""
+"""`laai train`: train a Δ or a baseline on a task's training examples, into one file or folder."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from lm_eval_laai.methods.method import Method
 from lm_eval_laai.methods.select import choose
 from lm_eval_laai.tasks import harness_task, recorded_task
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Fields of Job and Settings that are flags of the same name: their kinds, defaults and helps are told there.
+# Fields of Job and Settings that are flags of the same name: type, default and help are the field's.
 _FLAGS = {one.name: one for kind in (Job, Settings) for one in fields(kind) if "help" in one.metadata}
 _CHOSEN = ("l1", "group", "steps")  # by cross-validation where they are not given
 
@@ -85,7 +85,7 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _kind(name: str) -> Any:
-    """What a flag's text becomes: the type in the field's annotation."""
+    """The type of a flag's value, from the field's annotation."""
     if name == "stop":
         return unescaped
     hint = {**get_type_hints(Job), **get_type_hints(Settings)}[name]
@@ -93,7 +93,7 @@ def _kind(name: str) -> Any:
 
 
 def _options(arguments: argparse.Namespace, method: Method) -> dict[str, Any]:
-    """What was given of the method's own flags, checked; for LAAI with the defaults of what was not."""
+    """The method's own flags that were given, checked; for LAAI with the defaults of the others."""
     taken = _FLAGS if method is LAAI else method.options
     allowed = {*taken, "log_to"} if method is LAAI else {*taken}
     for name in (*_FLAGS, "heads", "log_to"):
@@ -108,7 +108,7 @@ def _options(arguments: argparse.Namespace, method: Method) -> dict[str, Any]:
 
 
 def summary(result: TrainResult) -> dict[str, Any]:
-    """What a training came to, for a report."""
+    """The figures of a training, for a report."""
     best = min(result.history, key=lambda step: step.objective)
     (layer,) = result.intervention.layers
     vector = result.intervention.vector(layer)
@@ -128,7 +128,7 @@ def summary(result: TrainResult) -> dict[str, Any]:
 
 
 def _command(arguments: argparse.Namespace) -> Report:
-    # In the order of what it costs to find out that something is wrong.
+    # Cheap checks first.
     split = training_split(arguments)
     method = METHODS[arguments.method]
     options = _options(arguments, method)
@@ -188,7 +188,7 @@ def _train(
 
 
 def _kept(stopped: Interrupted | NotFinite, path: Path) -> str:
-    """Write the best so far, if there is one, beside the file that a finished training writes; what to say of it."""
+    """Write the best so far, if there is one, beside the file that a finished training writes; returns a message."""
     if not stopped.results:
         return f"{stopped}: {path} was not written"
     partial = path.with_suffix(PARTIAL)

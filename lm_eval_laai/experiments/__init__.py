@@ -1,1 +1,1 @@
-"""What demo, sweep and paper share: cells, where finished ones are kept, and how the harness computes one."""
+"""Shared by demo, sweep and paper: cells, the store of finished cells, and their evaluation by the harness."""

@@ -1,4 +1,4 @@
-"""What a cell is, what identifies it, and the folder in which finished ones are kept."""
+"""Cells and fits, their identities, and the folder that stores finished ones."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lm_eval_laai.methods import METHODS
 
 @dataclass(frozen=True)
 class Fit:
-    """What one method learns from one draw of a task's examples."""
+    """One training: a method on one draw of a task's examples."""
 
-    task: str  # the harness's name; laai_pairs:FILE and laai_opinionqa_group:ATTRIBUTE=GROUP say which data
+    task: str  # the harness's name; laai_pairs:FILE and laai_opinionqa_group:ATTRIBUTE=GROUP select the data
     method: str
     seed: int
     n_train: int
     layer: int | None = None  # 0-based; None is the method's own choice
     steps: int | None = None  # of a method that takes them; None is the method's own number, or chosen by it
-    l1: float | None = None  # this and what follows are LAAI's
+    l1: float | None = None  # this field and those below are LAAI's
     group: float | None = None
     penalty_scale: str | None = None
     start: str | None = None
@@ -54,7 +54,7 @@ class Store:
         self._cells, self._fits = folder / "cells", folder / "fits"
 
     def get(self, cell: Cell, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The cell's result, None when it has not been computed. LaaiError when the file is not ours."""
+        """The cell's result, None when it has not been computed. LaaiError for a file of another kind."""
         path = self._path(cell, identity)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -67,12 +67,12 @@ class Store:
             raise LaaiError(f"{path} is no finished cell: delete it, and it is computed again") from None
 
     def put(self, cell: Cell, identity: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Keep a result, whole or not at all."""
+        """Store a result, whole or not at all."""
         text = json.dumps({"identity": identity, "result": result}, indent=1, sort_keys=True, ensure_ascii=False)
         files.write(self._path(cell, identity), text.encode())
 
     def fit_path(self, fit: Fit, identity: Mapping[str, Any]) -> Path:
-        """Where a fit is, or is to be."""
+        """The path of a fit, whether or not it is stored."""
         name = f"{fit.task.partition(':')[0]}-{fit.method}-{key(identity)}"
         return self._fits / f"{name}{METHODS[fit.method].suffix}"
 

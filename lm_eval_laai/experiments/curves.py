@@ -31,13 +31,13 @@ class Sweep:
     start: str = "icl"
 
     def cell(self, task: str, layer: int, seed: int, penalty: tuple[float, float]) -> Cell:
-        """One score."""
+        """The cell of one score."""
         l1, group = penalty
         fit = Fit(task, "laai", seed, self.n_train, layer, self.steps, l1, group, self.penalty_scale, self.start)
         return Cell(task, fits=(fit,))
 
     def cells(self) -> list[Cell]:
-        """Every one of them."""
+        """All cells."""
         return [
             self.cell(task, layer, seed, penalty)
             for task in self.tasks
@@ -76,7 +76,7 @@ class Sweep:
 
 
 def title(l1: float, group: float) -> str:
-    """What a loss is called."""
+    """The name of the loss with these penalties."""
     return "unregularised" if l1 == group == 0 else f"γ = {l1:g}, λ = {group:g}"
 
 

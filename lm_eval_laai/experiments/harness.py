@@ -1,4 +1,4 @@
-"""The harness's evaluation of a model that is loaded already: the scores of `lm_eval --model hf-laai`, sooner.
+"""The harness's evaluation of a model that is loaded already: the scores of `lm_eval --model hf-laai`, faster.
 
 `laai demo`, `sweep` and `paper` evaluate here.
 """
@@ -25,7 +25,7 @@ from lm_eval_laai.experiments.setting import Setting, task_info
 from lm_eval_laai.model import HFLaai
 from lm_eval_laai.tasks import include_path, task_metadata
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FEWSHOT_SEED = 1234  # the harness's default; the tasks' sampler takes the first n and draws nothing
@@ -45,7 +45,7 @@ def evaluated(
     Args:
         tasks: the harness's names, `laai_pairs:FILE` and `laai_opinionqa_group:ATTRIBUTE=GROUP` with their data.
         shots: solved examples in every prompt, whatever a task's YAML says.
-        metadata: what the data sets draw by: `seed` and `n_train`.
+        metadata: `seed` and `n_train`, by which the data sets draw examples.
         data: folder of the public data sets; None is $LAAI_DATA.
         limit: test items a task; None is all.
         bootstrap_iters: as the harness's; 0 leaves standard errors out.
@@ -101,12 +101,12 @@ def _language_model(
     if any(path.is_dir() for path in paths):
         (folder,) = paths
         adapted = PeftModel.from_pretrained(model, str(folder)).eval()
-        # Behind a soft prompt `hf`'s answers depend on the padding, so on who shares the batch: one at a time.
+        # Behind a soft prompt `hf`'s answers depend on the padding, so on the batch's other rows: one at a time.
         soft_prompt = adapted.active_peft_config.is_prompt_learning
         try:
             yield HFLM(adapted, tokenizer=tokenizer, batch_size=1 if soft_prompt else batch_size)
         finally:
-            if not soft_prompt:  # which changes nothing in the model
+            if not soft_prompt:  # a soft prompt replaces no module of the model
                 adapted.unload()
     elif paths:
         total = reduce(add, map(Intervention.load, paths)) if len(paths) > 1 else Intervention.load(paths[0])

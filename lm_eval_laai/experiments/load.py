@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer; everything that can go wrong there becomes one line."""
+"""Load a causal language model and its tokenizer; every failure becomes one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from laai_core.errors import LaaiError
 from lm_eval_laai.known_models.folder import pretrained
 from lm_eval_laai.known_models.package import check_gguf_library
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from, and how it is to be held. Nothing is read before a method is called.
+    """A model's origin, device and dtype. Nothing is read before a method is called.
 
     Args:
         name: a folder, a name on the Hugging Face Hub, or one of `laai models`.
@@ -65,7 +65,7 @@ class ModelSource:
         if self.gguf_file is not None:
             check_gguf_library()
         path = Path(self.pretrained)
-        # A Hub name has one slash at most; what can only be a path is not looked up there.
+        # A Hub name has one slash at most; other names are paths and not looked up on the Hub.
         is_path = path.is_absolute() or len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
         if not path.is_dir() and (path.exists() or self.name.startswith(".") or is_path):
             raise LaaiError(f"no model folder at {self.name}: expected a folder with config.json, or a Hub name")
@@ -106,13 +106,13 @@ class ModelSource:
                 )
         except (LaaiError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # the libraries, and a model's own code, raise whatever they like
+        except Exception as error:  # the libraries, and a model's own code, may raise anything
             raise LaaiError(f"cannot load the {what} of {self.name}: {_first_line(error)}") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Only errors from transformers and the Hub; a loading bar only where somebody watches."""
+    """Only errors from transformers and the Hub; a loading bar only on a terminal."""
     verbosity, hub_verbosity = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -129,6 +129,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line says what happened; transformers then lists every model it knows."""
+    """The first line names the fault; further lines of transformers list every known model."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

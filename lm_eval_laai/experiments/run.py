@@ -1,6 +1,6 @@
-"""Compute what is missing of a plan: first the fits, then the scores, each kept as soon as it is there.
+"""Compute the missing fits of a plan, then the missing scores; each is stored as soon as it is computed.
 
-Under `torchrun` or `accelerate launch` every process takes its share of both; the store is a folder they all see.
+Under `torchrun` or `accelerate launch` every process takes its share of both; all processes see the store's folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lm_eval_laai import methods
 from lm_eval_laai.experiments.cells import Cell, Fit, Store, named
 from lm_eval_laai.experiments.setting import Setting
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ Write = Callable[[], object]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is wanted of one model: scores, and fits that are looked at themselves."""
+    """The cells to score on one model, and the fits wanted for themselves."""
 
     setting: Setting
     cells: tuple[Cell, ...]
@@ -44,8 +44,8 @@ class Plan:
     def batches(self) -> list[list[Fit]]:
         """All fits; those of LAAI that share task, layer and number of examples are rows of one batch.
 
-        A batch is a matter of the plan, never of what is finished already: another batch would round otherwise, and
-        a run that was stopped could end elsewhere than one that was not.
+        Batches depend on the plan alone, not on stored fits: another batch rounds otherwise, so that a resumed run
+        could give other results than an uninterrupted one.
         """
         batches: dict[Fit, list[Fit]] = {}
         for fit in dict.fromkeys([*self.fits, *(fit for cell in self.cells for fit in cell.fits)]):
@@ -54,31 +54,31 @@ class Plan:
         return list(batches.values())
 
     def left(self, store: Store) -> tuple[set[Fit], set[Cell]]:
-        """The cells that are not finished, and the fits that are not there and are needed for these or themselves.
+        """The fits that are missing, for themselves or for a missing cell, and the missing cells.
 
-        Reads all data: what is wrong with it is found here, before anything runs.
+        Reads all data, so that faults in the data are found before anything runs.
         """
         cells = {cell for cell in self.cells if store.get(cell, self.setting.cell_identity(cell)) is None}
         needed = {*self.fits, *(fit for cell in cells for fit in cell.fits)}
         return {fit for fit in needed if not self.path(fit, store).exists()}, cells
 
     def path(self, fit: Fit, store: Store) -> Path:
-        """Where a fit is, or is to be."""
+        """The path of a fit, whether or not it is stored."""
         return store.fit_path(fit, self.setting.fit_identity(fit))
 
 
 class Process:
-    """Which of the processes of a launch this is, and which device it has."""
+    """This process of a launch of one or several: its rank and its device."""
 
     def __init__(self) -> None:
         on_cpu = not torch.accelerator.is_available()
-        # One may wait long for a slower one.
+        # A process may wait long for a slower one.
         self._state = PartialState(cpu=on_cpu, timeout=timedelta(weeks=52))
         self.first = self._state.is_main_process
         self.alone = self._state.num_processes == 1
 
     def device(self, wanted: str | None) -> str | None:
-        """The device that was asked for; in a launch of several processes this one's own."""
+        """The device `wanted`; in a launch of several processes this process's own."""
         if self.alone:
             return wanted
         return "cpu" if self._state.device.type == "cpu" else str(self._state.device)
@@ -88,15 +88,15 @@ class Process:
         return list(work[self._state.process_index :: self._state.num_processes])
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait until all processes have called this."""
         self._state.wait_for_everyone()
 
 
 def run(plans: Sequence[Plan], store: Store, process: Process) -> None:
     """Compute every cell and fit that is not in the store.
 
-    What cannot be computed (by a method that does not know this architecture, of a prompt that does not fit) is logged
-    and does not stop the others; its cells stay missing. What cannot be written stops everything.
+    A failed computation (an architecture that a method does not support, a prompt that is too long) is logged, leaves
+    its cells missing and does not stop the others. A failed write stops everything.
     """
     for plan in plans:
         fits, cells = plan.left(store)
@@ -125,7 +125,7 @@ class _Worker:
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def fit(self, batch: list[Fit]) -> Write:
-        """Train a batch; what is then called keeps what of it was not there yet."""
+        """Train a batch; the returned function saves those of its fits that are not stored yet."""
         model, tokenizer = self._model()
         paths = [self._plan.path(fit, self._store) for fit in batch]
         if _is_job(batch[0]):
@@ -157,7 +157,7 @@ class _Worker:
             output=paths[0],
             progress=False,
         )
-        return lambda: None  # that has written it
+        return lambda: None  # methods.fit has written the output
 
     def _job(self, fit: Fit) -> Job:
         split = self._setting.split(fit.task, fit.seed, fit.n_train)
@@ -166,7 +166,7 @@ class _Worker:
         return Job(split.train, fit.layer, fit.l1, fit.group, seed=fit.seed, task=name, start=start)
 
     def score(self, cells: list[Cell]) -> Write:
-        """Evaluate a cell; what is then called keeps its result."""
+        """Evaluate a cell; the returned function stores its result."""
         # Here and not above: the harness takes seconds to import, and a finished plan needs none.
         from lm_eval_laai.experiments import harness
 
@@ -186,7 +186,7 @@ class _Worker:
 
 
 def _is_job(fit: Fit) -> bool:
-    """Whether a fit is one of those that `train_many` trains as rows of one batch: nothing is left to be chosen."""
+    """Whether `train_many` can train the fit as a row of a batch: no setting is left to be chosen."""
     chosen = None in (fit.layer, fit.l1, fit.group, fit.steps, fit.penalty_scale)
     return methods.METHODS[fit.method].trains_many and not chosen
 

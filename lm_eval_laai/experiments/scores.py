@@ -17,7 +17,7 @@ def result_of(setting: Setting, cell: Cell, store: Store) -> dict[str, Any] | No
 
 @dataclass(frozen=True)
 class Entry:
-    """A table's figure: the scores of the seeds that were drawn, all equal where nothing is drawn."""
+    """A figure of a table: the scores by seed, all equal where nothing is drawn."""
 
     values: list[float]
 

@@ -1,4 +1,4 @@
-"""What all cells of one model share: model, data, how the harness runs. Gives fits and cells their identity."""
+"""The setting that all cells of one model share: model, data, harness. Computes identities of fits and cells."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lm_eval_laai.experiments.cells import Cell, Fit
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.tasks import TaskInfo, list_tasks
 
-# Raised when the code changes so that finished cells would come out otherwise.
+# Incremented when a change of the code changes the results of finished cells.
 CELLS_VERSION = 2  # version 1 took trainings stopped by Ctrl-C for finished ones
 _LIBRARIES = ("torch", "transformers", "lm_eval", "peft")
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model")  # of a folder: weights, configuration, tokenizer
@@ -46,7 +46,7 @@ class Setting:
     def fit_identity(self, fit: Fit) -> dict[str, Any]:
         """Everything a fit depends on."""
         examples = self.split(fit.task, fit.seed, fit.n_train).train
-        # By its name alone: what the examples are, wherever their file lies, the sums say.
+        # By its name alone, without the folder: the SHA-256 sums identify the examples.
         return {
             **asdict(fit),
             "task": task_info(fit.task).name,
@@ -74,7 +74,7 @@ class Setting:
 
     @cached_property
     def model(self) -> dict[str, Any]:
-        """What identifies the model: the files of a folder, or a commit on the Hub."""
+        """The model's identity: SHA-256 of a folder's files, or a commit on the Hub."""
         folder = Path(self.source.pretrained)
         gguf = {} if self.source.gguf_file is None else {"gguf_file": self.source.gguf_file}
         if folder.is_dir():
@@ -103,7 +103,7 @@ def _tasks() -> dict[str, TaskInfo]:
 
 
 def task_info(task: str) -> TaskInfo:
-    """What the YAML of a harness task says; `laai_pairs:FILE` has the data set `pairs:FILE`.
+    """The definition in a harness task's YAML; `laai_pairs:FILE` has the data set `pairs:FILE`.
 
     LaaiError for an unknown name.
     """

@@ -1,1 +1,1 @@
-"""Interventions in forms that other tools read, only where those compute the same; all else is refused by name."""
+"""Interventions in forms that other tools read, where the tools compute the same; others are refused."""

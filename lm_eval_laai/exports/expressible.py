@@ -1,4 +1,4 @@
-"""What another tool can say of an intervention: the site, the position and the operation it has a counterpart for.
+"""Which interventions another tool can express: sites, positions and operations with a counterpart there.
 
 Every tool here adds vectors. They differ in where: llama.cpp and repeng at the output of a block, at every token;
 steering-vectors at the output of a block, its attention or its feed-forward, at every token; pyvene at these, at the
@@ -20,7 +20,7 @@ from laai_core.locate import Layout
 
 @dataclass(frozen=True)
 class Target:
-    """A tool: its name, the positions it can act at, and what it calls each of our sites that it has."""
+    """A tool: its name, the positions it can act at, and its name for each of our sites that it has."""
 
     name: str
     positions: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Vectors for steering-vectors and pyvene, which have no file of their own but pickles: plain tensors, and their code.
+"""Vectors for steering-vectors and pyvene, whose own files are pickles: plain tensors, and code to apply them.
 
 The file is .safetensors: a tensor [D] for each layer, named by its number from 0, float32, scale folded in.
 """

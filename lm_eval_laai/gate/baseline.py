@@ -1,4 +1,4 @@
-"""Baselines: what a run of the harness should come to, and how far it may fall short. A YAML file, edited by hand."""
+"""Baselines: expected results of a run of the harness, with tolerances. A YAML file, edited by hand."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class Baseline:
 
     @classmethod
     def of(cls, results: Results, before: Baseline | None = None) -> Baseline:
-        """What was found becomes what is expected.
+        """The baseline that expects exactly these results.
 
-        From `before` come the tolerances, and the tasks that are not in these results: a partial run must not take
-        the others out of the gate.
+        Tolerances, and tasks that are not in these results, are those of `before`: a partial run must not take the
+        other tasks out of the gate.
         """
         kept = {} if before is None else before.tasks
         tasks = dict(kept)
@@ -70,26 +70,26 @@ class Baseline:
         return cls(tasks, results.interventions)
 
     @classmethod
-    def parse(cls, text: str, place: str) -> Baseline:
-        """What `dump` wrote, or somebody by hand; LaaiError says what in it is wrong, and that it is in `place`."""
+    def parse(cls, text: str, where: str) -> Baseline:
+        """The baseline of a YAML text; LaaiError, starting with `where`, names the fault."""
         try:
-            if len(text.encode()) > _LARGEST:  # what `dump` made has not gone through a file
+            if len(text.encode()) > _LARGEST:  # a text of `dump` has not passed `read_text`
                 raise _TooLarge(f"has over {_LARGEST} bytes")
             _check_size(text)
             content = yaml.load(text, Loader=_Loader)
         except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             # Not only YAMLError: PyYAML trips over a tag that its text does not fit, such as `!!bool maybe`.
-            raise LaaiError(f"{place} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
+            raise LaaiError(f"{where} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
         except _TooLarge as error:
-            raise LaaiError(f"{place} {error}: too large for a baseline") from None
-        top = _object(content, place, ("tasks", "interventions"))
-        tasks = _object(top.get("tasks"), f"{place}: tasks")
-        applied = _object(top.get("interventions", {}), f"{place}: interventions")
+            raise LaaiError(f"{where} {error}: too large for a baseline") from None
+        top = _object(content, where, ("tasks", "interventions"))
+        tasks = _object(top.get("tasks"), f"{where}: tasks")
+        applied = _object(top.get("interventions", {}), f"{where}: interventions")
         if not tasks:
-            raise LaaiError(f"{place}: 'tasks' is empty: a gate that checks nothing always passes")
+            raise LaaiError(f"{where}: 'tasks' is empty: a gate that checks nothing always passes")
         return cls(
-            {name: _task(task, f"{place}: {name}") for name, task in tasks.items()},
-            {name: _applied(one, f"{place}: interventions: {name}") for name, one in applied.items()},
+            {name: _task(task, f"{where}: {name}") for name, task in tasks.items()},
+            {name: _applied(one, f"{where}: interventions: {name}") for name, one in applied.items()},
         )
 
     def dump(self) -> str:
@@ -107,7 +107,7 @@ class Baseline:
 
 
 def load_baseline(path: Path) -> Baseline:
-    """Read a baseline; LaaiError says what in it is wrong."""
+    """Read a baseline; LaaiError names the fault."""
     try:
         text = read_text(path, _LARGEST)
     except OSError as error:
@@ -181,9 +181,9 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _number_node)
 _Loader.add_constructor("tag:yaml.org,2002:float", _number_node)
 
 
-def _expected(place: str, metric: Metric, before: Expected | None) -> Expected:
+def _expected(where: str, metric: Metric, before: Expected | None) -> Expected:
     if not math.isfinite(metric.value):
-        raise LaaiError(f"{place} is {metric.value}: that cannot be expected of later results")
+        raise LaaiError(f"{where} is {metric.value}: that cannot be expected of later results")
     if before is not None:
         tolerance = before.tolerance
     elif metric.stderr:
@@ -191,56 +191,56 @@ def _expected(place: str, metric: Metric, before: Expected | None) -> Expected:
     else:
         tolerance = ("relative", 0.02)
     if tolerance[0] == "standard_errors" and metric.stderr is None:
-        raise LaaiError(f"{place} has a tolerance in standard errors, and the results give none: change the tolerance")
+        raise LaaiError(f"{where} has a tolerance in standard errors, and the results give none: change the tolerance")
     return Expected(metric.value, metric.stderr, tolerance)
 
 
-def _task(content: Any, place: str) -> ExpectedTask:
-    task = _object(content, place, (*SETTING, "metrics"))
-    metrics = _object(task.get("metrics", {}), f"{place}: metrics")
+def _task(content: Any, where: str) -> ExpectedTask:
+    task = _object(content, where, (*SETTING, "metrics"))
+    metrics = _object(task.get("metrics", {}), f"{where}: metrics")
     setting = {name: task[name] for name in SETTING if name in task}
     for name, value in setting.items():
         if not isinstance(value, str | int):
-            raise LaaiError(f"{place}: {name} is a {type(value).__name__}: expected a text or a whole number")
-    check_facts(setting, place)
-    return ExpectedTask(setting, {key: _metric(one, f"{place}: {key}") for key, one in metrics.items()})
+            raise LaaiError(f"{where}: {name} is a {type(value).__name__}: expected a text or a whole number")
+    check_facts(setting, where)
+    return ExpectedTask(setting, {key: _metric(one, f"{where}: {key}") for key, one in metrics.items()})
 
 
-def _applied(content: Any, place: str) -> dict[str, Any]:
-    facts = _object(content, place)
-    check_facts(facts, place)
+def _applied(content: Any, where: str) -> dict[str, Any]:
+    facts = _object(content, where)
+    check_facts(facts, where)
     return facts
 
 
-def _metric(content: Any, place: str) -> Expected:
-    metric = _object(content, place, ("value", "stderr", "tolerance"))
-    tolerance = _object(metric.get("tolerance"), f"{place}: tolerance", ("absolute", "relative", "standard_errors"))
+def _metric(content: Any, where: str) -> Expected:
+    metric = _object(content, where, ("value", "stderr", "tolerance"))
+    tolerance = _object(metric.get("tolerance"), f"{where}: tolerance", ("absolute", "relative", "standard_errors"))
     if len(tolerance) != 1:
-        raise LaaiError(f"{place}: tolerance has {len(tolerance)} entries: expected one")
+        raise LaaiError(f"{where}: tolerance has {len(tolerance)} entries: expected one")
     ((kind, size),) = tolerance.items()
-    value = _number(metric.get("value"), f"{place}: value")
-    stderr = None if metric.get("stderr") is None else _number(metric["stderr"], f"{place}: stderr", 0.0)
+    value = _number(metric.get("value"), f"{where}: value")
+    stderr = None if metric.get("stderr") is None else _number(metric["stderr"], f"{where}: stderr", 0.0)
     if kind == "standard_errors" and stderr is None:
-        raise LaaiError(f"{place}: a tolerance in standard errors needs stderr")
-    return Expected(value, stderr, (kind, _number(size, f"{place}: tolerance", 0.0)))
+        raise LaaiError(f"{where}: a tolerance in standard errors needs stderr")
+    return Expected(value, stderr, (kind, _number(size, f"{where}: tolerance", 0.0)))
 
 
-def _object(value: Any, place: str, keys: tuple[str, ...] | None = None) -> dict[str, Any]:
+def _object(value: Any, where: str, keys: tuple[str, ...] | None = None) -> dict[str, Any]:
     """`value`, if it is a mapping from texts, of none but these `keys`."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise LaaiError(f"{place}: expected names and their content, found {type(value).__name__}")
+        raise LaaiError(f"{where}: expected names and their content, found {type(value).__name__}")
     for key in value:
-        check_name(key, place)
+        check_name(key, where)
     unknown = sorted(set(value) - set(keys)) if keys else []
     if keys and unknown:
-        raise LaaiError(f"{place}: unknown entry {unknown[0]!r:.60}: expected {', '.join(keys)}")
+        raise LaaiError(f"{where}: unknown entry {unknown[0]!r:.60}: expected {', '.join(keys)}")
     return dict(value)
 
 
-def _number(value: Any, place: str, least: float = -math.inf) -> float:
+def _number(value: Any, where: str, least: float = -math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
         shown = repr(value) if isinstance(value, int | float | str) else type(value).__name__
-        raise LaaiError(f"{place} is {shown:.60}: expected a finite number{', 0 or above' if least == 0 else ''}")
+        raise LaaiError(f"{where} is {shown:.60}: expected a finite number{', 0 or above' if least == 0 else ''}")
     return float(value)
 
 

@@ -24,12 +24,12 @@ class Finding:
     item: str
     expected: str
     found: str
-    state: str  # OK, NOTE (told, and passes) or FAILED
+    state: str  # OK, NOTE (reported, passes) or FAILED
     reason: str = ""
 
 
 def compare(results: Results, baseline: Baseline) -> list[Finding]:
-    """Everything the baseline expects, in its order, then what it does not know of."""
+    """Findings on everything the baseline expects, in its order, then on results that it does not have."""
     findings = []
     for name, task in baseline.tasks.items():
         if name not in results.tasks:
@@ -80,7 +80,7 @@ def _metric(task: str, key: str, expected: Expected, found: Metric | None) -> Fi
 
 
 def _intervention(name: str, expected: dict[str, Any], found: dict[str, Any] | None) -> list[Finding]:
-    """Place and strength must be the baseline's; another Δ at the same place is told, for its numbers decide."""
+    """All facts but the SHA-256 must be the baseline's; another Δ is a note, because the metrics decide."""
     if found is None:
         return [Finding(name, "intervention", "applied", "missing", FAILED, "it was not applied")]
     findings = [_same(name, key, value, found.get(key)) for key, value in expected.items() if key != "sha256"]
@@ -114,12 +114,12 @@ def github(findings: Iterable[Finding]) -> list[str]:
 
 
 def inert(text: str) -> str:
-    """The text without what a GitHub runner obeys: `::` where a line begins, and `##[` anywhere."""
+    """The text without commands to a GitHub runner: `::` where a line begins, and `##[` anywhere."""
     return re.sub(r"(?m)^([^\S\n]*)::", r"\1\::", text).replace("##[", r"##\[")
 
 
 def printable(text: str) -> str:
-    """A task's name with a line break would begin a GitHub command; XML cannot hold control characters."""
+    """Replace control characters: a line break could begin a GitHub command, and XML cannot hold them."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -66,7 +66,7 @@ def compare_items(before: Sequence[float], after: Sequence[float]) -> Paired:
 
 def mcnemar(fell: int, rose: int) -> float:
     """Two-sided p-value of McNemar's exact test: a binomial test of the discordant items against one half."""
-    from scipy.stats import binomtest  # a second of imports
+    from scipy.stats import binomtest  # a second to import
 
     return float(binomtest(fell, fell + rose).pvalue) if fell + rose else 1.0
 

@@ -23,7 +23,7 @@ _LONGEST_NAME = 300  # characters of a task's or a metric's name, which are prin
 
 @dataclass(frozen=True)
 class Metric:
-    """One number. It may be NaN: that is a result too, if a bad one."""
+    """One number, possibly NaN."""
 
     value: float
     stderr: float | None
@@ -32,7 +32,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A task's or a group's numbers, by `metric,filter`, and what they can only be compared under."""
+    """A task's or a group's numbers, by `metric,filter`, and the setting that comparable results share."""
 
     setting: dict[str, str | int]  # version, shots, samples, data: those the file has
     metrics: dict[str, Metric]
@@ -40,7 +40,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Results:
-    """What one run of the harness found, and the interventions it applied, by name, as hf-laai reports them."""
+    """Results of one run of the harness, and its interventions by name, as hf-laai reports them."""
 
     path: Path
     tasks: dict[str, TaskResult]
@@ -95,33 +95,33 @@ def read_text(path: Path, largest: int) -> str:
     return content.decode("utf-8")
 
 
-def check_name(name: str, place: str) -> None:
-    """LaaiError for a name that no table has room for, or that no file can hold."""
+def check_name(name: str, where: str) -> None:
+    """LaaiError for a name that is too long for a table, or not Unicode."""
     if len(name) > _LONGEST_NAME:
-        raise LaaiError(f"{place}: a name has {len(name)} characters: expected at most {_LONGEST_NAME}")
-    _check_unicode(name, place)
+        raise LaaiError(f"{where}: a name has {len(name)} characters: expected at most {_LONGEST_NAME}")
+    _check_unicode(name, where)
 
 
-def check_facts(facts: Mapping[str, Any], place: str) -> None:
+def check_facts(facts: Mapping[str, Any], where: str) -> None:
     """LaaiError for an intervention's description that holds more than texts, numbers and lists of them."""
     for name, value in facts.items():
-        check_name(name, place)
+        check_name(name, where)
         if isinstance(value, list) and len(value) > _MOST_ENTRIES:
-            raise LaaiError(f"{place}: {name!r:.60} is a list of {len(value)}: expected at most {_MOST_ENTRIES}")
+            raise LaaiError(f"{where}: {name!r:.60} is a list of {len(value)}: expected at most {_MOST_ENTRIES}")
         for one in value if isinstance(value, list) else [value]:
             if not isinstance(one, str | int | float | None):
                 raise LaaiError(
-                    f"{place}: {name!r:.60} holds a {type(one).__name__}: expected a text, a number or a list of them"
+                    f"{where}: {name!r:.60} holds a {type(one).__name__}: expected a text, a number or a list of them"
                 )
             if isinstance(one, str):
-                _check_unicode(one, place)
+                _check_unicode(one, where)
 
 
-def _check_unicode(text: str, place: str) -> None:
+def _check_unicode(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
-        raise LaaiError(f"{place}: {text!a:.60} is no Unicode text") from None
+        raise LaaiError(f"{where}: {text!a:.60} is no Unicode text") from None
 
 
 def _whole_number(digits: str) -> int:

@@ -19,7 +19,7 @@ _MEAN = 1e-6  # relative
 
 @dataclass(frozen=True)
 class Comparison:
-    """One test: a task's metric, what was found of its items, the corrected p-value and the verdict."""
+    """One test: a task's metric, the paired values of its items, the corrected p-value and the verdict."""
 
     task: str
     metric: str  # the harness's `name,filter`
@@ -83,7 +83,7 @@ def compare_runs(
 
 
 def _settings(task: str, results: Results, before: Results) -> list[Finding]:
-    """Another version of a task scores otherwise; another number of shots may be what is compared."""
+    """Findings on settings: another task version fails; other shots are a note, since they may be compared."""
     findings = []
     old, new = before.tasks[task].setting, results.tasks[task].setting
     if old.get("version") != new.get("version"):
@@ -97,7 +97,7 @@ def _settings(task: str, results: Results, before: Results) -> list[Finding]:
 def _values(
     task: str, old: dict[str, Items], new: dict[str, Items], results: Results, before: Results, wanted: set[str]
 ) -> tuple[dict[str, tuple[list[float], list[float]]], list[Finding]]:
-    """Values of both runs by `metric,filter`, in the same order of items, and what of the task cannot be tested."""
+    """Values of both runs by `metric,filter`, in the same order of items, and findings on untestable metrics."""
     pairs: dict[str, tuple[list[float], list[float]]] = {}
     findings = []
     for name in old:
@@ -127,24 +127,24 @@ def _values(
     return pairs, findings
 
 
-def _same_items(place: str, old: Items, new: Items, results: Results, before: Results) -> list[int]:
+def _same_items(where: str, old: Items, new: Items, results: Results, before: Results) -> list[int]:
     """The doc_ids of both, in ascending order; LaaiError unless they are the same documents with the same targets."""
     for items, others, has, lacks in ((old, new, before, results), (new, old, results, before)):
         missing = sorted(set(items) - set(others))
         if missing:
             raise LaaiError(
-                f"{place}: item {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''} in {has.path} "
+                f"{where}: item {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''} in {has.path} "
                 f"missing in {lacks.path}: expected both runs on the same items, with the same --limit"
             )
     for doc_id in sorted(old):
         for what in ("doc_hash", "target_hash"):
             if getattr(old[doc_id], what) != getattr(new[doc_id], what):
                 raise LaaiError(
-                    f"{place}: item {doc_id} is another {'document' if what == 'doc_hash' else 'target'} in "
+                    f"{where}: item {doc_id} is another {'document' if what == 'doc_hash' else 'target'} in "
                     f"{results.path} than in {before.path} ({what}): expected the same data"
                 )
         if old[doc_id].values.keys() != new[doc_id].values.keys():
-            raise LaaiError(f"{place}: item {doc_id} has other metrics in {results.path} than in {before.path}")
+            raise LaaiError(f"{where}: item {doc_id} has other metrics in {results.path} than in {before.path}")
     return sorted(old)
 
 

@@ -58,11 +58,11 @@ def read_samples(path: Path) -> dict[str, Items]:
                 count += 1
                 if count > _MOST_ITEMS:
                     raise LaaiError(f"{path} has over {_MOST_ITEMS} items: too large to be compared")
-                place = f"{path}, line {number}"
-                name, doc_id, item = _item(line, place)
+                where = f"{path}, line {number}"
+                name, doc_id, item = _item(line, where)
                 items = filters.setdefault(name, {})
                 if doc_id in items:
-                    raise LaaiError(f"{place}: item {doc_id} is there twice under filter {name!r:.60}: expected once")
+                    raise LaaiError(f"{where}: item {doc_id} is there twice under filter {name!r:.60}: expected once")
                 items[doc_id] = item
     except OSError as error:
         raise LaaiError(f"cannot read {path}: {error.strerror}") from None
@@ -82,37 +82,37 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def _item(line: bytes, place: str) -> tuple[str, int, Item]:
+def _item(line: bytes, where: str) -> tuple[str, int, Item]:
     """Filter, doc_id and item of one line."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise LaaiError(f"{place} is not valid JSON ({error})") from None
+        raise LaaiError(f"{where} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
-        raise LaaiError(f"{place} is a {type(content).__name__}: expected the object that --log_samples writes")
+        raise LaaiError(f"{where} is a {type(content).__name__}: expected the object that --log_samples writes")
     doc_id = content.get("doc_id")
     if isinstance(doc_id, bool) or not isinstance(doc_id, int):
-        raise LaaiError(f"{place}: doc_id is {doc_id!r:.60}: expected the item's number")
+        raise LaaiError(f"{where}: doc_id is {doc_id!r:.60}: expected the item's number")
     texts = {}
     for key in ("filter", "doc_hash", "target_hash"):
         value = content.get(key)
         if not isinstance(value, str):
             raise LaaiError(
-                f"{place}: {key} is {value!r:.60}: expected a text, as --log_samples of lm-eval 0.4.13 writes"
+                f"{where}: {key} is {value!r:.60}: expected a text, as --log_samples of lm-eval 0.4.13 writes"
             )
-        check_name(value, place)
+        check_name(value, where)
         texts[key] = value
     names = content.get("metrics")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > _MOST_METRICS:
-        raise LaaiError(f"{place}: metrics is {names!r:.60}: expected a list of at most {_MOST_METRICS} names")
+        raise LaaiError(f"{where}: metrics is {names!r:.60}: expected a list of at most {_MOST_METRICS} names")
     values = {}
     for name in names:
-        check_name(name, place)
-        values[name] = _value(content.get(name), f"{place}: {name!r:.60} of item {doc_id}")
+        check_name(name, where)
+        values[name] = _value(content.get(name), f"{where}: {name!r:.60} of item {doc_id}")
     return texts["filter"], doc_id, Item(texts["doc_hash"], texts["target_hash"], values)
 
 
-def _value(value: Any, place: str) -> float | None:
+def _value(value: Any, where: str) -> float | None:
     if not isinstance(value, int | float):
         return None
     try:
@@ -120,5 +120,5 @@ def _value(value: Any, place: str) -> float | None:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise LaaiError(f"{place} is {number}: expected a finite number")
+        raise LaaiError(f"{where} is {number}: expected a finite number")
     return number

@@ -1,4 +1,4 @@
-"""Sharing interventions on the Hugging Face Hub: upload with a model card. Finding one there is `laai_core.hub`."""
+"""Sharing interventions on the Hugging Face Hub: upload with a model card. Downloading is in `laai_core.hub`."""
 
 from lm_eval_laai.hub.push import push_to_hub
 

@@ -1,4 +1,4 @@
-"""The model card of an intervention on the Hub: what it is, how it was trained, how it scored, how to use it."""
+"""The model card of an intervention on the Hub: facts, training, scores and usage."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model_card(
     base = str(metadata.get("base_model") or "unknown")
     on_hub = is_repository(base)
     if not on_hub:
-        base = os.path.basename(os.path.normpath(base))  # the rest of a path says where it lay on somebody's machine
+        base = os.path.basename(os.path.normpath(base))  # without the folders, which are those of one machine
     header = ModelCardData(
         library_name="lm-eval-laai",
         tags=["laai", "activation-steering"],
@@ -125,7 +125,7 @@ def _numbers(metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
 
 
 def _rows(scores: Scores) -> list[tuple[str, str, str]]:
-    """One row a number."""
+    """(task, metric, value) of every number."""
     return [(task, label, f"{value:.4g}") for task, metrics in scores.items() for _, label, value in _numbers(metrics)]
 
 

@@ -1,1 +1,1 @@
-"""Looking at an intervention: heat maps, and the words it promotes and suppresses."""
+"""Looking at an intervention: heat maps, and its direct effect on the logits."""

@@ -1,13 +1,13 @@
-"""What an intervention writes, in the model's own words: its direct effect on the logits, head by head.
+"""The direct effect of an intervention on the logits, head by head.
 
 Direct logit attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; the logit lens,
-nostalgebraist 2020): what a vector would do to the logits if no attention or feed-forward after it took notice. From
-the site it goes through the output projection (`heads`), whatever the block does to it on its way into the residual
-stream (a norm in Gemma-2 and OLMo-2, a factor in Granite), the final norm, the unembedding, and what the model then
-does to its logits (soft-capping, scaling). All of that is the model's own code, linearised where the model really is:
-at the last tokens of given prompts, over which the result is averaged. So numbers are logits, to first order: they add
-up over heads and layers, centring and the final norm's scale are in them, and no weight is read, so that quantised
-and transposed ones are nothing special. An effect through later layers is not in them.
+nostalgebraist 2020): the change of the logits if no later attention or feed-forward reacted to the vector. From
+the site it goes through the output projection (`heads`), the block's path into the residual stream (with a norm
+in Gemma-2 and OLMo-2, a factor in Granite), the final norm, the unembedding, and the model's changes to its logits
+(soft-capping, scaling). All steps are the model's own code, linearised at the activations of the last tokens of given
+prompts; the result is the average over the prompts. The numbers are logits, to first order: they add up over heads and
+layers, include centring and the final norm's scale, and exclude effects through later layers. No weight is read, so
+that quantised and transposed weights need no special case.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from laai_core.locate import Layout
 
 @dataclass(frozen=True)
 class Writing:
-    """What is written at one layer. G: the heads at site `heads`, else 1."""
+    """The direct effect at one layer. G: the heads at site `heads`, else 1."""
 
     effects: torch.Tensor  # [G, V] change of the logits, float32 on the CPU
     activation_rms: float  # of the site, over the prompts' last tokens
@@ -42,7 +42,7 @@ def written(
     """The direct effect of every group of an edit's vectors, by layer.
 
     Args:
-        edit: at any position; what it would write at the last token of each prompt is what counts.
+        edit: its position is ignored; the effect is computed at the last token of each prompt.
         prompts: token ids, one forward each.
         progress: show a tqdm bar on stderr.
 
@@ -96,7 +96,7 @@ class _Probe:
         self.mean_square = 0.0
 
     def hooks(self) -> Iterator[RemovableHandle]:
-        """Register all; in this order, for block and site are one module at `residual`."""
+        """Register all, in this order, because block and site are one module at `residual`."""
         layer = self._layer
         yield self._layout.module(layer, self._site).register_forward_hook(self._at_site)
         if self._site == "heads":
@@ -108,7 +108,7 @@ class _Probe:
         activation = args[0] if self._site == "heads" else hidden_of(output)
         self.mean_square = float(_end(activation).float().square().mean())
         if self._site == "heads":
-            # By the module's own forward, less its bias: packed, quantised and transposed weights are all the same.
+            # By the module's own forward, less its bias: works for packed, quantised and transposed weights.
             inputs = torch.cat([self._groups, torch.zeros_like(self._groups[:1])]).to(activation)
             outputs = module.forward(inputs.unsqueeze(0))[0].float()
             self._groups = outputs[:-1] - outputs[-1]  # [G, hidden]

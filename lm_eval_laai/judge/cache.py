@@ -12,7 +12,7 @@ from typing import Any
 from laai_core.errors import LaaiError, WorkFailed
 from lm_eval_laai.judge.endpoint import Judge
 
-# All that defines a query is its key; the answer is kept as it came, so that reading it anew costs nothing.
+# The key is everything that defines a query. Answers are stored raw: parsing them again costs nothing.
 _TABLE = """
 CREATE TABLE IF NOT EXISTS answers (
     base_url TEXT NOT NULL,
@@ -31,7 +31,7 @@ class Cache:
     """The answers at `path`, made if absent. For use in a `with`, from any thread.
 
     Raises:
-        LaaiError: for a file that is something else, or cannot be opened.
+        LaaiError: for a file that is no such cache, or cannot be opened.
         WorkFailed: later, for a disk that is full and the like.
     """
 
@@ -70,7 +70,7 @@ class Cache:
             return dict(rows)
 
     def put(self, judge: Judge, question: str, query: int, answer: str) -> None:
-        """Keep an answer. The first one stays where another process was faster."""
+        """Store an answer, unless another process has stored one."""
         with self._locked() as connection:
             connection.execute(
                 "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", (*judge.identity, question, query, answer)

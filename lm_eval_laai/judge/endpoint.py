@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 OPENAI_URL = "https://api.openai.com/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"
-# Of the answer, which is one digit. No temperature: the paper's five queries are five draws, and it gives none.
+# Tokens of the answer, one digit. No temperature: the paper gives none, and its five queries are five draws.
 REQUEST: Mapping[str, Any] = MappingProxyType({"max_tokens": 16})
 _OURS = ("model", "messages", "stream", "n")
 
@@ -44,10 +44,10 @@ _LONGEST_WAIT = 120.0  # seconds a server may ask for; longer, and the run is be
 
 @dataclass(frozen=True)
 class Judge:
-    """Which model is asked, where, and with which fields of the request besides the model and the message.
+    """The judge: a model, its endpoint, and the fields of the request besides model and message.
 
     Raises:
-        LaaiError: for an address that is none or holds a secret, and for fields that are not the user's to set.
+        LaaiError: for an address that is malformed or holds a secret, and for fields that are not the user's to set.
     """
 
     model: str
@@ -63,7 +63,7 @@ class Judge:
         if not known:
             raise LaaiError(f"base_url is {self.base_url!r:.80}; expected an address such as {OPENAI_URL}")
         if "@" in address.netloc or address.query or address.fragment:
-            # It is kept in the cache, and shown in errors.
+            # The address is stored in the cache, and shown in errors.
             raise LaaiError(f"base_url holds more than an address; expected the key in {KEY_VARIABLE} alone")
         taken = sorted(set(_OURS).intersection(self.request))
         if taken:
@@ -81,7 +81,7 @@ class Judge:
 
 
 class Answer(NamedTuple):
-    """What the judge said, and what the server says that it cost (0 where it does not)."""
+    """The judge's text, and the tokens that the server counts (0 where it reports none)."""
 
     text: str
     prompt_tokens: int
@@ -108,7 +108,7 @@ class Endpoint:
     """A judge that can be asked, from any thread.
 
     Args:
-        judge: who.
+        judge: the model and its endpoint.
         timeout: seconds without a byte from the server.
         backoff: seconds before the second attempt, doubled for each further one.
 
@@ -128,15 +128,15 @@ class Endpoint:
             raise LaaiError(f"{KEY_VARIABLE} is not set; expected the key of {base_url}, or another --base-url")
         self._client = openai.OpenAI(
             base_url=base_url,
-            api_key=self._key or "none",  # a local server wants none, the client wants some
+            api_key=self._key or "none",  # local servers need no key, the client requires one
             timeout=timeout,
             max_retries=0,
             default_headers={"Accept-Encoding": "identity"},  # a few compressed bytes can be a large reply
             http_client=_bounded_client(openai),
         )
         self._url, self._request, self._backoff = base_url, dict(judge.request), backoff
-        self._warned = False  # of a usage that is none
-        self._closed_until = 0.0  # time.monotonic(); for all threads alike, since a rate limit is theirs together
+        self._warned = False  # of an unreadable usage
+        self._closed_until = 0.0  # time.monotonic(); shared by all threads, as a rate limit is
 
     def __enter__(self) -> Endpoint:
         return self
@@ -189,7 +189,7 @@ class Endpoint:
             raise _Trouble("no answer in time") from None
         except (_ReplyTooLarge, openai.APIConnectionError) as error:
             if _ReplyTooLarge in (type(error), type(error.__cause__)):  # bare, or wrapped by older clients
-                # It was paid for, and the next attempt would be too.
+                # The reply was charged, and the next attempt would be too.
                 told = f"{self._url}: answered more than {_LARGEST_REPLY} bytes; expected a chat completion"
                 raise WorkFailed(told) from None
             raise _Trouble(self._one_line(f"connection failed ({error.__cause__ or error})")) from None
@@ -200,7 +200,7 @@ class Endpoint:
         return Answer(_text(completion), *counts)
 
     def _count(self, usage: Any, name: str) -> int:
-        """A number of tokens; 0, and a warning, for what is none: the answer is as good without it."""
+        """A number of tokens; 0 and a warning where unreadable: the answer is valid without the count."""
         value = getattr(usage, name, None)
         if value is None:
             return 0
@@ -256,7 +256,7 @@ def _bounded_client(openai: Any) -> Any:
 
 
 def _text(completion: Any) -> str:
-    """The answer. None at all is an answer too, and a paid one: a refusal, or a limit used up by reasoning."""
+    """The answer's text. An empty one was charged too: a refusal, or a limit used up by reasoning."""
     try:
         text = completion.choices[0].message.content
     except (AttributeError, LookupError, TypeError):

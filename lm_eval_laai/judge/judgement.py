@@ -19,12 +19,12 @@ from lm_eval_laai.judge.endpoint import Answer, Endpoint, Judge, Stopped
 from lm_eval_laai.judge.questions import NEEDED, QUERIES, question, read_answer, task_named
 from lm_eval_laai.judge.samples import Sample
 
-TRIAL = 25  # answers after which a judge that never said 0 or 1 is not asked on
+TRIAL = 25  # after this many answers without a 0 or 1 the judge is given up
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judge on one pair. `answers` as they came; none for an empty prediction, which nobody is asked about."""
+    """The verdict on one pair. `answers` are raw; an empty prediction has none, because it is not sent."""
 
     sample: Sample
     answers: list[str]
@@ -36,7 +36,7 @@ class Verdict:
 
     @property
     def unreadable(self) -> int:
-        """How many answers are neither 0 nor 1. They are not yes."""
+        """How many answers are neither 0 nor 1. They count as no."""
         return sum(read_answer(text) is None for text in self.answers)
 
     @property
@@ -47,17 +47,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The judge on a task: `share` of accepted pairs, and its standard error (None for a single pair)."""
+    """The verdicts on a task: `share` of accepted pairs, and its standard error (None for a single pair)."""
 
     task: str
     verdicts: list[Verdict]
-    asked: int  # queries of this call; the others' answers were known
+    asked: int  # queries of this call; other answers were in the cache
     prompt_tokens: int  # of those, as the server counts
     completion_tokens: int
 
     @property
     def share(self) -> float:
-        """Of all pairs, empty predictions among them."""
+        """Share of accepted pairs, empty predictions among them."""
         return statistics.fmean(v.accepted for v in self.verdicts)
 
     @property
@@ -76,14 +76,14 @@ class Query(NamedTuple):
 
 
 def all_queries(samples: Sequence[Sample], task: str) -> list[Query]:
-    """In order, without repetition. An empty prediction is wrong, whatever a judge might say."""
+    """The distinct queries in order. An empty prediction is wrong without a query."""
     task = task_named(task)
     questions = dict.fromkeys(question(task, s.input, s.prediction) for s in samples if s.prediction)
     return [Query(text, number) for text in questions for number in range(QUERIES)]
 
 
 def unanswered(queries: Sequence[Query], judge: Judge, cache: Cache) -> list[Query]:
-    """Those that would be paid for."""
+    """The queries whose answers are not in the cache."""
     known = {text: cache.get(judge, text) for text in dict.fromkeys(query.question for query in queries)}
     return [query for query in queries if query.number not in known[query.question]]
 
@@ -108,7 +108,7 @@ def judge_samples(
         samples: the pairs, at least one.
         task: a word task's name, with or without `laai_` and `lexicon_`.
         judge: who is asked.
-        cache: where answers are kept.
+        cache: the store of answers.
         concurrency: requests at the same time.
         timeout: seconds to wait for a server that says nothing.
         backoff: seconds before a failed request is sent again, doubled each time; Retry-After is honoured.
@@ -144,7 +144,7 @@ def judge_samples(
 def _ask(
     queries: Sequence[Query], endpoint: Endpoint, judge: Judge, cache: Cache, concurrency: int, bar: tqdm
 ) -> list[Answer]:
-    """Ask, and keep each answer at once. Returns those paid for here."""
+    """Ask, and store each answer at once. Returns the answers of this call."""
     stop = threading.Event()
 
     def ask(query: Query) -> Answer | None:

@@ -1,4 +1,4 @@
-"""What the judge is asked about a pair, and how its answer is read."""
+"""The judge's question about a pair, and the parsing of its answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A GGUF file as an ordinary model folder: dequantised once, so that no later load takes the time for it."""
+"""A GGUF file as an ordinary model folder: dequantised once, because dequantising at every load takes time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def convert(gguf: Path, folder: Path) -> None:
     source, name = str(gguf.parent), gguf.name
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
     config = model.config
-    # A model that counts as quantised refuses to be saved; these weights are ordinary numbers by now.
+    # `save_pretrained` refuses a model marked as quantised; these weights are dequantised.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -24,6 +24,6 @@ def convert(gguf: Path, folder: Path) -> None:
     plain.tie_weights()
     plain.generation_config = model.generation_config
     plain.save_pretrained(folder)
-    # Local, since tokenizer_config.json notes it: the same file makes the same folder, online or not.
+    # Local, because tokenizer_config.json records the setting: the same file makes the same folder, online or not.
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name, local_files_only=True)
     tokenizer.save_pretrained(folder)

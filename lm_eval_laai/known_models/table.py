@@ -1,4 +1,4 @@
-"""The known models: pinned at both places they can be got from."""
+"""The known models, pinned at both sources."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from laai_core.errors import LaaiError
 
 REFERENCE = "reference"  # the repository's own model: in a clone, never fetched
 
-HUB, PACKAGE = "hub", "package"  # where a model can be got from
+HUB, PACKAGE = "hub", "package"  # the sources of a model
 SOURCES = ("auto", HUB, PACKAGE)
 
 
@@ -29,7 +29,7 @@ class Package:
 
     @property
     def stem(self) -> str:
-        """What the wheel's file name begins with."""
+        """The beginning of the wheel's file name."""
         name, _, version = self.requirement.partition("==")
         return f"{name.replace('-', '_')}-{version}-"
 
@@ -43,7 +43,7 @@ class KnownModel:
         packages: the quantised copy, in the order its parts are put together.
         quantisation: of that copy; its weights are dequantised, so they are not the original's.
         gguf_sha256: of the GGUF file that the packages make.
-        terms: where the terms are that have to be accepted first; None for a licence that asks for nothing.
+        terms: address of the terms that have to be accepted first; None where there are none.
         download_bytes, folder_bytes: of the packages, and of the folder made from them (float32).
     """
 

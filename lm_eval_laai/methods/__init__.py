@@ -1,7 +1,7 @@
 """The paper's method and the baselines it is measured against, trained on the same examples by one entry.
 
-A method is one entry of METHODS. What it trains with is imported when it trains: a command line that lists the methods
-waits for neither torch nor PEFT.
+A method is one entry of METHODS. A method's libraries are imported when it trains, so that listing the methods loads
+neither torch nor PEFT.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from laai_core.example import Split
 from lm_eval_laai.methods.method import Method, Option, middle_layer, third_layer
 from lm_eval_laai.tasks import recorded_task
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["LAAI", "METHODS", "fit", "method_named"]

@@ -27,16 +27,16 @@ from laai_core.hooks import frozen
 from laai_core.locate import Layout, locate
 from laai_core.objective import Objective
 from laai_core.record import model_facts, training_facts
+from lm_eval_laai.methods.linear_modules import attention_inputs, down_projection, first_attention, is_transposed
 from lm_eval_laai.methods.method import ADAPTER_FACTS, ADAPTER_STEPS
-from lm_eval_laai.methods.places import attention_inputs, down_projection, first_attention, is_transposed
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RANK = 4  # of LoRA
 VIRTUAL_TOKENS = 8
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-FOLDS = 5  # two are cheaper, and choose rates that suit five examples and not ten
+FOLDS = 5  # of the cross-validation; two would choose rates for training on five of ten examples
 
 ANY_TASK = "the answer to this question"
 
@@ -58,10 +58,10 @@ def train_adapter(
     Args:
         method: a name in ADAPTERS.
         examples: with targets (loss `nll`) or with options and distributions (loss `kl`), as for a vector.
-        layer: of `lora`, which needs one; `ia3` goes on every layer without; a `soft_prompt` is in none.
+        layer: required for `lora`; None puts `ia3` on every layer; a `soft_prompt` has no layer.
         seed: of LoRA's random half. Everything else starts from fixed values.
         steps: of AdamW on all examples at once, its rate falling linearly to zero; default ADAPTER_STEPS.
-        task: the harness's name; a soft prompt starts from what it says.
+        task: the harness's name; a soft prompt starts from the task's description.
 
     Raises:
         LaaiError: on examples or a model that the method cannot take.
@@ -132,13 +132,13 @@ ADAPTERS: dict[str, Callable[[Layout, int | None], peft.PeftConfig]] = {
 
 
 def description(task: str | None) -> str:
-    """What a task asks for, in words."""
+    """A task's rule in words."""
     rule = WORD_RULES.get(rule_named(task or ""))
     return ANY_TASK if rule is None else rule.description
 
 
 class _Data:
-    """The examples as the tokens a vector is trained on, and the same loss. One example alone has no folds."""
+    """The examples with the tokens and the loss of a vector's training. A single example has no folds."""
 
     def __init__(self, layout: Layout, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> None:
         self._tokenizer, self._examples = tokenizer, examples
@@ -163,7 +163,7 @@ class _Trainer:
         self._start = [p.detach().clone() for p in self.parameters]
 
     def run(self, rate: float, numbers: Sequence[int], bar: Any) -> tuple[float, float]:
-        """Train on the examples of these numbers; the mean loss on them before and after."""
+        """Train on the examples `numbers`; returns their mean loss before and after."""
         with torch.no_grad():
             for parameter, start in zip(self.parameters, self._start, strict=True):
                 parameter.copy_(start)
@@ -183,7 +183,7 @@ class _Trainer:
             return first, float(self._loss(batch, objective))
 
     def validation_loss(self, rate: float, bar: Any) -> float:
-        """Mean loss of examples left out, each fold by a training on the others; infinite where one failed."""
+        """Mean loss of held-out examples, one training per fold; infinite where a training failed."""
         total = 0.0
         for fold in self._data.folds:
             self.run(rate, sorted(set(self._data.everything) - set(fold)), bar)
@@ -202,7 +202,7 @@ class _Trainer:
 
 @contextmanager
 def _wrapped(layout: Layout, config: peft.PeftConfig, seed: int) -> Iterator[Any]:
-    """The model under a new adapter, and the model as it was at the end, whatever happens."""
+    """Within the block, the model under a new adapter; the model is restored however the block ends."""
     model = layout.model
     children = [(module, dict(module._modules)) for module in model.modules()]
     attributes = set(vars(model))  # PEFT adds `peft_config`
@@ -211,7 +211,7 @@ def _wrapped(layout: Layout, config: peft.PeftConfig, seed: int) -> Iterator[Any
     with frozen(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
-            with warnings.catch_warnings():  # PEFT asks for it by its old name
+            with warnings.catch_warnings():  # PEFT uses a deprecated name
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
                 wrapped = peft.get_peft_model(model, config).eval()
             yield wrapped
@@ -226,9 +226,9 @@ def _wrapped(layout: Layout, config: peft.PeftConfig, seed: int) -> Iterator[Any
 
 @torch.no_grad()
 def _start_from(wrapped: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Let the virtual tokens begin as the text's first, the text repeated where it is too short.
+    """Initialise the virtual tokens with the text's first tokens, the text repeated where it is too short.
 
-    PEFT can do it by itself for a tokenizer that it loads by name, and then writes that name into the adapter.
+    PEFT's own initialisation loads a tokenizer by name, and writes that name into the adapter.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
     ids = (ids * math.ceil(VIRTUAL_TOKENS / len(ids)))[:VIRTUAL_TOKENS]
@@ -244,7 +244,7 @@ def _save(wrapped: Any, folder: Path, facts: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
             new = Path(scratch, "new")
             wrapped.save_pretrained(str(new), save_embedding_layers=False)
-            (new / "README.md").unlink(missing_ok=True)  # PEFT's empty form, with the path the model was read from
+            (new / "README.md").unlink(missing_ok=True)  # PEFT's empty template, which names the model's path
             (new / ADAPTER_FACTS).write_text(
                 json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8"
             )
@@ -255,7 +255,7 @@ def _save(wrapped: Any, folder: Path, facts: dict[str, Any]) -> None:
                 if folder.exists():
                     os.replace(folder, old)
                 os.replace(new, folder)
-            finally:  # Ctrl-C between the two
+            finally:  # Ctrl-C may come between the two
                 if old.exists() and not folder.exists():
                     os.replace(old, folder)
     except OSError as error:

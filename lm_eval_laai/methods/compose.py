@@ -1,4 +1,4 @@
-"""Compose interventions: one that does what its parents do, by the paper's "Add" or by what the paper leaves open."""
+"""Compose interventions into one, by the paper's "Add" or by rules beyond the paper."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from laai_core.locate import Layout, locate, verify_causal
 from laai_core.objective import SMOOTHING, Objective
 from laai_core.record import training_facts
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 TIES_DENSITY = 0.2  # share of coordinates that survive trimming: the value of the TIES paper, untuned
-FIT_EVALUATIONS = 50  # at most, of the loss and its gradient; two weights take about a dozen
+FIT_EVALUATIONS = 50  # of the loss and its gradient, at most; two weights take about a dozen
 
 
 def compose(
@@ -64,11 +64,11 @@ def compose(
 
     Args:
         task: of the result, recorded in its metadata.
-        model, tokenizer, examples: for `fit` alone, as are those that follow; see `train`.
+        model, tokenizer, examples: for `fit` alone, as are all arguments after these; see `train`.
 
     Returns:
         An intervention of scale 1. Its metadata has the `composition`: the method, and SHA-256, task and weight of
-        every parent; after `fit`, `training` says what the weights were fitted on.
+        every parent; after `fit`, `training` records the examples and the fit.
 
     Raises:
         LaaiError: parents that do not fit each other, or arguments that do not fit the method.
@@ -112,7 +112,7 @@ def compose(
 
 
 def _scaled(parent: Intervention, layer: int, total: Intervention) -> torch.Tensor:
-    """What a parent adds at a layer of the union."""
+    """A parent's scaled vector at a layer of the union; zero where the parent has none."""
     if layer in parent.layers:
         return parent.scale * parent.vector(layer)
     return torch.zeros_like(total.vector(layer))
@@ -132,7 +132,7 @@ def _checked_weights(weights: Sequence[float] | None, method: str, count: int) -
     return [float(weight) for weight in weights]
 
 
-# What a method makes, at one layer, of the parents [P, ...] and their weights [P].
+# The methods, at one layer: parents [P, ...] and weights [P] to one vector.
 
 
 def _sum(stack: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -169,13 +169,13 @@ METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 class _WeightedForward(PlainForward):
-    """The loss and its gradient by the parents' weights: its "vectors" are weights [runs, P].
+    """The loss and its gradient with respect to the parents' weights: `vectors` are weights [runs, P].
 
     Full forwards, since the parents may lie at several layers and act at any position.
 
     Args:
         stacks: layer to the parents there [P, ...].
-        place: an intervention at their site and position.
+        parent: one of the parents, for their site and position.
     """
 
     def __init__(
@@ -183,12 +183,12 @@ class _WeightedForward(PlainForward):
         layout: Layout,
         batch: Batch,
         stacks: Mapping[int, torch.Tensor],
-        place: Intervention,
+        parent: Intervention,
         batch_size: int | None,
     ) -> None:
-        super().__init__(layout, batch, min(stacks), place.site, batch_size)
+        super().__init__(layout, batch, min(stacks), parent.site, batch_size)
         self._stacks = {layout.layer(layer): stack.flatten(1) for layer, stack in stacks.items()}
-        self._position = place.position
+        self._position = parent.position
 
     def _edit(self, vectors: torch.Tensor) -> Edit:
         return Edit({layer: vectors @ stack for layer, stack in self._stacks.items()}, self._site, self._position)

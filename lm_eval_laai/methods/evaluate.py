@@ -1,4 +1,4 @@
-"""The task loss of interventions on examples, without the harness: what training minimises, on any examples."""
+"""The task loss that training minimises, of interventions on any examples, without the harness."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from laai_core.intervention import Intervention
 from laai_core.locate import locate
 from laai_core.objective import Objective
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -35,10 +35,10 @@ def task_losses(
     Options as for `train`.
     """
     layout = locate(model, projection)
-    places = {(tuple(iv.layers), iv.site, iv.position, iv.operation) for iv, _ in pairs}
-    if len(places) != 1:
-        raise LaaiError(f"expected interventions at one place, got {len(places)}")
-    ((layers, site, position, operation),) = places
+    targets = {(tuple(iv.layers), iv.site, iv.position, iv.operation) for iv, _ in pairs}
+    if len(targets) != 1:
+        raise LaaiError(f"expected interventions at one place, got {len(targets)}")
+    ((layers, site, position, operation),) = targets
     if len(layers) != 1 or (position, operation) != ("last", "add"):
         raise LaaiError("expected interventions that add to one layer at the last prompt token")
     vectors = torch.stack([iv.scale * iv.for_model(layout)[layout.layer(layers[0])] for iv, _ in pairs])

@@ -1,7 +1,7 @@
-"""Function vectors (Todd et al. 2024, arXiv 2310.15213): what a few attention heads say after solved examples.
+"""Function vectors (Todd et al. 2024, arXiv 2310.15213): the output of a few attention heads after solved examples.
 
 The mean output of every head at the last token of many-shot prompts; of these, the heads whose mean, put into prompts
-with shuffled answers, makes the right answer most probable; the sum of what they write into the residual stream.
+with shuffled answers, makes the right answer most probable; the sum of what these heads add to the residual stream.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from laai_core.locate import Layout, locate
 from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.method import third_layer
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# The numbers of the authors' code.
+# Values of the authors' code.
 SHOTS = 10
 PROMPTS = 100  # over which head outputs are averaged
 TRIALS = 25  # prompts with shuffled answers
 MIN_HEADS, HEADS_SHARE = 10, 1 / 51.2  # GPT-J 10 of 448, Llama-2-7B 20 of 1024, Llama-2-70B 100 of 5120
 
-ROWS = 64  # patched single tokens a forward
-PROMPT_ROWS = 8  # whole prompts a forward
+ROWS = 64  # patched single tokens per forward
+PROMPT_ROWS = 8  # whole prompts per forward
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ def function_vector(
     Args:
         examples: at least three, with targets. Each prompt asks one of them after (up to ten of) the others: with
             ten examples there are nine shots, and no prompt contains its own answer.
-        layer: where it is added; default a third of the depth, as in the paper. The heads may be in any layer.
+        layer: the block behind which the vector is added; default a third of the depth, as in the paper. The heads may
+            be in any layer.
         seed: of the draws of shots, their order and the shuffled answers.
-        heads: how many; default one in 51.2 but at least ten, the paper's counts for models from 6B to 70B.
+        heads: number of heads; default one in 51.2 but at least ten, the paper's counts for models from 6B to 70B.
 
     Raises:
         LaaiError: on examples or a model that do not allow it.
@@ -87,21 +88,21 @@ def function_vector(
     ):
         means = mean_head_outputs(layout, correct, bar)
         effects = indirect_effects(layout, shuffled, means, bar)
-        chosen = sorted(effects, key=lambda place: (-effects[place], place))[:heads]
+        chosen = sorted(effects, key=lambda head: (-effects[head], head))[:heads]
         vector = _written(layout, means, chosen)
     training = {
         **training_facts(layout, examples, seed),
         "shots": min(SHOTS, len(examples) - 1),
         "prompts": PROMPTS,
         "trials": TRIALS,
-        "heads": [[*place, effects[place]] for place in chosen],
+        "heads": [[*head, effects[head]] for head in chosen],
     }
     metadata = {**model_facts(layout, chosen[0][0]), "task": task, "method": "fv", "training": training}
     return Intervention({layer: vector}, site="residual", metadata=metadata)
 
 
 def default_heads(available: int) -> int:
-    """How many of a model's heads are summed."""
+    """The default number of heads."""
     return min(max(MIN_HEADS, round(available * HEADS_SHARE)), available)
 
 
@@ -110,7 +111,7 @@ def few_shot_prompts(
 ) -> list[Prompt]:
     """`count` prompts that ask the examples in turn, each after others in random order.
 
-    `shuffled` deals the shots' answers out anew, so that the prompt shows the form of the task and not the task.
+    `shuffled` permutes the shots' answers, so that the prompt shows the form of the task and not the task.
     """
     if len(examples) < 3:
         raise LaaiError(
@@ -208,9 +209,9 @@ def _replaced(layout: Layout, layer: int, mean: torch.Tensor, prompts: int) -> I
 
 
 def _written(layout: Layout, means: dict[int, torch.Tensor], chosen: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """[hidden] what the chosen heads' means add to the residual stream, float32 on the CPU.
+    """[hidden] the chosen heads' mean contribution to the residual stream, float32 on the CPU.
 
-    Through the projection itself, so that quantised ones work; without its bias, which is no head's.
+    Computed by the projection itself, which may be quantised, less its bias, which belongs to no head.
     """
     total = torch.zeros(layout.hidden_size)
     for layer in sorted({layer for layer, _ in chosen}):

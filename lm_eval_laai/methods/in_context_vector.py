@@ -1,7 +1,7 @@
 """In-context vectors (Liu et al. 2023, arXiv 2311.06668), as the authors' code makes them.
 
-How the last token's hidden states differ between an example's output and its input, over all layers as one vector: the
-mean over the examples plus the first principal direction. `laai_core.apply.icv_step` applies it.
+The differences of the last token's hidden states between an example's output and its input, over all layers as one
+vector: their mean over the examples plus their first principal direction. `laai_core.apply.icv_step` applies it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from laai_core.hooks import frozen, hidden_of, recorded
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
 from laai_core.record import model_facts, training_facts
-from lm_eval_laai.methods.places import first_attention
+from lm_eval_laai.methods.linear_modules import first_attention
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-STEP = 0.1  # the paper's and the authors' README's
+STEP = 0.1  # value of the paper and of the authors' README
 
 _BEFORE, _AFTER = rule_prompt("\0").split("\0")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -105,9 +105,9 @@ def shift(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> list
 
 
 def _bare(text: str) -> str:
-    """Without punctuation, as the authors' code has it (a text of nothing else stays), and behind a space.
+    """The text behind a space and without punctuation, as in the authors' code; a text of punctuation alone stays.
 
-    The authors put none: Llama's first tokenizer does it by itself. To a byte-level one a word without it is another
-    token than the same word inside a text.
+    The authors put no space, because Llama's first tokenizer prepends one. For a byte-level tokenizer a word without
+    the space is another token than the same word inside a text.
     """
     return " " + (text.translate(_NO_PUNCTUATION).strip() or text.strip())

@@ -1,4 +1,4 @@
-"""What a method is: how it learns from a task's examples, what it takes and what it writes. Imports no torch."""
+"""The type of an entry of METHODS: training function, options and output. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from laai_core.errors import LaaiError
 from laai_core.files import SUFFIX
 
 ADAPTER_STEPS = 100  # of AdamW, where none are given
-ADAPTER_FACTS = "laai.json"  # in an adapter's folder, beside what PEFT writes: how it was trained
+ADAPTER_FACTS = "laai.json"  # provenance of an adapter, in its folder beside PEFT's files
 ADAPTER_CONFIG = "adapter_config.json"  # peft.utils.CONFIG_NAME, which takes seconds to import
 
 
@@ -24,7 +24,7 @@ class Option:
     least: int | None = None  # for a whole number
 
     def check(self, name: str, value: Any) -> None:
-        """LaaiError for a value that is wrong whatever the model and the examples are."""
+        """LaaiError for a value that is wrong for every model and all examples."""
         if self.least is not None and value < self.least:
             least = "one" if self.least == 1 else self.least
             raise LaaiError(f"{name} is {value}: expected at least {least}")
@@ -33,7 +33,7 @@ class Option:
 def middle_layer(count: int) -> int:
     """The middle of a model of `count` layers, 0-based.
 
-    There vectors that stand for a task act best in models of many sizes (Hendel, Geva & Globerson 2023, "In-context
+    Vectors that stand for a task act best there in models of many sizes (Hendel, Geva & Globerson 2023, "In-context
     learning creates task vectors"), and on the reference model too. The paper's layer is 3 of 32; `--layer auto`
     measures.
     """
@@ -54,14 +54,14 @@ class Method:
         title: in tables.
         train: (model, tokenizer, split, path, layer, seed, progress, **options): learns from `split.train` and writes
             `path`, whole or not at all; the model is left exactly as it was. Options that are not given are missing.
-        options: what it takes of the arguments that not every method takes.
+        options: the arguments that not every method takes.
         default_layer: of the number of layers; None: all layers, none at all, or chosen by cross-validation.
         takes_layer: False for a method that is in no layer.
         writes_adapter: it writes a folder in PEFT's format, for the harness's `peft=`; else a file for hf-laai's
             `intervention=`.
         takes_adapted: whether it trains on a model that is under a PEFT adapter.
         trains_many: `laai_core.train_many` trains several of its vectors as rows of one batch.
-        passes: what one training on ten examples costs, in forward passes over 64 prompts of 16 tokens, measured with
+        passes: cost of one training on ten examples, in forward passes over 64 prompts of 16 tokens, measured with
             the reference model on one CPU core.
     """
 
@@ -78,11 +78,11 @@ class Method:
 
     @property
     def suffix(self) -> str:
-        """How the name of what it writes ends."""
+        """The ending of the output's name."""
         return "" if self.writes_adapter else SUFFIX
 
     def check(self, path: Path, layer: int | None, options: Mapping[str, Any]) -> None:
-        """LaaiError for what is wrong whatever the model and the examples are. An option that is None is not given."""
+        """LaaiError for arguments that are wrong for every model and all examples. None: an option is not given."""
         for name, value in options.items():
             if value is None:
                 continue
@@ -100,7 +100,7 @@ class Method:
             raise LaaiError(f"{path} exists and is no adapter: expected a new folder, or an adapter's to replace")
 
     def record(self, path: Path) -> dict[str, Any]:
-        """How what lies at `path` was trained."""
+        """The provenance recorded in the output at `path`."""
         if self.writes_adapter:
             facts = json.loads((path / ADAPTER_FACTS).read_text(encoding="utf-8"))
         else:

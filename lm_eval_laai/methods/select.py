@@ -33,7 +33,7 @@ from laai_core.settings import Job, Settings, check
 from laai_core.start import in_context_starts
 from laai_core.train import TrainResult, train
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FOLDS = 3
@@ -43,7 +43,7 @@ EVALUATIONS = 20  # at most, of a setting
 PATIENCE = 4  # evaluations without a smaller held-out loss
 HEAD_START = 6  # evaluations of a setting before it is compared with the best one
 PENALTIES = (1e-2, 1e-3)  # of l1 and group, relative to the activation; layers are compared under the last
-LONE_DEPTH = 0.4  # share of the depth that a single example, of which nothing can be held out, is trained at
+LONE_DEPTH = 0.4  # share of the depth for a single example, of which nothing can be held out
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def choose(
     progress: bool = False,
     **settings: Any,
 ) -> Choice:
-    """Choose what is None of layer, l1, group and steps.
+    """Choose those of layer, l1, group and steps that are None.
 
     Args:
         layer, l1, group, steps: fixed where given; with all four, or with one example, nothing is tried.
@@ -92,7 +92,7 @@ def choose(
 
     Raises:
         LaaiError: with the penalty scale absolute, where l1 and group must be given; and as `train` does.
-        NotFinite, Interrupted: as `train` does, with no results: a fold's are nobody's vector.
+        NotFinite, Interrupted: as `train` does, with no results: a fold's vector is not the result.
     """
     shared = Settings(steps=EVALUATIONS if steps is None else steps, **settings)
     check(Job, l1=l1, group=group, lr=lr, start=start)
@@ -142,7 +142,7 @@ def train_chosen(
 
 
 def _coarse(count: int) -> tuple[list[int], int]:
-    """The layers to try first of `count`, and how far from the best its neighbours are that are tried next."""
+    """The layers of `count` to try first, and the distance from the best layer to the neighbours tried next."""
     low, high = (share * count for share in DEPTHS)
     layers = sorted({int(low + number * (high - low) / (COARSE - 1)) for number in range(COARSE)})
     gap = min((after - before for before, after in zip(layers, layers[1:], strict=False)), default=0)
@@ -176,7 +176,7 @@ class _Folds:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """The model as everything else needs it, and every fold's start at every layer."""
+        """Within the block, the model is frozen and every fold has its start at every layer."""
         with frozen(self._layout.model):
             verify_causal(self._layout)
             shape = len(self._trained_on), *self._problem.shape(self._layers[0])

@@ -12,19 +12,19 @@ from lm_eval_laai.tasks import task_metadata
 
 
 def by_hand(setting: Setting, cell: Cell) -> list[str]:
-    """What to type for one cell: train, add, evaluate."""
+    """The commands for one cell: train, add, evaluate."""
     lines = [_train(setting, fit) for fit in cell.fits]
     arguments = _model_arguments(setting)
     model = "hf"
     if len(cell.fits) > 1:
-        parts = " ".join(_place(fit) for fit in cell.fits)
+        parts = " ".join(_output(fit) for fit in cell.fits)
         target = f"vectors/{task_info(cell.task).name}{SUFFIX}"
         lines.append(f"laai compose {parts} --output {target}")
         model, arguments = "hf-laai", [*arguments, f"intervention={target}"]
     elif cell.fits:
         (fit,) = cell.fits
         model, argument = ("hf", "peft") if METHODS[fit.method].writes_adapter else ("hf-laai", "intervention")
-        arguments = [*arguments, f"{argument}={_place(fit)}"]
+        arguments = [*arguments, f"{argument}={_output(fit)}"]
     words = ["lm_eval", "--model", model, "--model_args", ",".join(arguments), "--tasks", task_info(cell.task).name]
     if cell.shots:
         words += ["--num_fewshot", str(cell.shots)]
@@ -63,15 +63,15 @@ def _train(setting: Setting, fit: Fit) -> str:
         ("--group", fit.group),
         ("--penalty-scale", fit.penalty_scale),
         ("--start", fit.start),
-        ("--output", _place(fit)),
+        ("--output", _output(fit)),
     ):
         if value is not None:
             words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
     return shlex.join(words)
 
 
-def _place(fit: Fit) -> str:
-    """Where a person would put it."""
+def _output(fit: Fit) -> str:
+    """The output path in the commands."""
     task = task_info(fit.task).name
     return f"adapters/{task}_{fit.method}" if METHODS[fit.method].writes_adapter else f"vectors/{task}{SUFFIX}"
 

@@ -1,4 +1,4 @@
-"""What a report is about."""
+"""The content of a report: its tables and figures, and their settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FIGURE_1 = "paper_figure1.png"
 
 @dataclass(frozen=True)
 class Content:
-    """Tables and figures with what they were made of.
+    """Tables and figures with the recipes, seeds and judge behind them.
 
     `sweep` is Figure 1; `maps` Figure 2, title to vector; `gpt_eval` maps (table, row, task) to the accepted shares,
     where a judge was asked.
@@ -38,10 +38,10 @@ class Content:
         return table.name == "3" and self.recipes[0].lexicon
 
     def published(self, table: Table, row: Row) -> list[Published] | None:
-        """What the paper has for a row, column by column."""
+        """The paper's figures of a row, column by column."""
         return None if self.other_groups(table) else table.published(row)
 
 
 def map_name(title: str) -> str:
-    """A file of Figure 2."""
+    """The file name of a panel of Figure 2."""
     return f"paper_figure2_{title}.png"

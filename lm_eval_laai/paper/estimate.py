@@ -1,7 +1,7 @@
 """How long work may take, from one timed forward pass.
 
 Costs are in passes over 64 prompts of 16 tokens, as measured with the reference model on one CPU core. Another model
-or machine has another ratio of reading weights to computing: an order of size, no promise.
+or machine has another ratio of reading weights to computing: an order of magnitude.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.methods import METHODS
 from lm_eval_laai.methods.method import ADAPTER_STEPS
 
-if TYPE_CHECKING:  # a second of imports
+if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS, TOKENS, REPEATS = 64, 16, 3
-SCORED = 0.5  # of 64 test items, besides reading their prompts
+SCORED = 0.5  # passes for 64 test items, besides their prompts
 
 
 def seconds(setting: Setting, fits: Iterable[Fit], cells: Iterable[Cell]) -> float:
-    """For one process. Loads the model to time it, unless nothing is left to do."""
+    """Seconds in one process. Loads the model to time it, unless nothing is left to do."""
     fits, cells = list(fits), list(cells)
     if not fits and not cells:
         return 0.0
@@ -49,6 +49,6 @@ def _one_pass(model: PreTrainedModel) -> float:
     for _ in range(1 + REPEATS):
         start = time.perf_counter()
         with torch.no_grad():
-            model(input_ids=ids).logits[0, 0, 0].item()  # an accelerator is asked for a value, so that it is done
+            model(input_ids=ids).logits[0, 0, 0].item()  # reading a value waits for an accelerator
         times.append(time.perf_counter() - start)
     return min(times)

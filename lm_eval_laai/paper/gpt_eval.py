@@ -13,7 +13,7 @@ from lm_eval_laai.paper.tables import Table
 def judged(
     tables: Sequence[Table], seeds: Sequence[int], store: Store, judge: Judge, cache: Cache, concurrency: int
 ) -> dict[tuple[str, str, str], Entry]:
-    """(table, row, task) to the shares of accepted answers, seed by seed; without those that miss a cell."""
+    """(table, row, task) to the shares of accepted answers, seed by seed; entries with a missing cell are left out."""
     found = {}
     for table in tables:
         for row in table.rows:

@@ -23,7 +23,7 @@ _NOTES = {
 
 
 def render(content: Content, facts: Mapping[str, Any]) -> str:
-    """report.md, from what report.json says."""
+    """The text of report.md, from the facts in report.json."""
     text = [_head(content, facts)]
     text += [_table_text(table, facts["tables"][table.name], content) for table in content.tables]
     if content.sweep is not None:
@@ -104,7 +104,7 @@ def _table_text(table: Table, rows: Sequence[dict[str, Any]], content: Content) 
 
 
 def _unmatched(table: Table, content: Content) -> list[str]:
-    """The paper's rows that none of ours stands for."""
+    """The paper's rows without a counterpart of ours."""
     if not table.name.isdigit():
         return []
     published = PUBLISHED[int(table.name)]
@@ -164,7 +164,7 @@ def _figure_2_text(content: Content, facts: dict[str, Any]) -> str:
 
 
 def _data_text(data: Mapping[str, Any]) -> str:
-    """What was read, and the test items made of it."""
+    """SHA-256 of the files and of each task's test items."""
     files = {name: digest for facts in data.values() for name, digest in facts["files"].items()}
     lines = ["## Data", "", "SHA-256 of the files, and of each task's test items in order.", ""]
     lines += [f"- {name}: {digest}" for name, digest in sorted(files.items())]

@@ -1,7 +1,7 @@
-"""One report of everything that was asked for: report.md for people, report.json for machines, PNGs.
+"""One report of all requested tables and figures: report.md for people, report.json for machines, PNGs.
 
-It holds scores and what they depend on, never a time or a date: the same cells give the same report, however often the
-run that computed them was stopped.
+The report has scores and the facts they depend on, never a time or a date: the same cells give the same report,
+however often their run was interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lm_eval_laai.paper.tables import Recipe, Table, entry
 
 
 def write(content: Content, store: Store, folder: Path) -> dict[str, Any]:
-    """Write the report into `folder`; returns what report.json says."""
+    """Write the report into `folder`; returns the content of report.json."""
     facts: dict[str, Any] = {
         "command": content.command,
         "seeds": content.seeds,

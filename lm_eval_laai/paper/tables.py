@@ -32,7 +32,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How LAAI is trained in one setting, and what its cells are."""
+    """LAAI's training in one setting, and the fits of the tables' rows."""
 
     setting: Setting
     lexicon: bool  # the bundled lexicon and survey, not the public sets
@@ -40,7 +40,7 @@ class Recipe:
     l1: float
     group: float
     penalty_scale: str
-    adapter_steps: int | None = None  # None is their own number
+    adapter_steps: int | None = None  # None: each method's own number
 
     def task(self, name: str) -> str:
         """The harness task of a word task."""
@@ -56,7 +56,7 @@ class Recipe:
         return Fit(task, "laai", seed, n_train, penalty_scale="relative", start="icl" if n_train > 1 else "zero")
 
     def baseline(self, method: str, task: str, seed: int) -> Fit:
-        """What another method learns. LoRA is in LAAI's layer, the others are where their authors put them."""
+        """Another method's fit: LoRA in LAAI's layer, the others in their authors' layers."""
         steps = self.adapter_steps if METHODS[method].writes_adapter else None
         return Fit(task, method, seed, EXAMPLES, self.layer if method == "lora" else None, steps)
 
@@ -89,7 +89,7 @@ class Table:
         return task_info(next(iter(self.columns))).metric
 
     def cells(self, seeds: Sequence[int]) -> list[tuple[Setting, Cell]]:
-        """All of them; one that serves several seeds comes once a seed."""
+        """All cells; a cell that serves several seeds comes once per seed."""
         return [(row.setting, row.cell(task, seed)) for row in self.rows for task in self.columns for seed in seeds]
 
     def published(self, row: Row) -> list[Published] | None:
@@ -98,7 +98,7 @@ class Table:
 
 
 def entry(table: Table, row: Row, task: str, seeds: Sequence[int], store: Store) -> Entry | None:
-    """None where a cell is missing."""
+    """The scores of a row and a column by seed; None where a cell is missing."""
     values = []
     for seed in seeds:
         result = result_of(row.setting, row.cell(task, seed), store)
@@ -132,7 +132,7 @@ def paper_table(number: int, recipes: Sequence[Recipe]) -> Table:
 
 
 def examples_table(counts: Sequence[int], recipe: Recipe) -> Table:
-    """How many examples it takes: not in the paper."""
+    """Scores by the number of examples: not in the paper."""
     rows = []
     for count in counts:
         rows.append(Row(f"{count}-shot", recipe.setting, _shots(count)))

@@ -1,4 +1,4 @@
-"""Which linear modules an adapter goes on, found by the model's structure as the sites are."""
+"""The linear modules that adapters wrap, found by the model's structure as `laai_core.locate` finds the sites."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def attention_inputs(layout: Layout, layer: int, kinds: Sequence[str]) -> list[s
     PEFT's own defaults take the fused projection too.
 
     Raises:
-        LaaiError: names the linear modules there are.
+        LaaiError: when a projection is not found; names the linear modules of the attention.
     """
     output = layout.module(layer, "heads")
     paths = _paths(layout)
@@ -49,7 +49,7 @@ def first_attention(layout: Layout) -> int:
     """The first layer with attention: hybrid models have blocks without, and all have heads of one width.
 
     Raises:
-        LaaiError: why the last has none, when none has.
+        LaaiError: when no layer has attention.
     """
     for layer, projection in enumerate(layout.projections):
         if not isinstance(projection, str):
@@ -75,7 +75,7 @@ def down_projection(layout: Layout, layer: int) -> str:
 
 
 def is_transposed(layout: Layout, path: str) -> bool:
-    """Whether a module keeps its weight as [in, out] (GPT-2's Conv1D): PEFT wants to know."""
+    """Whether a module keeps its weight as [in, out] (GPT-2's Conv1D): PEFT's `fan_in_fan_out`."""
     return isinstance(layout.model.get_submodule(path), Conv1D)
 
 
