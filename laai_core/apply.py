@@ -36,7 +36,7 @@ class Edit:
 
     @classmethod
     def of(cls, intervention: Intervention, layout: Layout) -> Edit:
-        """The edit an intervention makes on a model; LaaiError when it does not fit."""
+        """The edit of an intervention on a model; LaaiError when shapes or layers do not fit."""
         vectors = intervention.for_model(layout)
         if intervention.operation == "add":
             vectors = {layer: vector * intervention.scale for layer, vector in vectors.items()}
