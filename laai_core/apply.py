@@ -36,7 +36,7 @@ class Edit:
 
     @classmethod
     def of(cls, intervention: Intervention, layout: Layout) -> Edit:
-        """The edit an intervention makes on a model; LaaiError when it does not fit."""
+        """The edit of an intervention on a model; LaaiError when shapes or layers do not fit."""
         vectors = intervention.for_model(layout)
         if intervention.operation == "add":
             vectors = {layer: vector * intervention.scale for layer, vector in vectors.items()}
@@ -99,7 +99,7 @@ class _Steering:
             raise LaaiError(f"{len(self._row_edits)} interventions for {len(lengths)} prompt_lengths: one a row")
         self._generate: Any = layout.model.generate
         self._tracker = PositionTracker(layout.virtual_tokens, lengths)
-        self._parameters = _forward_parameters(layout.decoder)
+        self._parameters = list(inspect.signature(layout.decoder.forward).parameters)
         self._call: Call | None = None
         self._hits: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
         self._cast: dict[tuple[int, int, torch.device, torch.dtype], torch.Tensor] = {}
@@ -237,10 +237,6 @@ def _distinct(rows: Edit | Sequence[Edit | None]) -> tuple[list[Edit], torch.Ten
             numbers[id(edit)] = len(edits)
             edits.append(edit)
     return edits, torch.tensor([-1 if edit is None else numbers[id(edit)] for edit in rows], dtype=torch.long)
-
-
-def _forward_parameters(module: nn.Module) -> list[str]:
-    return [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind != p.VAR_KEYWORD]
 
 
 def _prompt_mask(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

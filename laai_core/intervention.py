@@ -72,7 +72,7 @@ class Intervention:
 
     @classmethod
     def load(cls, source: str | Path, local_files_only: bool = False) -> Intervention:
-        """Read a file written by `save`. Checks everything before returning; LaaiError says what is wrong.
+        """Read a file written by `save`. Checks everything before returning; LaaiError names the fault.
 
         Args:
             source: a file, or `org/repo[:file][@revision]` on the Hugging Face Hub (an existing path wins).

@@ -37,7 +37,7 @@ class Layout:
     model: PreTrainedModel  # the causal LM itself, without a PEFT wrapper
     decoder: nn.Module  # its forward receives the tokens, the mask and the cache
     blocks: tuple[nn.Module, ...]
-    projections: tuple[nn.Module | str, ...]  # per layer: the module, or why there is none
+    projections: tuple[nn.Module | str, ...]  # per layer: the module, or the error message if none
     num_heads: int
     hidden_size: int
     virtual_tokens: int  # PEFT prompt learning puts this many in front of every row

@@ -34,7 +34,7 @@ class _Suffixes:
 
     number: dict[Text, int]  # the row of each text in the tensors below
     inputs: dict[str, torch.Tensor]  # tokens [U, T], mask [U, P + T] over prefixes too, positions [U, T]
-    cache: Any  # of the distinct prefixes, None where all are empty
+    cache: Any  # a row for each distinct prefix; None where all are empty
     prefix: torch.Tensor  # [U]: the cache row of each text's prefix
     entering: dict[int, Any]  # layer: output of the block below, [U, T, hidden] or a tuple that begins so
 

@@ -19,9 +19,9 @@ def exact_match(generated: str, target: str) -> float:
 def opinion_metrics(
     logprobs: Sequence[float], distribution: Sequence[float], positions: Sequence[float]
 ) -> dict[str, float]:
-    """How far a model's answers to one question are from a group's; all four are 0 when they agree.
+    """Distances of a model's answers to one question from a group's; all four are 0 when they agree.
 
-    The distances between p = softmax(logprobs) and pi = distribution, over K options.
+    They compare p = softmax(logprobs) with pi = distribution, over K options.
 
     Args:
         logprobs: [K] log-probabilities of the answers, each summed over the answer's tokens.

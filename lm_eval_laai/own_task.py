@@ -1,6 +1,6 @@
 """A harness task of one's own examples: the folder that `laai task` writes, and what its YAML calls.
 
-The folder is complete and may be moved: NAME.yaml, what it includes, the rows, and a utils.py of three lines.
+The folder is complete and may be moved: NAME.yaml, the YAML it includes, the rows, and a utils.py of three lines.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
 
 
 def _shared(data: OwnData) -> str:
-    """What the task's YAML includes."""
+    """The name of the YAML that the task's YAML includes."""
     return "_opinion_task_yaml" if data.has_options else "_word_task_yaml"
 
 
@@ -98,7 +98,7 @@ def _generation(data: OwnData, max_gen_toks: int | None) -> str:
 
 
 def delimiter(data: OwnData) -> str:
-    """What the harness puts between prompt and answer: a space where every answer begins with one.
+    """The harness's text between prompt and answer: a space where every answer begins with one.
 
     In a chat the harness leaves the delimiter out: an answer begins its turn with its own first letter.
     """
@@ -158,5 +158,5 @@ def exact_match(doc: dict[str, str], results: list[str]) -> dict[str, float]:
 
 
 def opinion_metrics(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """How far the model's distribution over the answers is from the group's."""
+    """Distances of the model's distribution over the answers from the group's."""
     return metrics.opinion_metrics([score for score, _ in results], doc["distribution"], doc["positions"])

@@ -78,12 +78,12 @@ class Renderer:
 
     @property
     def whitespace(self) -> Whitespace:
-        """How the harness tokenises the task's prompts that end in whitespace."""
+        """The harness's tokenisation of the task's prompts that end in whitespace."""
         return "generation" if self._kind == "generate_until" else "loglikelihood"
 
     @property
     def stop(self) -> str:
-        """Where generation ends: the first `until`. Empty for a task that generates nothing."""
+        """The text that ends generation: the first `until`. Empty for a task that generates nothing."""
         if self._kind != "generate_until":
             return ""
         until = self._task.config.generation_kwargs.get("until") or [""]

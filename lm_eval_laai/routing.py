@@ -1,4 +1,4 @@
-"""Which intervention a task gets: one file for all tasks, or a folder with one file a task."""
+"""Interventions by task: one file for all tasks, or a folder with one file per task."""
 
 from __future__ import annotations
 

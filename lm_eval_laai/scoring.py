@@ -47,7 +47,7 @@ class _Group:
 
     prompt: tuple[int, ...]
     edit: Edit | None
-    name: str  # of the request with the longest continuation
+    name: str  # in errors: that of the request with the longest continuation
     members: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # request number, continuation
 
     def longest(self) -> tuple[int, ...]:

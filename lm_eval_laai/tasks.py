@@ -86,7 +86,7 @@ _Loader.add_constructor("!function", lambda loader, node: loader.construct_scala
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML with what it includes, merged as the harness merges: shallowly, its own keys win."""
+    """A YAML merged with its includes as the harness merges: shallowly, the YAML's own keys win."""
     config: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     included = config.pop("include", None)
     return {**read_yaml(path.parent / included), **config} if included else config

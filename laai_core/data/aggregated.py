@@ -36,7 +36,7 @@ def counts_of_records(
 ) -> list[tuple[Question, Counts]]:
     """The questions of the aggregated form and a group's counts; a question the group was not asked has none.
 
-    The questions are those of `info`; without `info` they have their own MC_options, in order, less `Refused`.
+    `info` has the questions; without `info` each record's MC_options are the options, in order, less `Refused`.
     Raises LaaiError, starting with `where`, question key and group.
     """
     if not isinstance(records, dict) or not records:

@@ -63,7 +63,7 @@ class Opinion:
 
 
 def opinion(question: Question, counts: Mapping[str, float]) -> Opinion | None:
-    """The shares of the options among answers counted (or weighted) by their text; None when nobody chose any."""
+    """The shares of the options among answers counted (or weighted) by their text; None when all options have 0."""
     chosen = [counts.get(option, 0.0) for option in question.options]
     total = sum(chosen)
     return Opinion(question, tuple(count / total for count in chosen)) if total > 0 else None

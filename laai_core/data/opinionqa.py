@@ -60,7 +60,7 @@ def load_opinionqa(
     """How the people whose `attribute` is `group` answered each question, and {file: SHA-256} of the files read.
 
     Shares are weighted (authors' layout) or counted (aggregated form, read where there are no waves), refusals left
-    out. Questions nobody of the group answered are left out too, and so are people without a weight, with a warning.
+    out. Questions without an answer of the group are left out too, and people without a weight, with a warning.
 
     Raises LaaiError, one line, with file, row and column: files that are missing or malformed, an attribute or a group
     that is not in them, a group without any answer.

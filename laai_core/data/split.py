@@ -1,4 +1,4 @@
-"""Which items may be trained on, and which of them a seed draws."""
+"""The split of items into training pool and test items, and the draw of training items by a seed."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ TENDENCIES = {
 
 
 def survey_opinions(group: str) -> list[Opinion]:
-    """How a group answered, question by question."""
+    """The opinions of a group, question by question."""
     counted = counts_of_records(survey_records(), group, "the bundled survey")
     return shares(counted, group, "the bundled survey")
 
@@ -66,7 +66,7 @@ def survey_records() -> dict[str, dict]:
 
 
 def answer_counts(key: str, group: str, scale: tuple[str, ...]) -> dict[str, float]:
-    """How many of RESPONDENTS chose each option of `scale`, and how many refused."""
+    """Numbers of RESPONDENTS that chose each option of `scale`, and that refused."""
     noise = random.Random(f"{group} on {key}")  # seeded with a text: the same numbers on every machine
     positions = [index / (len(scale) - 1) for index in range(len(scale))]
     shares = [math.exp(STEEPNESS * TENDENCIES[group](position) + JITTER * noise.gauss(0, 1)) for position in positions]

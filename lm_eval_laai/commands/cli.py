@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_output(name: str | None) -> None:
-    """LaaiError for an --output, of any command, that would be the current folder, or a name nobody can type."""
+    """LaaiError for an --output, of any command, that is empty or has line breaks."""
     if name is not None and (not name.strip() or name.splitlines() != [name]):
         raise LaaiError(f"--output {name!r:.80}: expected a path, not empty and without line breaks")
 

@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Where SIGINT is ignored (`nohup`, a shell's background) or handled by a caller it stays so.
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if ours:
-        # No exception: what is imported may catch it, or take it for a missing module.
+        # No exception: imported modules may catch it, or take it for a missing module.
         signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     from lm_eval_laai.commands.cli import main as laai
 

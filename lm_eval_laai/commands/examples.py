@@ -1,4 +1,4 @@
-"""Where training examples come from, on the command line: a task by name, a file of one's own, any harness task."""
+"""Training examples from the command line: a task by name, a file of own data, any harness task."""
 
 from __future__ import annotations
 

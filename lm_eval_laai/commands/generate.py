@@ -94,7 +94,7 @@ def _rendered(texts: list[str], intervention: Intervention) -> list[str | list[d
 
 
 def _template(intervention: Intervention, rendering: dict[str, Any]) -> str | None:
-    """The recorded template, or that of the word tasks for a file trained on one of them."""
+    """The recorded template, or the word tasks' template for a file trained on a word task."""
     from laai_core.data.examples import DEFAULT_TEMPLATE
     from laai_core.data.tasks import word_task_names
 
@@ -118,7 +118,7 @@ def _filled(template: str, text: str) -> str:
 
 
 def _stop(intervention: Intervention) -> str:
-    """Where the training targets end."""
+    """The text that ends the training targets, and so generation."""
     training = intervention.metadata.get("training")
     return str((training.get("stop") if isinstance(training, dict) else None) or STOP)
 

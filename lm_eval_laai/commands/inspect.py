@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from laai_core.intervention import Intervention
 
 SHOWN = 5  # vocabulary items at either end
-# Root mean square of a vector over that of the site's activation, as trained vectors have it: docs/inspect.md.
+# The ratio of a trained vector's root mean square to the activation's, usually: docs/inspect.md.
 USUAL_SIZE = (0.5, 50.0)
 
 

@@ -47,7 +47,7 @@ class ModelSource:
 
     @property
     def pretrained(self) -> str:
-        """What transformers and the harness load: `name`, or a known model's folder. LaaiError if not fetched yet."""
+        """The name to load, for the harness too: `name`, or a known model's folder. LaaiError if not fetched."""
         return pretrained(self.name)
 
     def checked_device(self) -> torch.device:

@@ -18,7 +18,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison: what was expected of a task's metric or setting, what was found, and what that means."""
+    """One comparison of a task's metric or setting: the expected value, the found value, and the verdict."""
 
     task: str
     item: str

@@ -16,7 +16,7 @@ _LARGEST = 8 << 20  # bytes
 _MOST_VALUES = 300_000
 _MOST_TASKS = 10_000
 _MOST_ENTRIES = 1000  # of a list in an intervention's description, such as its layers
-_MOST_METRICS = 1000  # of a task, with all that stands beside them
+_MOST_METRICS = 1000  # of a task, including its other entries
 LONGEST_NUMBER = 32  # characters: a longer one is no metric, and Python may refuse to print it
 _LONGEST_NAME = 300  # characters of a task's or a metric's name, which are printed many times
 

@@ -40,7 +40,7 @@ def compare_runs(
         metrics: test these alone: `name` or `name,filter`.
 
     Returns:
-        The tests, and the findings of `laai check`: one a test, and one a task for what was not tested.
+        The tests, and the findings of `laai check`: one per test, and one per task for untested metrics.
 
     Raises:
         LaaiError: samples are missing, damaged, or of other items; no such metric; or nothing could be tested.
@@ -170,7 +170,7 @@ def _verdict(paired: Paired, p: float, alpha: float, higher_is_better: bool | No
 
 
 def _finding(one: Comparison) -> Finding:
-    """Worse fails, and so does a change of which nobody knows whether it is for the better."""
+    """WORSE fails, and so does CHANGED, since the change may be for the worse."""
     paired = one.paired
     state = {WORSE: FAILED, CHANGED: FAILED, BETTER: NOTE, SAME: OK}[one.verdict]
     reason = "" if state == OK else f"{one.verdict}: {described(paired)}, p = {one.p_holm:.2g} ({paired.test}, Holm)"

@@ -75,7 +75,7 @@ class Judge:
 
     @property
     def identity(self) -> tuple[str, str, str]:
-        """What defines the judge's answer to a question."""
+        """Address, model and fields, which with the question identify an answer in the cache."""
         request = json.dumps(dict(self.request), sort_keys=True, ensure_ascii=True)
         return self.base_url.rstrip("/"), self.model, request
 

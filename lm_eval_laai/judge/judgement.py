@@ -52,7 +52,7 @@ class Judgement:
     task: str
     verdicts: list[Verdict]
     asked: int  # queries of this call; other answers were in the cache
-    prompt_tokens: int  # of those, as the server counts
+    prompt_tokens: int  # of the queries of this call, as the server counts
     completion_tokens: int
 
     @property
@@ -101,8 +101,8 @@ def judge_samples(
 ) -> Judgement:
     """GPT-Eval (paper, section 4): five queries a pair, accepted when more than two say yes.
 
-    Every answer is in the cache as soon as it is here, and what is there is not asked again: a call that was stopped,
-    by an error, Ctrl-C or a kill, goes on where it was. At most `concurrency` answers, those under way, can be lost.
+    Every answer is stored in the cache on arrival, and stored answers are not asked for again: after an error, Ctrl-C
+    or a kill the next call resumes. At most `concurrency` answers, those under way, can be lost.
 
     Args:
         samples: the pairs, at least one.
@@ -163,7 +163,7 @@ def _ask(
         futures = [pool.submit(ask, query) for query in queries]
         try:
             for future in as_completed(futures):
-                with suppress(Stopped):  # by the error of another query, which will come
+                with suppress(Stopped):  # by another query's error, which is raised later
                     answer = future.result()
                     if answer is not None:
                         paid.append(answer)

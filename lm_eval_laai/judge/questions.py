@@ -8,7 +8,7 @@ from laai_core.data.rules import WORD_RULES, rule_named
 from laai_core.errors import LaaiError
 
 QUERIES = 5  # a pair: the paper's
-NEEDED = 3  # of them say yes: "more than twice"
+NEEDED = 3  # yes answers: "more than twice"
 
 _INSTRUCTION = "Answer 0 if what I say is wrong and 1 if it is correct. "
 # The first word, bare or in quotes, brackets or emphasis; "0.5", "1/2" and "10" are no verdicts.

@@ -93,7 +93,7 @@ def _size(folder: Path) -> int:
 
 
 def _reason(output: str) -> str:
-    """Why pip failed, out of what it printed."""
+    """The reason of pip's failure, from its output."""
     if "connection broken" in output:
         return "the package index cannot be reached"
     errors = [line.removeprefix("ERROR: ") for line in output.splitlines() if line.startswith("ERROR: ")]

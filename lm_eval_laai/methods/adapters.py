@@ -33,7 +33,7 @@ from lm_eval_laai.methods.method import ADAPTER_FACTS, ADAPTER_STEPS
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-RANK = 4  # of LoRA
+RANK = 4  # LoRA's
 VIRTUAL_TOKENS = 8
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 FOLDS = 5  # of the cross-validation; two would choose rates for training on five of ten examples

@@ -83,7 +83,7 @@ def output_text(example: Example) -> str:
 
 
 def hidden_states(layout: Layout, rows: Sequence[list[int]]) -> list[torch.Tensor]:
-    """Of each row's last token: the embedding, then every block's output; [N, width] each, float32 on the CPU."""
+    """The embedding, then every block's output, at each row's last token: [N, width] each, float32 on the CPU."""
     modules = dict(enumerate([layout.model.get_input_embeddings(), *layout.blocks]))
     tokens, mask = padded(rows, layout.device, left=True)
     with recorded(modules, keep=lambda output: hidden_of(output)[:, -1].float().cpu()) as seen:  # padded on the left

@@ -11,7 +11,7 @@ from typing import Any
 from laai_core.errors import LaaiError
 from laai_core.files import SUFFIX
 
-ADAPTER_STEPS = 100  # of AdamW, where none are given
+ADAPTER_STEPS = 100  # AdamW steps by default
 ADAPTER_FACTS = "laai.json"  # provenance of an adapter, in its folder beside PEFT's files
 ADAPTER_CONFIG = "adapter_config.json"  # peft.utils.CONFIG_NAME, which takes seconds to import
 

@@ -42,7 +42,7 @@ DEPTHS = (0.15, 0.75)  # shares of the depth between which these lie
 EVALUATIONS = 20  # at most, of a setting
 PATIENCE = 4  # evaluations without a smaller held-out loss
 HEAD_START = 6  # evaluations of a setting before it is compared with the best one
-PENALTIES = (1e-2, 1e-3)  # of l1 and group, relative to the activation; layers are compared under the last
+PENALTIES = (1e-2, 1e-3)  # values of l1 and group, relative to the activation; layers are compared under the last
 LONE_DEPTH = 0.4  # share of the depth for a single example, of which nothing can be held out
 
 

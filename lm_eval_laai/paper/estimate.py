@@ -1,4 +1,4 @@
-"""How long work may take, from one timed forward pass.
+"""Estimated duration of work, from one timed forward pass.
 
 Costs are in passes over 64 prompts of 16 tokens, as measured with the reference model on one CPU core. Another model
 or machine has another ratio of reading weights to computing: an order of magnitude.

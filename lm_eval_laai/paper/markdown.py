@@ -173,7 +173,7 @@ def _data_text(data: Mapping[str, Any]) -> str:
 
 
 def _commands_text(content: Content) -> str:
-    """How to compute each row's first cell without this command."""
+    """The commands that compute each row's first cell without this command."""
     lines = ["## By hand", "", "Each row's first cell of the first seed; the others differ in task and seed.", ""]
     seed = content.seeds[0]
     for table in content.tables:
