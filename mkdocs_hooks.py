@@ -1,14 +1,17 @@
-"""The site's generated parts: the command line's and the API's reference, made from the code at build."""
+"""The site's generated parts: the references of commands and API, made from the code at build, and the notebooks."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import io
+import json
 import os
 import re
 from collections.abc import Iterator
 from typing import Any
+
+from mkdocs.structure.files import File, Files
 
 import laai_core
 from lm_eval_laai.commands import cli
@@ -16,6 +19,30 @@ from lm_eval_laai.commands import cli
 COMMANDS, API = "<!-- commands -->", "<!-- api -->"
 # A link from a page to a file beside docs/, such as ../benchmarks/baseline.yaml: on the site its name remains.
 OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+[^)]*\)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Called by MkDocs once: a page for every notebook, which stays beside it to be downloaded."""
+    for file in [one for one in files if one.src_uri.endswith(".ipynb")]:
+        page = file.src_uri.removesuffix(".ipynb") + ".md"
+        files.append(File.generated(config, page, content=notebook(file.content_string, file.name)))
+    return files
+
+
+def notebook(text: str, name: str) -> str:
+    """A notebook as Markdown: its texts, its code, and the text that its cells wrote."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        code = source.removeprefix("%%bash\n")
+        parts.append(f"```{'python' if code == source else 'bash'}\n{code}\n```")
+        written = "".join(line for output in cell["outputs"] for line in output.get("text", []))
+        if written:
+            parts.append(f"```text\n{written.rstrip()}\n```")
+    return "\n\n".join([*parts, f"[Download the notebook]({name}.ipynb)"])
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import subprocess
 import sys
@@ -40,6 +42,16 @@ def test_the_site_has_every_command_and_public_name(site: Path) -> None:
     api = (site / "reference" / "api" / "index.html").read_text(encoding="utf-8")
     for name in laai_core.__all__:
         assert name.startswith("_") or re.search(rf'id="laai_core\.[\w.]*{name}"', api), name
+
+
+def test_the_site_has_the_notebooks_with_what_they_wrote(site: Path) -> None:
+    for name in ("first_vector", "own_data", "gate"):
+        notebook = json.loads((ROOT / "docs" / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+        page = (site / "notebooks" / name / "index.html").read_text(encoding="utf-8")
+        shown = html.unescape(re.sub(r"<[^>]+>", "", page))
+        outputs = ["".join(output["text"]) for cell in notebook["cells"] for output in cell.get("outputs", [])]
+        assert outputs and all(output.rstrip() in shown for output in outputs), name
+        assert f'href="../{name}.ipynb"' in page and (site / "notebooks" / f"{name}.ipynb").is_file()
 
 
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
