@@ -153,7 +153,7 @@ def test_the_log_of_an_interrupted_training_has_what_it_came_to(small, folder):
     ("change", "code", "why"),
     [
         (ctrl_c, 130, r"layer \d: interrupted after \d evaluations"),
-        (nan_in_the_first_run, 1, "layer 0: loss or gradient not finite at evaluation 5"),
+        (nan_in_the_first_run, 1, r"layer \d: loss or gradient not finite at evaluation 5"),
     ],
 )
 def test_train_keeps_nothing_of_a_cross_validation(change, code, why, small, folder, capfd):

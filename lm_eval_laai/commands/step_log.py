@@ -24,15 +24,15 @@ def check_log(path: Path) -> None:
 
 
 def step_log(path: Path) -> Callable[[Step], None]:
-    """Empty `path`, or make it; what is returned adds one line of JSON, closing the file so that it can be read."""
+    """A function that adds a step as one line of JSON to `path`, which the first evaluation makes or empties; the file
+    is closed after every line, so that it can be read at any time."""
 
-    def write(mode: str, text: str) -> None:
+    def write(step: Step) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open(mode, encoding="utf-8") as file:
-                file.write(text)
+            with path.open("w" if step.evaluation == 1 else "a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(step)) + "\n")
         except OSError as error:
             raise unwritable(path, error) from None
 
-    write("w", "")
-    return lambda step: write("a", json.dumps(asdict(step)) + "\n")
+    return write

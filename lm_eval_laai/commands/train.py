@@ -13,7 +13,7 @@ from laai_core.example import Split
 from laai_core.files import PARTIAL, SUFFIX
 from laai_core.settings import Job, Settings
 from laai_core.settings import check as check_field
-from laai_core.train import TrainResult, train
+from laai_core.train import TrainResult
 from lm_eval_laai.commands.examples import add_own_data_arguments, add_rendering_arguments, training_split, unescaped
 from lm_eval_laai.commands.options import (
     adapter_folder,
@@ -28,7 +28,7 @@ from lm_eval_laai.commands.step_log import check_log, step_log
 from lm_eval_laai.facts import flat
 from lm_eval_laai.methods import LAAI, METHODS, fit
 from lm_eval_laai.methods.method import Method
-from lm_eval_laai.methods.select import choose
+from lm_eval_laai.methods.select import train_chosen
 from lm_eval_laai.tasks import harness_task, recorded_task
 
 if TYPE_CHECKING:  # importing transformers takes a second
@@ -169,11 +169,11 @@ def _train(
     """Train a Δ and write `path`, or, where training stops before its end, the best so far beside it."""
     task = recorded_task(split.name)
     try:
-        choice = choose(model, tokenizer, split.train, layer, progress=True, **options)
-        options |= {"l1": choice.l1, "group": choice.group, "steps": choice.steps}
         if log is not None:
             options["on_step"] = step_log(log)
-        result = train(model, tokenizer, split.train, choice.layer, seed=seed, task=task, progress=True, **options)
+        result, choice = train_chosen(
+            model, tokenizer, split.train, layer, seed=seed, task=task, progress=True, **options
+        )
     except Interrupted as stopped:
         raise KeyboardInterrupt(_kept(stopped, path)) from None
     except NotFinite as stopped:

@@ -14,7 +14,7 @@ smallest.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -133,11 +133,15 @@ def train_chosen(
     *,
     seed: int = 0,
     task: str | None = None,
+    on_step: Callable[[Step], None] = lambda step: None,
     **options: Any,
 ) -> tuple[TrainResult, Choice]:
-    """`laai_core.train.train` on all examples with the setting that `choose(..., layer, **options)` chooses."""
+    """`laai_core.train.train` on all examples with the setting that `choose(..., layer, **options)` chooses.
+
+    `on_step` is called with the evaluations of that training, not with those of the cross-validation.
+    """
     choice = choose(model, tokenizer, examples, layer, **options)
-    options |= {"l1": choice.l1, "group": choice.group, "steps": choice.steps}
+    options |= {"l1": choice.l1, "group": choice.group, "steps": choice.steps, "on_step": on_step}
     return train(model, tokenizer, examples, choice.layer, seed=seed, task=task, **options), choice
 
 
