@@ -65,12 +65,14 @@ def writing(model, spec, prompt_length):
 
 
 @torch.no_grad()
-def loglikelihood(model, prompt: list[int], continuation: list[int], spec) -> tuple[float, bool]:
-    """log p(continuation | prompt) and whether it is the greedy one."""
+def loglikelihood(
+    model, prompt: list[int], continuation: list[int], spec, dtype: torch.dtype = torch.float64
+) -> tuple[float, bool]:
+    """log p(continuation | prompt), its softmax in `dtype`, and whether it is the greedy one."""
     ids = torch.tensor([prompt + continuation[:-1]])
     with writing(model, spec, len(prompt)):
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
-    logprobs = torch.log_softmax(logits.double(), -1)
+    logprobs = torch.log_softmax(logits.to(dtype), -1)
     total = sum(float(logprobs[i, token]) for i, token in enumerate(continuation))
     return total, logits.argmax(-1).tolist() == continuation
 
