@@ -18,6 +18,7 @@ from tiny import tiny_model, tiny_tokenizer
 import laai_core as laai
 from lm_eval_laai.commands import cli
 from lm_eval_laai.hub import push_to_hub
+from lm_eval_laai.hub.card import model_card
 from lm_eval_laai.model import HFLaai
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -294,3 +295,14 @@ def test_a_process_with_nothing_but_environment_variables(tmp_path):
     assert run("load", "org/new", HF_HUB_OFFLINE="1") == "True"
     assert "switched off" in run("load", "org/other:x.safetensors", HF_HUB_OFFLINE="1")
     assert "cannot reach" in run("load", "org/other:x.safetensors", HF_ENDPOINT=server.endpoint)
+
+
+@pytest.mark.parametrize("task", ["antonym", "synonym"])
+def test_the_example_vectors_have_their_cards(task):
+    folder = ROOT / "examples" / "vectors" / f"smollm2-135m-{task}"
+    name = f"laai_{task}.safetensors"
+    iv = laai.Intervention.load(folder / name)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    score = float(card.partition(f"| laai_{task} | exact_match | ")[2].partition(" |")[0])
+    scores = {f"laai_{task}": {"exact_match,none": score}}
+    assert card == model_card(iv, f"ORG/{folder.name}", name, scores, "apache-2.0")
