@@ -9,9 +9,10 @@ from typing import Any
 
 import lm_eval
 import pytest
+import slow_reference
 import torch
 from lm_eval.tasks import TaskManager
-from tiny import tiny_model, tiny_tokenizer
+from tiny import PROJECTION_PATHS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import laai_core as laai
@@ -143,12 +144,22 @@ def parity(model: Any, tokenizer: Any, task: Any, twin: Any, chat: bool, system:
         trained = PlainForward(layout, batch, 1, "heads").continuation_logprobs(
             vector.vector(1).flatten().unsqueeze(0)
         )
-        stop = renderer.stop if loss == "nll" else ""
-        instances = [
-            lm_eval.api.instance.Instance("loglikelihood", {}, (prompt, text + stop), 0) for prompt, text in texts
-        ]
-        scored = [score for score, _ in lm.loglikelihood(instances, disable_tqdm=True)]
+        if task.OUTPUT_TYPE == "generate_until":
+            scored = [generated_score(lm, prompt, text + renderer.stop, vector) for prompt, text in texts]
+        else:
+            instances = [lm_eval.api.instance.Instance("loglikelihood", {}, pair, 0) for pair in texts]
+            scored = [score for score, _ in lm.loglikelihood(instances, disable_tqdm=True)]
         assert trained.tolist() == pytest.approx(scored, abs=1e-4)
+
+
+def generated_score(lm: HFLaai, prompt: str, answer: str, vector: laai.Intervention) -> float:
+    """The slow reference's log-probability of generating an answer behind a prompt as generation encodes prompts: a
+    prompt's last newline stays in the prompt, where loglikelihood moves it to the continuation."""
+    whole, tokens = (lm.tok_batch_encode([text])[0][0].tolist() for text in (prompt + answer, prompt))
+    assert whole[: len(tokens)] == tokens
+    path = PROJECTION_PATHS["Llama"].format(1)
+    spec = {"path": path, "vector": vector.vector(1), "site": "heads", "position": "last"}
+    return slow_reference.loglikelihood(lm.model, tokens, whole[len(tokens) :], spec, torch.float32)[0]
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
