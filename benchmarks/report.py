@@ -9,8 +9,9 @@ from typing import Any
 
 from measure import DOCS, RESULTS, markdown
 
-ORDER = ["training", "many", "optimisers", "evaluation", "size", "gpu", "regressions", "norms"]
+ORDER = ["real_models", "training", "many", "optimisers", "evaluation", "size", "gpu", "regressions", "norms"]
 TITLES = {
+    "real_models": "Real models: ten examples against ten shots",
     "training": "Training: replay against plain and PEFT",
     "many": "Many vectors in one batch",
     "optimisers": "Optimisers",
