@@ -108,13 +108,15 @@ def run(plans: Sequence[Plan], store: Store, process: Process) -> None:
 
 
 def _each(work: Sequence[list[Any]], compute: Callable[[list[Any]], Write], name: str, process: Process) -> None:
-    for pieces in tqdm(work, desc=name, disable=not (process.first and work), leave=False):
-        try:
-            write = compute(pieces)
-        except LaaiError as error:
-            logger.error("%s: %s", "; ".join(map(named, pieces)), error)
-        else:
-            write()
+    # As a context: the bar is cleared while Ctrl-C unwinds the stack, before the error is printed on its line.
+    with tqdm(work, desc=name, disable=not (process.first and work), leave=False) as bar:
+        for pieces in bar:
+            try:
+                write = compute(pieces)
+            except LaaiError as error:
+                logger.error("%s: %s", "; ".join(map(named, pieces)), error)
+            else:
+                write()
 
 
 class _Worker:
