@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from scipy.stats import rankdata
+
 from laai_core.errors import LaaiError
 from lm_eval_laai import methods
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
@@ -52,9 +54,6 @@ class Place(NamedTuple):
     def fit(self, method: str, seed: int) -> Fit:
         """What `laai train --method METHOD` learns without further flags."""
         chosen = {"penalty_scale": "relative", "start": "icl"} if method == LAAI.name else {}
-        if METHODS[method].default_layer is not None:
-            (count,) = (self.setting.source.config().num_hidden_layers,)
-            chosen["layer"] = METHODS[method].default_layer(count)
         return Fit(f"laai_{self.rule}", method, seed, EXAMPLES, **chosen)
 
     def cell(self, row: str, seed: int) -> Cell:
@@ -102,13 +101,12 @@ def _report(places: Sequence[Place], rows: Sequence[str], seeds: Sequence[int], 
             found[row].append(Entry(values) if values else None)
     record = Record("real_models", __doc__ or "", {"seeds": len(seeds), "examples": EXAMPLES})
     whole = {row: [entry for entry in entries if entry] for row, entries in found.items()}
-    ranks = {row: [] for row in rows}
-    for number in range(len(places)):
-        if all(entries[number] for entries in found.values()):
-            means = {row: entries[number].mean for row, entries in found.items()}
-            for row, mean in means.items():  # equal scores share a rank
-                better, equal = (sum(test(m, mean) for m in means.values()) for test in (float.__gt__, float.__eq__))
-                ranks[row].append(better + (equal + 1) / 2)
+    ranks: dict[str, list[float]] = {row: [] for row in rows}
+    for entries in zip(*found.values(), strict=True):  # of one cell; equal scores share a rank
+        means = [entry.mean for entry in entries if entry]
+        if len(means) == len(rows):
+            for row, rank in zip(rows, rankdata([-mean for mean in means]), strict=True):
+                ranks[row].append(float(rank))
     lines = []
     for row in rows:
         cells = [_text(entry, len(seeds)) for entry in found[row]]
@@ -143,11 +141,11 @@ def _timed(places: Sequence[Place], names: Sequence[str]) -> None:
             loaded = place.setting, *place.setting.source.load()
         seconds = {}
         for name in names:
-            split, fit = place.setting.split(f"laai_{place.rule}", 0, EXAMPLES), place.fit(name, 0)
+            split = place.setting.split(f"laai_{place.rule}", 0, EXAMPLES)
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()
                 output = Path(folder, f"fit{METHODS[name].suffix}")
-                methods.fit(name, *loaded[1:], split, layer=fit.layer, seed=0, output=output, progress=False)
+                methods.fit(name, *loaded[1:], split, output=output, progress=False)
                 seconds[name] = time.perf_counter() - start
             print(f"{place.title} {name}: {seconds[name]:.0f} s", file=sys.stderr, flush=True)
         lines.append([place.title, *(f"{seconds[name]:.0f}" for name in names)])
