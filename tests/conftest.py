@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,19 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import small_model_folder  # torch reads OMP_NUM_THREADS, set above, when it is imported
 
     return small_model_folder(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command line that must end in one line and exit code 2; returns the line."""
+
+    from lm_eval_laai.commands import cli  # imports torch, which reads OMP_NUM_THREADS, set above
+
+    def run(*argv: object) -> str:
+        capfd.readouterr()
+        assert cli.main([str(a) for a in argv]) == 2
+        out, err = capfd.readouterr()
+        assert out == "" and err.startswith("laai: error: ") and err.count("\n") == 1
+        return err
+
+    return run

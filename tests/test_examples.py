@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
+from test_pairs import done
 from tiny import REFERENCE
 
 import laai_core as laai
@@ -46,26 +47,6 @@ def shares(tmp_path: Path) -> Path:
     path = tmp_path / "shares.jsonl"
     path.write_text(lines(SHARES))
     return path
-
-
-@pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command line that must end in one line and exit code 2; returns the line."""
-
-    def run(*argv: object) -> str:
-        capfd.readouterr()
-        assert cli.main([str(a) for a in argv]) == 2
-        out, err = capfd.readouterr()
-        assert out == "" and err.startswith("laai: error: ") and err.count("\n") == 1
-        return err
-
-    return run
-
-
-def done(capfd: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
-    capfd.readouterr()
-    assert cli.main([*map(str, argv), "--json"]) == 0
-    return json.loads(capfd.readouterr().out)
 
 
 def loaded(folder: Path, name: str, **metadata: Any) -> Any:

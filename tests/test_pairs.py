@@ -42,20 +42,6 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command line that must end in one line and exit code 2; returns the line."""
-
-    def run(*argv: object) -> str:
-        capfd.readouterr()
-        assert cli.main([str(a) for a in argv]) == 2
-        out, err = capfd.readouterr()
-        assert out == "" and err.startswith("laai: error: ") and err.count("\n") == 1
-        return err
-
-    return run
-
-
 def done(capfd: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
     """What a command prints with --json."""
     capfd.readouterr()
