@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import laai_core as laai
 from laai_core.locate import locate
 from lm_eval_laai.methods import METHODS
+from lm_eval_laai.methods import adapters as adapters_module
 from lm_eval_laai.methods.adapters import (
     ADAPTERS,
     RATES,
@@ -155,31 +156,48 @@ def loss_by_hand(wrapped, examples) -> torch.Tensor:
     return sum(losses) / len(losses)
 
 
-def trained_by_hand(saved: Path, examples, rate: float):
+def trained_by_hand(saved: Path, examples, rate: float, steps: int):
     wrapped = peft.get_peft_model(loaded(saved), ADAPTERS["ia3"](locate(loaded(saved)), None))
     learnt = [p for p in wrapped.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, weight_decay=0.0)
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = rate * (STEPS - step) / STEPS
+    optimizer = torch.optim.AdamW(learnt, weight_decay=0.0, lr=rate)
+    for _ in range(steps):
         optimizer.zero_grad()
         loss_by_hand(wrapped, examples).backward()
         optimizer.step()
     return wrapped
 
 
+def validation_loss_by_hand(saved: Path, rate: float, steps: int) -> float:
+    """Every example is held out once: up to three folds."""
+    total = 0.0
+    for left_out in range(3):
+        others = [example for number, example in enumerate(EXAMPLES) if number != left_out]
+        wrapped = trained_by_hand(saved, others, rate, steps)
+        total += float(loss_by_hand(wrapped, [EXAMPLES[left_out]]).detach())
+    return total / 3
+
+
 def test_training_and_cross_validation_by_hand(saved, adapters):
     record = METHODS["lora"].record(adapters["ia3"])
     for one in record["tried"]:
-        total = 0.0
-        for left_out in ([0], [1], [2]):  # up to five folds
-            others = [example for number, example in enumerate(EXAMPLES) if number not in left_out]
-            wrapped = trained_by_hand(saved, others, one["lr"])
-            total += len(left_out) * float(loss_by_hand(wrapped, [EXAMPLES[n] for n in left_out]).detach())
-        assert one["validation_loss"] == pytest.approx(total / 3, rel=1e-3)
+        assert one["steps"] == STEPS
+        assert one["validation_loss"] == pytest.approx(validation_loss_by_hand(saved, one["lr"], STEPS), rel=1e-3)
     best = min(record["tried"], key=lambda one: one["validation_loss"])
     assert [one["lr"] for one in record["tried"]] == list(RATES) and record["lr"] == best["lr"]
-    whole = trained_by_hand(saved, EXAMPLES, record["lr"])
+    whole = trained_by_hand(saved, EXAMPLES, record["lr"], STEPS)
     assert record["task_loss"] == pytest.approx(float(loss_by_hand(whole, EXAMPLES).detach()), rel=1e-3)
+
+
+def test_the_number_of_steps_is_chosen_by_held_out_loss(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapters_module, "RATES", (3e-1,))  # overshoots soon
+    monkeypatch.setattr(adapters_module, "PATIENCE", 3)
+    train_adapter("ia3", loaded(saved), TOKENIZER, EXAMPLES, tmp_path / "a")
+    record = METHODS["ia3"].record(tmp_path / "a")
+    (one,) = record["tried"]
+    assert record["steps"] == one["steps"]
+    curve = {steps: validation_loss_by_hand(saved, 3e-1, steps) for steps in range(1, one["steps"] + 4)}
+    assert one["steps"] == min(curve, key=curve.get)
+    assert one["validation_loss"] == pytest.approx(curve[one["steps"]], rel=1e-3)
 
 
 @torch.no_grad()
@@ -205,10 +223,10 @@ def test_training_peft_and_the_harness_give_the_same_scores(method, saved, adapt
 
 def test_folds():
     def folds(count):
-        return _Data(locate(tiny_model("Llama")), TOKENIZER, EXAMPLES[:1] * count).folds
+        masks = _Data(locate(tiny_model("Llama")), TOKENIZER, EXAMPLES[:1] * count).folds
+        return [[number for number, out in enumerate(mask) if out] for mask in masks]
 
-    assert folds(10) == [[0, 5], [1, 6], [2, 7], [3, 8], [4, 9]]
-    assert folds(7) == [[0, 5], [1, 6], [2], [3], [4]]
+    assert folds(10) == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
     assert folds(2) == [[0], [1]] and folds(1) == []
 
 

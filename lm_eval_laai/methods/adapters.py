@@ -1,6 +1,8 @@
 """LoRA, IA3 and soft prompts: PEFT's own, trained on the same examples, tokens and loss as a vector.
 
-The learning rate, which depends on model and method, is chosen by cross-validation on the training examples alone.
+Learning rate and number of steps, which depend on model and method, are chosen by cross-validation on the training
+examples alone. A fold's examples take part in the forward pass of its training with weight zero, so that every step
+gives their loss.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +39,8 @@ if TYPE_CHECKING:  # importing transformers takes a second
 RANK = 4  # LoRA's
 VIRTUAL_TOKENS = 8
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-FOLDS = 5  # of the cross-validation; two would choose rates for training on five of ten examples
+FOLDS = 3  # of the cross-validation; two would choose rates for training on five of ten examples
+PATIENCE = 10  # steps without a smaller held-out loss
 
 ANY_TASK = "the answer to this question"
 
@@ -60,13 +64,12 @@ def train_adapter(
         examples: with targets (loss `nll`) or with options and distributions (loss `kl`), as for a vector.
         layer: required for `lora`; None puts `ia3` on every layer; a `soft_prompt` has no layer.
         seed: of LoRA's random half. Everything else starts from fixed values.
-        steps: of AdamW on all examples at once, its rate falling linearly to zero; default ADAPTER_STEPS.
+        steps: of AdamW on all examples at once at a constant rate; default: chosen, at most ADAPTER_STEPS.
         task: the harness's name; a soft prompt starts from the task's description.
 
     Raises:
         LaaiError: on examples or a model that the method cannot take.
     """
-    steps = ADAPTER_STEPS if steps is None else steps
     layout = locate(model)
     config = ADAPTERS[method](layout, None if layer is None else layout.layer(layer))
     base_model = model_facts(layout, first_attention(layout))["base_model"]
@@ -74,25 +77,24 @@ def train_adapter(
     with _wrapped(layout, config, seed) as wrapped:
         if config.is_prompt_learning:
             _start_from(wrapped, tokenizer, description(task))
-        trainer = _Trainer(wrapped, data, steps)
-        with tqdm(
-            total=(len(RATES) * len(data.folds) + 1) * steps, desc=method, disable=not progress, leave=False
-        ) as bar:
-            tried = {rate: trainer.validation_loss(rate, bar) for rate in RATES} if data.folds else {}
-            rate = min(tried, key=lambda rate: tried[rate]) if tried else RATES[len(RATES) // 2]
-            before, after = trainer.run(rate, data.everything, bar)
-        if not math.isfinite(after):
-            raise WorkFailed(f"{method}: the loss is not finite after {steps} steps at learning rate {rate}")
+        trainer = _Trainer(wrapped, data)
+        with tqdm(desc=method, unit=" steps", disable=not progress, leave=False) as bar:
+            tried = [trainer.validated(rate, steps, bar) for rate in RATES] if data.folds else []
+            usual = _Tried(RATES[len(RATES) // 2], steps or ADAPTER_STEPS, math.inf)
+            best = min(tried, key=lambda one: one.validation_loss, default=usual)
+            losses = [trained_on for trained_on, _ in trainer.losses(best.lr, best.steps, bar)]
+        if not math.isfinite(losses[-1]):
+            raise WorkFailed(f"{method}: the loss is not finite after {best.steps} steps at learning rate {best.lr}")
         training = {
             **training_facts(layout, examples, seed),
-            "loss": data.loss,
+            "loss": data.objective.name,
             "parameters": sum(p.numel() for p in trainer.parameters),
             "optimizer": "adamw",
-            "steps": steps,
-            "lr": rate,
-            "tried": [{"lr": r, "validation_loss": v if math.isfinite(v) else None} for r, v in tried.items()],
-            "task_loss_before": before,
-            "task_loss": after,
+            "steps": best.steps,
+            "lr": best.lr,
+            "tried": [one.facts() for one in tried],
+            "task_loss_before": losses[0],
+            "task_loss": losses[-1],
         }
         wrapped.peft_config["default"].base_model_name_or_path = base_model
         _save(wrapped, folder, {"method": method, "task": task, "base_model": base_model, "training": training})
@@ -143,61 +145,88 @@ class _Data:
     def __init__(self, layout: Layout, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> None:
         self._tokenizer, self._examples = tokenizer, examples
         self._limit, self._device = layout.max_positions, layout.device
-        self.loss = Objective(examples).name
-        self.everything = list(range(len(examples)))
-        folds = [self.everything[start::FOLDS] for start in range(min(FOLDS, len(examples)))]
-        self.folds = folds if len(folds) > 1 else []
+        self.objective = Objective(examples)
+        count = len(examples)
+        self.folds = [[n % FOLDS == fold for n in range(count)] for fold in range(min(FOLDS, count))] * (count > 1)
 
-    def batch(self, numbers: Sequence[int]) -> tuple[Batch, Objective]:
-        """Some of the examples."""
-        chosen = [self._examples[number] for number in numbers]
-        return encode_examples(self._tokenizer, chosen, max_length=self._limit).to(self._device), Objective(chosen)
+    def batch(self, held_out: Sequence[bool] | None) -> Batch:
+        """All examples, those held out with weight zero."""
+        batch = encode_examples(self._tokenizer, self._examples, max_length=self._limit, held_out=held_out)
+        return batch.to(self._device)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A learning rate: the smallest mean loss of held-out examples, and after how many steps."""
+
+    lr: float
+    steps: int
+    validation_loss: float  # infinite where a training failed
+
+    def facts(self) -> dict[str, Any]:
+        """For the record; JSON has no infinity."""
+        return vars(self) | ({} if math.isfinite(self.validation_loss) else {"validation_loss": None})
 
 
 class _Trainer:
     """Trains one wrapped model several times from the same start."""
 
-    def __init__(self, wrapped: Any, data: _Data, steps: int) -> None:
-        self._wrapped, self._data, self._steps = wrapped, data, steps
+    def __init__(self, wrapped: Any, data: _Data) -> None:
+        self._wrapped, self._data = wrapped, data
         self.parameters = [p for p in wrapped.parameters() if p.requires_grad]
         self._start = [p.detach().clone() for p in self.parameters]
 
-    def run(self, rate: float, numbers: Sequence[int], bar: Any) -> tuple[float, float]:
-        """Train on the examples `numbers`; returns their mean loss before and after."""
+    def losses(
+        self, rate: float, steps: int, bar: Any, held_out: Sequence[bool] | None = None, patience: int | None = None
+    ) -> list[tuple[float, float]]:
+        """Train, and return the mean losses after 0, 1, ... steps: of the examples trained on, of those held out.
+
+        With `patience`, training ends when the held-out loss has not fallen for as many steps.
+        """
         with torch.no_grad():
             for parameter, start in zip(self.parameters, self._start, strict=True):
                 parameter.copy_(start)
-        batch, objective = self._data.batch(numbers)
+        batch = self._data.batch(held_out)
         optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / self._steps)
-        first = math.nan
-        for step in range(self._steps):
+        found: list[tuple[float, float]] = []
+        while True:
+            last = len(found) == steps
+            with torch.set_grad_enabled(not last):
+                losses = self._per_example(batch)
+                loss = (losses * batch.share).sum()
+            # The mean of no example is NaN, which nothing reads.
+            found.append((loss.item(), losses.detach()[batch.share == 0].mean().item()))
+            if last or (patience is not None and _ended([out for _, out in found], patience)):
+                return found
             optimizer.zero_grad()
-            loss = self._loss(batch, objective)
             loss.backward()
             optimizer.step()
-            schedule.step()
-            first = loss.item() if step == 0 else first
             bar.update()
-        with torch.no_grad():
-            return first, float(self._loss(batch, objective))
 
-    def validation_loss(self, rate: float, bar: Any) -> float:
-        """Mean loss of held-out examples, one training per fold; infinite where a training failed."""
-        total = 0.0
+    def validated(self, rate: float, steps: int | None, bar: Any) -> _Tried:
+        """Train on every fold's other examples; without `steps`, as long as a fold's own loss falls."""
+        limit, patience = (ADAPTER_STEPS, PATIENCE) if steps is None else (steps, None)
+        curves = []
         for fold in self._data.folds:
-            self.run(rate, sorted(set(self._data.everything) - set(fold)), bar)
-            with torch.no_grad():
-                total += len(fold) * float(self._loss(*self._data.batch(fold)))
-        return total / len(self._data.everything) if math.isfinite(total) else math.inf
+            curve = [held_out for _, held_out in self.losses(rate, limit, bar, fold, patience)]
+            curves.append([sum(fold) * loss for loss in curve + curve[-1:] * (limit + 1 - len(curve))])
+        means = [sum(losses) / len(self._data.folds[0]) for losses in zip(*curves, strict=True)]
+        numbers = range(1, limit + 1) if steps is None else [steps]
+        loss, number = min((means[number] if math.isfinite(means[number]) else math.inf, number) for number in numbers)
+        return _Tried(rate, number, loss)
 
-    def _loss(self, batch: Batch, objective: Objective) -> torch.Tensor:
+    def _per_example(self, batch: Batch) -> torch.Tensor:
         logits = self._wrapped(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         logits = logits[:, logits.shape[1] - batch.input_ids.shape[1] :]  # a soft prompt's columns come first
         chosen = logits[batch.row, batch.column].float().log_softmax(-1)
         scores = chosen.gather(1, batch.token.unsqueeze(1)).squeeze(1)
         logprobs = scores.new_zeros(len(batch.example)).index_add(0, batch.continuation, scores)
-        return objective.per_example(logprobs).mean()
+        return self._data.objective.per_example(logprobs)
+
+
+def _ended(losses: Sequence[float], patience: int) -> bool:
+    """Whether the smallest of the losses is not among the last `patience`, or the last is not finite."""
+    return not math.isfinite(losses[-1]) or min(losses) not in losses[-patience:]
 
 
 @contextmanager
