@@ -3,24 +3,28 @@
 Six cells: SmolLM2-135M-Instruct on antonym and synonym (200 test items), Gemma-3-270M on English to French and German,
 antonym and synonym (100). Every seed draws ten examples; the ten-shot prompt shows the same ten. Scores are the
 harness's exact match, greedy, on test words that no choice has seen. `laai models fetch` gets the models, $LAAI_DATA
-names the folder of the public word sets. Finished trainings and scores are kept in --store and are not repeated.
+names the folder of the public word sets. Finished trainings and scores are kept in --store; the scores also in
+`benchmarks/results/real_models.json`, each with the commit it was measured at. What is there is not measured again.
 
     python benchmarks/real_models.py                       # Δ and ten shots, five seeds
-    python benchmarks/real_models.py --methods laai,fv,icv,lora,ia3,soft_prompt
-    python benchmarks/real_models.py --time                # seconds to train on the examples of seed 0, nothing kept
+    python benchmarks/real_models.py --methods laai,fv,icv,lora,ia3,soft_prompt --seeds 1
+    python benchmarks/real_models.py --methods laai,fv,icv,lora,ia3,soft_prompt --time    # of training, on one core
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from scipy.stats import rankdata
 
 from laai_core.errors import LaaiError
@@ -31,7 +35,7 @@ from lm_eval_laai.experiments.run import Plan, Process, run
 from lm_eval_laai.experiments.scores import Entry, result_of
 from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.methods import LAAI, METHODS
-from measure import Record
+from measure import RESULTS, Record
 
 EXAMPLES = 10
 CELLS = {  # model: test items, rules
@@ -62,6 +66,9 @@ class Place(NamedTuple):
         return Cell(task, EXAMPLES, seed) if row == SHOTS else Cell(task, fits=(self.fit(row, seed),))
 
 
+Scores = dict[str, dict[str, dict[str, list[Any]]]]  # cell: row: seed: [exact match, commit]
+
+
 def main() -> int:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--models", default=",".join(CELLS), help="default: %(default)s")
@@ -69,71 +76,105 @@ def main() -> int:
     flags.add_argument("--seeds", type=int, default=5, help="0, 1, ... (default: %(default)s)")
     flags.add_argument("--store", type=Path, default=Path("runs/real_models"), help="default: %(default)s")
     flags.add_argument("--time", action="store_true", help="time the trainings instead")
-    flags.add_argument("--quick", action="store_true", help="report what is finished, train and evaluate nothing")
+    flags.add_argument("--quick", action="store_true", help="train and evaluate nothing, save nothing")
     arguments = flags.parse_args()
     rows = [SHOTS, *arguments.methods.split(",")]
-    places = []
-    for name in arguments.models.split(","):
-        limit, rules = CELLS[name]
-        setting = Setting(ModelSource(name, dtype="float32"), None, limit)
-        places += [Place(setting, rule) for rule in rules]
+    places = [place for place in all_places() if place.setting.source.name in arguments.models.split(",")]
     if arguments.time:
         _timed(places, rows[1:])
         return 0
-    store, seeds = Store(arguments.store), range(arguments.seeds)
-    if not arguments.quick:
-        for setting in dict.fromkeys(place.setting for place in places):
-            here = [place for place in places if place.setting == setting]
-            for seed in seeds:  # a run that is stopped has whole seeds
-                run([Plan(setting, tuple(p.cell(row, seed) for row in rows for p in here))], store, Process())
-    _report(places, rows, seeds, store)
+    store, scores = Store(arguments.store), _known()
+    for setting in dict.fromkeys(place.setting for place in places):
+        here = [place for place in places if place.setting == setting]
+        for seed in range(arguments.seeds):  # a run that is stopped has whole seeds
+            missing = [(p, row) for row in rows for p in here if str(seed) not in scores[p.title].get(row, {})]
+            if missing and not arguments.quick:
+                run([Plan(setting, tuple(place.cell(row, seed) for place, row in missing))], store, Process())
+            for place, row in missing:
+                result = result_of(place.setting, place.cell(row, seed), store)
+                if result is not None:
+                    score = [result["metrics"]["exact_match"], _commit()]
+                    scores[place.title].setdefault(row, {})[str(seed)] = score
+    _report(scores, arguments.quick)
     return 0
 
 
-def _report(places: Sequence[Place], rows: Sequence[str], seeds: Sequence[int], store: Store) -> None:
-    """Exact match by cell and method over the seeds that are finished, its ratio to ten shots, and average ranks."""
-    found: dict[str, list[Entry | None]] = {}
-    for row in rows:
-        found[row] = []
-        for place in places:
-            results = [result_of(place.setting, place.cell(row, seed), store) for seed in seeds]
-            values = [result["metrics"]["exact_match"] for result in results if result is not None]
-            found[row].append(Entry(values) if values else None)
-    record = Record("real_models", __doc__ or "", {"seeds": len(seeds), "examples": EXAMPLES})
-    whole = {row: [entry for entry in entries if entry] for row, entries in found.items()}
-    ranks: dict[str, list[float]] = {row: [] for row in rows}
-    for entries in zip(*found.values(), strict=True):  # of one cell; equal scores share a rank
-        means = [entry.mean for entry in entries if entry]
-        if len(means) == len(rows):
-            for row, rank in zip(rows, rankdata([-mean for mean in means]), strict=True):
-                ranks[row].append(float(rank))
+def all_places() -> list[Place]:
+    """The six cells."""
+    return [
+        Place(Setting(ModelSource(name, dtype="float32"), None, limit), rule)
+        for name, (limit, rules) in CELLS.items()
+        for rule in rules
+    ]
+
+
+def _known() -> Scores:
+    """The scores of earlier runs."""
+    path = RESULTS / "real_models.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["measured"]["scores"] if path.exists() else {}
+    return {place.title: found.get(place.title, {}) for place in all_places()}
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _report(scores: Scores, quick: bool) -> None:
+    """Δ against ten shots over all seeds; every method on the seeds that all of them have."""
+    record = Record("real_models", __doc__ or "", {"examples": EXAMPLES})
+    lines, averages = [], dict[str, list[float]]()
+    for title, found in scores.items():
+        entries = [Entry(_values(found[row])) for row in (SHOTS, LAAI.name) if row in found]
+        if len(entries) == 2:
+            shots, ours = entries
+            ratio = f"{ours.mean / shots.mean:.2f}" if shots.mean else "-"
+            lines.append([title, str(len(ours.values)), _text(shots), _text(ours), ratio])
+            averages.setdefault(SHOTS, []).append(shots.mean)
+            averages.setdefault(LAAI.name, []).append(ours.mean)
+    if lines:
+        shots_mean, ours_mean = (statistics.fmean(averages[row]) for row in (SHOTS, LAAI.name))
+        lines.append(["average", "", f"{shots_mean:.3f}", f"{ours_mean:.3f}", f"{ours_mean / shots_mean:.2f}"])
+    columns = ["cell", "seeds", SHOTS, LAAI.title, "ratio"]
+    record.table("Exact match, mean ± standard deviation over seeds, default flags", columns, lines)
+    _compared(scores, record)
+    record.keep("scores", scores)
+    record.save(quick)
+
+
+def _compared(scores: Scores, record: Record) -> None:
+    """A table of all methods on the cells and seeds that all of them have, with average ranks."""
+    rows = [row for row in (SHOTS, *METHODS) if any(row in found for found in scores.values())]
+    common = {title: set.intersection(*(set(found.get(row, ())) for row in rows)) for title, found in scores.items()}
+    cells = {title: sorted(seeds) for title, seeds in common.items() if seeds}
+    if len(rows) < 3 or not cells:
+        return
+    means = {
+        row: [statistics.fmean(scores[title][row][seed][0] for seed in seeds) for title, seeds in cells.items()]
+        for row in rows
+    }
+    # Equal scores share a rank.
+    ranks = [rankdata([-mean for mean in one]) for one in zip(*means.values(), strict=True)]
     lines = []
-    for row in rows:
-        cells = [_text(entry, len(seeds)) for entry in found[row]]
-        complete = len(whole[row]) == len(places)
-        average = f"{statistics.fmean(e.mean for e in whole[row]):.3f}" if complete else "-"
-        rank = f"{statistics.fmean(ranks[row]):.1f}" if ranks[row] else "-"
-        lines.append([row if row == SHOTS else METHODS[row].title, *cells, average, rank])
-    shots, ours = found[SHOTS], found.get(LAAI.name, [None] * len(places))
-    against = [f"{o.mean / s.mean:.2f}" if o and s and s.mean else "-" for o, s in zip(ours, shots, strict=True)]
-    lines.append(["LAAI / ten-shot", *against, "", ""])
-    columns = ["method", *(place.title for place in places), "average", "average rank"]
-    record.table("Exact match, mean ± standard deviation over seeds", columns, lines)
-    record.keep("values", {row: [e and e.values for e in entries] for row, entries in found.items()})
-    record.save(
-        quick=any(entry is None or len(entry.values) < len(seeds) for entries in found.values() for entry in entries)
-    )
+    for number, row in enumerate(rows):
+        rank = statistics.fmean(float(one[number]) for one in ranks)
+        figures = [*(f"{mean:.3f}" for mean in means[row]), f"{statistics.fmean(means[row]):.3f}", f"{rank:.1f}"]
+        lines.append([row if row == SHOTS else METHODS[row].title, *figures])
+    seeds = [f"{title} (seeds {', '.join(numbers)})" for title, numbers in cells.items()]
+    record.table("Methods, exact match", ["method", *seeds, "average", "average rank"], lines)
 
 
-def _text(entry: Entry | None, seeds: int) -> str:
-    if entry is None:
-        return "-"
-    spread = "" if entry.spread is None else f" ± {entry.spread:.3f}"
-    return f"{entry.mean:.3f}{spread}" + ("" if len(entry.values) == seeds else f" ({len(entry.values)} seeds)")
+def _values(by_seed: dict[str, list[Any]]) -> list[float]:
+    return [score for score, _ in by_seed.values()]
+
+
+def _text(entry: Entry) -> str:
+    return f"{entry.mean:.3f}" + ("" if entry.spread is None else f" ± {entry.spread:.3f}")
 
 
 def _timed(places: Sequence[Place], names: Sequence[str]) -> None:
-    """Seconds of one training with what a method chooses on its own, on the cores the process may use."""
+    """CPU seconds of one training with what a method chooses on its own, in one thread."""
+    torch.set_num_threads(1)
     loaded = None
     lines = []
     for place in places:
@@ -143,14 +184,14 @@ def _timed(places: Sequence[Place], names: Sequence[str]) -> None:
         for name in names:
             split = place.setting.split(f"laai_{place.rule}", 0, EXAMPLES)
             with tempfile.TemporaryDirectory() as folder:
-                start = time.perf_counter()
+                start = time.process_time()
                 output = Path(folder, f"fit{METHODS[name].suffix}")
                 methods.fit(name, *loaded[1:], split, output=output, progress=False)
-                seconds[name] = time.perf_counter() - start
+                seconds[name] = time.process_time() - start
             print(f"{place.title} {name}: {seconds[name]:.0f} s", file=sys.stderr, flush=True)
         lines.append([place.title, *(f"{seconds[name]:.0f}" for name in names)])
     record = Record("real_models_time", __doc__ or "", {"examples": EXAMPLES})
-    record.table("Seconds to train, whole", ["cell", *(METHODS[name].title for name in names)], lines)
+    record.table("CPU seconds to train on the examples of seed 0", ["cell", *(METHODS[n].title for n in names)], lines)
     record.save(quick=False)
 
 
