@@ -8,7 +8,6 @@ names the folder of the public word sets. Finished trainings and scores are kept
 
     python benchmarks/real_models.py                       # Δ and ten shots, five seeds
     python benchmarks/real_models.py --methods laai,fv,icv,lora,ia3,soft_prompt --seeds 1
-    python benchmarks/real_models.py --methods laai,fv,icv,lora,ia3,soft_prompt --time    # of training, on one core
 """
 
 from __future__ import annotations
@@ -18,17 +17,12 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from scipy.stats import rankdata
 
 from laai_core.errors import LaaiError
-from lm_eval_laai import methods
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.experiments.run import Plan, Process, run
@@ -75,14 +69,10 @@ def main() -> int:
     flags.add_argument("--methods", default=LAAI.name, help=f"of {','.join(METHODS)} (default: %(default)s)")
     flags.add_argument("--seeds", type=int, default=5, help="0, 1, ... (default: %(default)s)")
     flags.add_argument("--store", type=Path, default=Path("runs/real_models"), help="default: %(default)s")
-    flags.add_argument("--time", action="store_true", help="time the trainings instead")
     flags.add_argument("--quick", action="store_true", help="train and evaluate nothing, save nothing")
     arguments = flags.parse_args()
     rows = [SHOTS, *arguments.methods.split(",")]
     places = [place for place in all_places() if place.setting.source.name in arguments.models.split(",")]
-    if arguments.time:
-        _timed(places, rows[1:])
-        return 0
     store, scores = Store(arguments.store), _known()
     for setting in dict.fromkeys(place.setting for place in places):
         here = [place for place in places if place.setting == setting]
@@ -170,29 +160,6 @@ def _values(by_seed: dict[str, list[Any]]) -> list[float]:
 
 def _text(entry: Entry) -> str:
     return f"{entry.mean:.3f}" + ("" if entry.spread is None else f" ± {entry.spread:.3f}")
-
-
-def _timed(places: Sequence[Place], names: Sequence[str]) -> None:
-    """CPU seconds of one training with what a method chooses on its own, in one thread."""
-    torch.set_num_threads(1)
-    loaded = None
-    lines = []
-    for place in places:
-        if loaded is None or loaded[0] != place.setting:
-            loaded = place.setting, *place.setting.source.load()
-        seconds = {}
-        for name in names:
-            split = place.setting.split(f"laai_{place.rule}", 0, EXAMPLES)
-            with tempfile.TemporaryDirectory() as folder:
-                start = time.process_time()
-                output = Path(folder, f"fit{METHODS[name].suffix}")
-                methods.fit(name, *loaded[1:], split, output=output, progress=False)
-                seconds[name] = time.process_time() - start
-            print(f"{place.title} {name}: {seconds[name]:.0f} s", file=sys.stderr, flush=True)
-        lines.append([place.title, *(f"{seconds[name]:.0f}" for name in names)])
-    record = Record("real_models_time", __doc__ or "", {"examples": EXAMPLES})
-    record.table("CPU seconds to train on the examples of seed 0", ["cell", *(METHODS[n].title for n in names)], lines)
-    record.save(quick=False)
 
 
 if __name__ == "__main__":

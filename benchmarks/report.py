@@ -9,9 +9,23 @@ from typing import Any
 
 from measure import DOCS, RESULTS, markdown
 
-ORDER = ["real_models", "training", "many", "optimisers", "evaluation", "size", "gpu", "regressions", "norms"]
+ORDER = [
+    "real_models",
+    "time_to_quality",
+    "real_optimisers",
+    "training",
+    "many",
+    "optimisers",
+    "evaluation",
+    "size",
+    "gpu",
+    "regressions",
+    "norms",
+]
 TITLES = {
     "real_models": "Real models: ten examples against ten shots",
+    "time_to_quality": "Real models: seconds until a method is as good as ten shots",
+    "real_optimisers": "Real models: optimisers",
     "training": "Training: replay against plain and PEFT",
     "many": "Many vectors in one batch",
     "optimisers": "Optimisers",
