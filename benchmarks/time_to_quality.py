@@ -60,7 +60,7 @@ class Words:
         """Of `model`, which may be under an adapter."""
         right = 0
         train = self.split.train
-        for first in range(0, OTHERS, ROWS):
+        for first in range(0, len(self.others), ROWS):
             asked = self.others[first : first + ROWS]
             if shots:
                 asked = [Example(example.behind(train), example.target) for example in asked]

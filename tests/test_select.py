@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import slow_reference
 import torch
@@ -38,8 +40,12 @@ def loss_by_hand(model, example, iv):
     return -slow_reference.loglikelihood(model, prompt, target, spec)[0]
 
 
+def bounded(loss: float) -> float:
+    return -math.log(0.99 * math.exp(-loss) + 0.01)
+
+
 def held_out_by_hand(model, examples, one, steps, **settings):
-    """Mean loss of `steps` evaluations in one setting; every third example is in the same fold."""
+    """Mean bounded loss of `steps` evaluations in one setting; every third example is in the same fold."""
     losses = []
     for fold in range(min(3, len(examples))):
         numbers = range(fold, len(examples), 3)
@@ -47,7 +53,7 @@ def held_out_by_hand(model, examples, one, steps, **settings):
         job = laai.Job(rest, one.layer, one.l1, one.group, start=settings.get("start"))
         shared = {name: value for name, value in settings.items() if name != "start"}
         (result,) = laai.train_many(model, TOKENIZER, [job], steps=steps, **shared)
-        losses += [loss_by_hand(model, examples[n], result.intervention) for n in numbers]
+        losses += [bounded(loss_by_hand(model, examples[n], result.intervention)) for n in numbers]
     assert len(losses) == len(examples)
     return sum(losses) / len(losses)
 
@@ -87,7 +93,7 @@ def test_every_held_out_loss_is_that_of_folds_trained_alone(count):
     choice = choose(model, TOKENIZER, examples)
     for one in choice.tried:
         expected = held_out_by_hand(model, examples, one, one.steps)
-        assert one.held_out_loss == pytest.approx(expected, rel=0.02)
+        assert one.held_out_loss == pytest.approx(expected, rel=2e-3)
     best = min(choice.tried, key=lambda one: one.held_out_loss)
     assert (choice.layer, choice.l1, choice.group, choice.steps) == (best.layer, best.l1, best.group, best.steps)
 
@@ -101,7 +107,7 @@ def test_the_settings_are_those_of_the_training(settings):
     (one,) = choose(model, TOKENIZER, EXAMPLES, 1, 0.02, 0.03, **settings).tried
     assert (one.layer, one.l1, one.group) == (1, 0.02, 0.03)
     expected = held_out_by_hand(model, EXAMPLES, one, one.steps, **settings)
-    assert one.held_out_loss == pytest.approx(expected, rel=0.02)
+    assert one.held_out_loss == pytest.approx(expected, rel=2e-3)
 
 
 def test_the_number_of_evaluations_is_where_the_curve_is_lowest():
@@ -111,15 +117,15 @@ def test_the_number_of_evaluations_is_where_the_curve_is_lowest():
     assert 1 <= one.steps <= EVALUATIONS
     until = min(one.steps + PATIENCE, EVALUATIONS)
     curve = [held_out_by_hand(model, EXAMPLES, one, steps) for steps in range(1, until + 1)]
-    assert one.held_out_loss == pytest.approx(min(curve), rel=0.02)
-    assert curve[one.steps - 1] == pytest.approx(min(curve), rel=0.02)
+    assert one.held_out_loss == pytest.approx(min(curve), rel=2e-3)
+    assert curve[one.steps - 1] == pytest.approx(min(curve), rel=2e-3)
 
 
 def test_two_examples_are_folds_that_begin_at_zero():
     model = tiny_model("Llama")
     (one,) = choose(model, TOKENIZER, EXAMPLES[:2], 1, USUAL, USUAL).tried
     expected = held_out_by_hand(model, EXAMPLES[:2], one, one.steps, start="zero")
-    assert one.held_out_loss == pytest.approx(expected, rel=0.02)
+    assert one.held_out_loss == pytest.approx(expected, rel=2e-3)
 
 
 def test_surveys():
@@ -132,8 +138,8 @@ def test_surveys():
     for left_out in SURVEY:
         rest = [example for example in SURVEY if example is not left_out]
         iv = laai.train(model, TOKENIZER, rest, 1, USUAL, USUAL, steps=one.steps).intervention
-        losses += task_losses(model, TOKENIZER, [(iv, [left_out])])[0]
-    assert one.held_out_loss == pytest.approx(sum(losses) / 3, rel=0.02)
+        losses += map(bounded, task_losses(model, TOKENIZER, [(iv, [left_out])])[0])
+    assert one.held_out_loss == pytest.approx(sum(losses) / 3, rel=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -144,14 +150,14 @@ def test_surveys():
         ([9.0 - n / 2 for n in range(9)], [9.0 - n for n in range(9)], None),
         ([9.0 - n for n in range(20)], [9.0 - n / 2 for n in range(9)], HEAD_START),
         ([9.0] * 7 + [1.0], [9.0 - n / 2 for n in range(9)], 8),  # overtaken after the head start
-        ([], [9.0, 5.0, 6.0, 5.5, 7.0, 5.1], 2 + PATIENCE),
+        ([], [9.0, 5.0] + [6.0, 5.5, 7.0, 5.1] * 3, 2 + PATIENCE),
     ],
 )
 def test_a_setting_ends_behind_the_best_or_when_it_no_longer_falls(rival, losses, ends):
     curve = _Curve(torch.tensor([[True, False]]), rival, tqdm(disable=True))
     stopped = []
     for number, loss in enumerate(losses):
-        curve.see(torch.tensor([2 * loss, 100.0]))  # the example that the fold trains on does not count
+        curve.see(torch.tensor([loss / 5, 100.0]))  # the example that the fold trains on does not count
         step = Step(number, -float(number), 0.0, 0.0, 0, 0)
         stopped.append(curve.add({0: step}))
     assert (stopped.index(True) + 1 if True in stopped else None) == ends

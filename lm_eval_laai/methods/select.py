@@ -9,6 +9,9 @@ neighbours of the best half a gap away. Then the penalties, at the best layer. E
 start, so that a few evaluations say how good it gets; a setting ends when its held-out loss has not fallen for
 PATIENCE evaluations. The number of evaluations is the one at which the mean held-out loss of the chosen setting is
 smallest.
+
+The held-out loss is -log((1 - FLOOR) p + FLOOR), p = exp(-loss) of the example: under the plain mean, one held-out
+answer that is wrong anyway and gets more so ends a training that is still making others right.
 """
 
 from __future__ import annotations
@@ -39,8 +42,9 @@ if TYPE_CHECKING:  # importing transformers takes a second
 FOLDS = 3
 COARSE = 5  # layers tried first
 DEPTHS = (0.15, 0.75)  # shares of the depth between which these lie
-EVALUATIONS = 20  # at most, of a setting
-PATIENCE = 4  # evaluations without a smaller held-out loss
+EVALUATIONS = 30  # at most, of a setting
+PATIENCE = 8  # evaluations without a smaller held-out loss
+FLOOR = 0.01  # probability of an answer that is wrong anyway
 HEAD_START = 6  # evaluations of a setting before it is compared with the best one
 PENALTIES = (1e-2, 1e-3)  # values of l1 and group, relative to the activation; layers are compared under the last
 LONE_DEPTH = 0.4  # share of the depth for a single example, of which nothing can be held out
@@ -48,7 +52,7 @@ LONE_DEPTH = 0.4  # share of the depth for a single example, of which nothing ca
 
 @dataclass(frozen=True)
 class Tried:
-    """One setting: the smallest mean loss of held-out examples, and after how many evaluations."""
+    """One setting: the smallest mean of the bounded held-out losses, and after how many evaluations."""
 
     layer: int
     l1: float
@@ -215,6 +219,11 @@ class _Folds:
         return Tried(layer, l1, group, steps, loss)
 
 
+def held_out(losses: torch.Tensor) -> torch.Tensor:
+    """Losses of held-out examples, bounded by -log FLOOR."""
+    return -torch.log((1 - FLOOR) * torch.exp(-losses) + FLOOR)
+
+
 class _Curve:
     """The mean loss of held-out examples by evaluations, every fold at the best objective it has seen."""
 
@@ -227,7 +236,7 @@ class _Curve:
 
     def see(self, per_example: torch.Tensor) -> None:
         """Losses [F * N] at the points in evaluation."""
-        self._now = (per_example.cpu().view_as(self._held_out) * self._held_out).sum(1)
+        self._now = (held_out(per_example.cpu().view_as(self._held_out)) * self._held_out).sum(1)
 
     def add(self, steps: dict[int, Step]) -> bool:
         """The steps of the folds that were evaluated; whether the setting has ended."""
