@@ -139,7 +139,7 @@ def test_surveys():
         rest = [example for example in SURVEY if example is not left_out]
         iv = laai.train(model, TOKENIZER, rest, 1, USUAL, USUAL, steps=one.steps).intervention
         losses += map(bounded, task_losses(model, TOKENIZER, [(iv, [left_out])])[0])
-    assert one.held_out_loss == pytest.approx(sum(losses) / 3, rel=2e-3)
+    assert one.held_out_loss == pytest.approx(sum(losses) / 3, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,8 @@ def test_surveys():
     ],
 )
 def test_a_setting_ends_behind_the_best_or_when_it_no_longer_falls(rival, losses, ends):
-    curve = _Curve(torch.tensor([[True, False]]), rival, tqdm(disable=True))
+    behind = [bounded(loss / 5) / 2 for loss in rival]
+    curve = _Curve(torch.tensor([[True, False]]), behind, tqdm(disable=True))
     stopped = []
     for number, loss in enumerate(losses):
         curve.see(torch.tensor([loss / 5, 100.0]))  # the example that the fold trains on does not count
