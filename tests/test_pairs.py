@@ -18,7 +18,6 @@ import laai_core as laai
 from laai_core.data import load_task, read_pairs
 from laai_core.data.pairs import WORD_SETS, word_set_names
 from laai_core.data.tasks import load_pairs
-from laai_core.example import few_shot_prompt
 from lm_eval_laai.commands import cli
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
 from lm_eval_laai.experiments.load import ModelSource
@@ -82,7 +81,7 @@ def test_the_harness_shows_the_same_prompts(file: Path, shots: int) -> None:
     docs = list(task.test_docs())
     assert [(doc["prompt"], doc["target"]) for doc in docs] == [(e.prompt, e.target) for e in split.test]
     for doc, example in zip(docs, split.test, strict=True):
-        assert task.fewshot_context(doc, shots) == few_shot_prompt(split.train[:shots], example.prompt)
+        assert task.fewshot_context(doc, shots) == example.behind(split.train[:shots])
 
 
 def test_the_harness_takes_bundled_sets_and_needs_a_name() -> None:
