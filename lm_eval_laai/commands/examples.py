@@ -18,7 +18,7 @@ from laai_core.objective import LOSSES
 from laai_core.settings import Settings
 from lm_eval_laai.commands.options import model_source
 from lm_eval_laai.methods import LAAI
-from lm_eval_laai.tasks import HARNESS, harness_task, include_path, task_metadata
+from lm_eval_laai.tasks import HARNESS, harness_metadata, harness_task, include_path
 
 if TYPE_CHECKING:
     from lm_eval_laai.rendering import Renderer
@@ -180,9 +180,7 @@ def _render_own(arguments: argparse.Namespace, data: OwnData, split: Split) -> S
 
 def _render_named(arguments: argparse.Namespace, split: Split) -> Split:
     """A task of ours, as the harness renders it."""
-    metadata = {"seed": arguments.seed, "n_train": arguments.n_train, **task_metadata(arguments.task)}
-    if arguments.data is not None:
-        metadata["data"] = arguments.data
+    metadata = harness_metadata([arguments.task], arguments.seed, arguments.n_train, arguments.data)
     task = _loaded(harness_task(arguments.task), str(include_path()), metadata, include_defaults=False)
     examples = _renderer(arguments, task).examples(list(task.fewshot_docs()), "kl", shares=True)
     return Split(examples, split.test, split.name, split.seed, split.sources)
