@@ -66,19 +66,14 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-def facts_of(capfd: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
-    """What a command prints with --json."""
-    capfd.readouterr()
-    assert cli.main([*map(str, argv), "--json"]) == 0
-    return json.loads(capfd.readouterr().out)
-
-
 # train and inspect
 
 
-def test_train_then_inspect(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_train_then_inspect(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], facts_of: Callable[..., dict[str, Any]]
+) -> None:
     line = ["train", "--model", model, "--task", TASK, "--steps", 12, "--layer", -1, "--l1", 0.02, "--seed", 3]
-    facts = facts_of(capfd, *line, "--output", f"{tmp_path}/new/folder/")
+    facts = facts_of(*line, "--output", f"{tmp_path}/new/folder/")
     path = tmp_path / "new" / "folder" / FILE
     assert facts["file"] == str(path)
     assert [p.name for p in path.parent.iterdir()] == [FILE]
@@ -93,7 +88,7 @@ def test_train_then_inspect(model: Path, tmp_path: Path, capfd: pytest.CaptureFi
     assert facts["task_loss"] <= facts["objective"] == iv.metadata["training"]["objective"]
 
     vector = iv.vector(LAYERS - 1)
-    shown = facts_of(capfd, "inspect", path)
+    shown = facts_of("inspect", path)
     assert shown["sha256"] == facts["sha256"] == iv.sha256
     assert shown["metadata"] == iv.metadata
     layer = shown["layers"][str(LAYERS - 1)]
@@ -110,12 +105,12 @@ def test_train_then_inspect(model: Path, tmp_path: Path, capfd: pytest.CaptureFi
 
 
 def test_train_logs_every_evaluation_to_a_file(
-    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], refused: Callable[..., str]
+    model: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]], refused: Callable[..., str]
 ) -> None:
     line = ["train", "--model", model, "--task", TASK, "--layer", 1, "--l1", 0.02, "--group", 0.01]
     log, plain, logged = tmp_path / "new" / "log.jsonl", tmp_path / "plain", tmp_path / "logged"
-    facts_of(capfd, *line, "--steps", 7, "--output", f"{plain}/")
-    facts = facts_of(capfd, *line, "--steps", 7, "--output", f"{logged}/", "--log-to", log)
+    facts_of(*line, "--steps", 7, "--output", f"{plain}/")
+    facts = facts_of(*line, "--steps", 7, "--output", f"{logged}/", "--log-to", log)
     assert (plain / FILE).read_bytes() == (logged / FILE).read_bytes()
 
     steps = [json.loads(text) for text in log.read_text(encoding="utf-8").splitlines()]
@@ -126,7 +121,7 @@ def test_train_logs_every_evaluation_to_a_file(
     assert (best["objective"], best["active_heads"]) == (facts["objective"], facts["active_heads"])
     assert best["nonzero"] == int((laai.Intervention.load(logged / FILE).vector(1) != 0).sum())
 
-    facts_of(capfd, *line, "--steps", 2, "--output", f"{logged}/", "--log-to", log)  # in the place of the old lines
+    facts_of(*line, "--steps", 2, "--output", f"{logged}/", "--log-to", log)  # in the place of the old lines
     assert len(log.read_text(encoding="utf-8").splitlines()) == 2
     kept = log.read_bytes()
     assert "has no --log-to" in refused(*line[:5], "--method", "icv", "--log-to", log, "--output", f"{logged}/")
@@ -422,10 +417,10 @@ def test_missing_weights_are_told(model: Path, tmp_path: Path, caplog: pytest.Lo
 # data, tasks
 
 
-def test_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_data(tmp_path: Path, capfd: pytest.CaptureFixture[str], facts_of: Callable[..., dict[str, Any]]) -> None:
     (tmp_path / "antonym.json").write_text('[{"input": "hot", "output": "cold"}]')
     (tmp_path / "synonym.json").write_text("[]")
-    facts = facts_of(capfd, "data", "--data", tmp_path)
+    facts = facts_of("data", "--data", tmp_path)
     assert facts["lexicon"]["rows"] >= 500
     assert facts["folder"] == str(tmp_path)
     states = {s["file"]: (s["state"], s["rows"]) for s in facts["sets"]}
@@ -449,8 +444,10 @@ def test_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert part in text
 
 
-def test_public_data(public_data: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    facts = facts_of(capfd, "data", "--data", public_data)
+def test_public_data(
+    public_data: Path, capfd: pytest.CaptureFixture[str], facts_of: Callable[..., dict[str, Any]]
+) -> None:
+    facts = facts_of("data", "--data", public_data)
     assert {s["state"] for s in facts["sets"]} == {"ok"}
     assert cli.main(["data", "--data", str(public_data)]) == 0
     assert "laai data fetch" not in capfd.readouterr().out
