@@ -79,8 +79,7 @@ class Example:
         object.__setattr__(self, "distribution", shares)
 
     def _refuse(self, found: str, expected: str) -> None:
-        start = self.prompt if len(self.prompt) <= 60 else self.prompt[:57] + "..."
-        raise LaaiError(f"Example with prompt {start!r}: {found}; expected {expected}")
+        raise LaaiError(f"Example with prompt {self.prompt!r:.60}: {found}; expected {expected}")
 
 
 @dataclass(frozen=True)
