@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +25,6 @@ from lm_eval_laai.methods.select import choose
 from lm_eval_laai.tasks import include_path, list_tasks
 
 TASK = "lexicon_antonym"
-LAAI = "import sys; from lm_eval_laai.commands.cli import main; sys.exit(main())"
 FILE = "laai_lexicon_antonym.safetensors"
 needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 
@@ -154,9 +151,8 @@ def test_train_prints_a_summary_and_logs_to_stderr(
 
 
 def test_the_same_training_gives_the_same_bytes(model: Path, trained: Path, tmp_path: Path) -> None:
-    # Once more, into an existing folder that is given without a slash, in another process.
-    command = [sys.executable, "-c", LAAI, "train", "--model", model, "--task", TASK, "--steps", "8"]
-    subprocess.run([*map(str, command), "--output", str(tmp_path)], check=True, capture_output=True)
+    """Into an existing folder that is given without a slash. Other processes: tests/test_determinism.py."""
+    assert cli.main(["train", "--model", str(model), "--task", TASK, "--steps", "8", "--output", str(tmp_path)]) == 0
     assert (tmp_path / FILE).read_bytes() == trained.read_bytes()
 
 
@@ -527,6 +523,8 @@ def test_demo_refusals(
     assert "layers 0 to 2" in run("--model", model, "--layer", 3)
     monkeypatch.setattr(folder, "REFERENCE_FOLDER", Path("nowhere", "weights"))
     assert "--model" in run("--model", "reference")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert "smollm2-135m is not on this machine yet" in run()
     assert list(tmp_path.iterdir()) == []
 
 
