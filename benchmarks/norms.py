@@ -15,7 +15,6 @@ import torch
 
 import laai_core as laai
 from laai_core.data.tasks import LEXICON_PREFIX, RULES
-from laai_core.example import few_shot_prompt
 from laai_core.locate import locate
 from lm_eval_laai.methods.method import middle_layer
 from measure import Record, parser
@@ -60,7 +59,7 @@ def unmoved(model: Any, tokenizer: Any, layer: int, rms: float, sizes: list[floa
     shares = dict.fromkeys(sizes, 0.0)
     for number, rule in enumerate(RULES):
         split = laai.load_task(LEXICON_PREFIX + rule)
-        texts = [few_shot_prompt(split.train, example.prompt) for example in split.test[:words]]
+        texts = [example.behind(split.train) for example in split.test[:words]]
         inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
         before = model(**inputs).logits[:, -1].argmax(-1)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(number))

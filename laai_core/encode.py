@@ -46,17 +46,17 @@ def encode_pair(
     stripped = prompt.rstrip()
     if stripped != prompt and whitespace == "refuse":
         raise LaaiError(
-            f"prompt {_short(prompt)} ends in whitespace, which puts the vector on different tokens in loglikelihood "
+            f"prompt {prompt!r:.50} ends in whitespace, which puts the vector on different tokens in loglikelihood "
             f"and in generation: strip it, or say which to match (--whitespace loglikelihood or generation)"
         )
     if whitespace == "loglikelihood":
         prompt, target = stripped, prompt[len(stripped) :] + target
     prompt_ids = encode_text(tokenizer, prompt)
     if not prompt or not prompt_ids:
-        raise LaaiError(f"prompt {_short(prompt)} has no tokens: expected at least one to put the vector on")
+        raise LaaiError(f"prompt {prompt!r:.50} has no tokens: expected at least one to put the vector on")
     target_ids = encode_text(tokenizer, prompt + target)[len(prompt_ids) :]
     if not target_ids:
-        raise LaaiError(f"target {_short(target)} has no tokens of its own behind prompt {_short(prompt)}")
+        raise LaaiError(f"target {target!r:.50} has no tokens of its own behind prompt {prompt!r:.50}")
     return prompt_ids, target_ids
 
 
@@ -117,7 +117,7 @@ def encode_examples(
             ids = (*prompt, *continuation[:-1])
             if max_length is not None and len(ids) > max_length:
                 raise LaaiError(
-                    f"example {index} ({_short(example.prompt)}) has {len(ids) + 1} tokens with its target, "
+                    f"example {index} ({example.prompt!r:.50}) has {len(ids) + 1} tokens with its target, "
                     f"the model takes {max_length + 1}"
                 )
             key = (runs[index], len(prompt), ids)
@@ -144,7 +144,3 @@ def encode_examples(
         run,
         trained / torch.bincount(run, trained)[run],
     )
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 50 else text[:47] + "...")

@@ -40,8 +40,8 @@ class Example:
         return self.options[max(range(len(self.options)), key=self.distribution.__getitem__)]
 
     def behind(self, shots: Sequence[Example]) -> str:
-        """The few-shot prompt of this example: `shots` solved, in order, then its own prompt."""
-        return few_shot_prompt(shots, self.prompt)
+        """The harness's few-shot prompt: `shots` solved, in order, each before a blank line, then the prompt."""
+        return "".join(f"{shot.prompt}{shot.answer}\n\n" for shot in shots) + self.prompt
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -79,8 +79,7 @@ class Example:
         object.__setattr__(self, "distribution", shares)
 
     def _refuse(self, found: str, expected: str) -> None:
-        start = self.prompt if len(self.prompt) <= 60 else self.prompt[:57] + "..."
-        raise LaaiError(f"Example with prompt {start!r}: {found}; expected {expected}")
+        raise LaaiError(f"Example with prompt {self.prompt!r:.60}: {found}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,3 @@ class Split:
     name: str
     seed: int = 0
     sources: dict[str, str] = field(default_factory=dict)
-
-
-def few_shot_prompt(examples: Sequence[Example], prompt: str) -> str:
-    """The solved examples in order, each followed by a blank line, then the prompt, as in the harness."""
-    return "".join(f"{example.prompt}{example.answer}\n\n" for example in examples) + prompt

@@ -99,14 +99,8 @@ class Intervention:
         Raises:
             LaaiError: when a layer is negative and the metadata does not say how many layers there are.
         """
-        return storage.encode(
-            self._resolved(self.metadata.get("num_hidden_layers")),
-            site=self.site,
-            position=self.position,
-            scale=self.scale,
-            operation=self.operation,
-            metadata=self.metadata,
-        )
+        vectors = self._resolved(self.metadata.get("num_hidden_layers"))
+        return storage.encode(vectors, {key: getattr(self, key) for key in storage.ACT}, self.metadata)
 
     @property
     def layers(self) -> list[int]:

@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from laai_core.errors import LaaiError
 
 FORMAT_VERSION = 1
+# The entries of the header that say how a vector acts, and their types; the rest is an intervention's metadata.
+ACT: dict[str, type | tuple[type, ...]] = {"site": str, "position": str, "operation": str, "scale": (int, float)}
 _TENSOR_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.([a-z]+)")
 # Limits far above any real file (a vector has kilobytes), low enough to bound the cost of a hostile one.
 _MAX_HEADER_BYTES = 4 << 20
@@ -27,27 +29,12 @@ _MAX_LAYERS = 1024
 _MAX_NESTING = 32
 
 
-def encode(
-    vectors: Mapping[int, torch.Tensor],
-    *,
-    site: str,
-    position: str,
-    scale: float,
-    operation: str,
-    metadata: Mapping[str, Any],
-) -> bytes:
-    """The bytes of `vectors`: {layer from 0: float32 [H, d] or [hidden]}. LaaiError for other metadata than JSON."""
-    header = {
-        **metadata,
-        "format_version": FORMAT_VERSION,
-        "site": site,
-        "position": position,
-        "scale": scale,
-        "operation": operation,
-    }
+def encode(vectors: Mapping[int, torch.Tensor], act: Mapping[str, Any], metadata: Mapping[str, Any]) -> bytes:
+    """The bytes of {layer from 0: float32 [H, d] or [hidden]} with ACT's entries. LaaiError for other than JSON."""
+    header = {**metadata, "format_version": FORMAT_VERSION, **act}
     _check_writable_as_json(header)
     text = json.dumps(header, sort_keys=True, allow_nan=False)
-    tensors = {f"layers.{layer}.{site}": vector.contiguous() for layer, vector in vectors.items()}
+    tensors = {f"layers.{layer}.{act['site']}": vector.contiguous() for layer, vector in vectors.items()}
     return safetensors.torch.save(tensors, metadata={"laai": text})
 
 
@@ -81,7 +68,7 @@ def read(path: Path) -> dict[str, Any]:
     for layer, vector in vectors.items():
         if vector.ndim != dimensions:
             raise LaaiError(f"{path}: layer {layer} has {vector.ndim} dimensions, expected {dimensions}")
-    arguments = {key: facts.pop(key) for key in ("site", "position", "scale", "operation")}
+    arguments = {key: facts.pop(key) for key in ACT}
     facts.pop("format_version")
     return {"vectors": vectors, **arguments, "metadata": facts}
 
@@ -144,8 +131,8 @@ def _facts(metadata: Any, path: Path) -> dict[str, Any]:
     version = facts.get("format_version")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise LaaiError(f"{path} has format version {version!r:.60}: this release reads version {FORMAT_VERSION}")
-    for key, kinds in (("site", str), ("position", str), ("operation", str), ("scale", (int, float))):
-        if not isinstance(facts.get(key), kinds) or isinstance(facts.get(key), bool):
+    for key, kind in ACT.items():
+        if not isinstance(facts.get(key), kind) or isinstance(facts.get(key), bool):
             raise LaaiError(f"{path}: metadata {key!r} is {facts.get(key)!r:.60}")
     try:
         _check_writable_as_json(facts)

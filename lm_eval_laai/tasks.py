@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,15 +58,24 @@ def recorded_task(task: str) -> str:
     return harness_task(task) if task.startswith(f"{HARNESS}:") else f"laai_{task}"
 
 
-def task_metadata(task: str) -> dict[str, str]:
-    """The harness's --metadata for a task, with or without laai_, whose name has a colon."""
-    name, _, rest = task.removeprefix("laai_").partition(":")
-    if name in (PAIRS, EXAMPLES, EXAMPLE_OPTIONS):
-        return {"file": rest}
-    if name == OPINIONQA_GROUP:
-        attribute, _, group = rest.partition("=")
-        return {"attribute": attribute, "group": group}
-    return {}
+def harness_metadata(
+    tasks: Iterable[str], seed: int | None = None, n_train: int | None = None, data: str | None = None
+) -> dict[str, Any]:
+    """The harness's --metadata for tasks, with or without laai_: the data behind a task's colon, and what is given.
+
+    Args:
+        seed, n_train: the draw of examples.
+        data: folder of the public data sets; None is $LAAI_DATA.
+    """
+    draw = {"seed": seed, "n_train": n_train, "data": data}
+    metadata = {name: value for name, value in draw.items() if value is not None}
+    for task in tasks:
+        name, _, rest = task.removeprefix("laai_").partition(":")
+        if name in (PAIRS, EXAMPLES, EXAMPLE_OPTIONS):
+            metadata["file"] = rest
+        elif name == OPINIONQA_GROUP:
+            metadata["attribute"], _, metadata["group"] = rest.partition("=")
+    return metadata
 
 
 def _info(config: dict[str, Any], group: str) -> TaskInfo:

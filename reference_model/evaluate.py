@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from laai_core.data import load_task
 from laai_core.data.tasks import LEXICON_PREFIX, RULES
-from laai_core.example import few_shot_prompt
 
 NEW_TOKENS = 10  # more than the longest answer takes
 
@@ -51,7 +50,7 @@ def exact_match(
     """
     split = load_task(LEXICON_PREFIX + rule, seed=seed)
     test = split.test[:: max(1, len(split.test) // limit)][:limit] if limit else split.test
-    written = answers(model, tokenizer, [few_shot_prompt(split.train[:shots], example.prompt) for example in test])
+    written = answers(model, tokenizer, [example.behind(split.train[:shots]) for example in test])
     return sum(text == str(example.target).strip() for text, example in zip(written, test, strict=True)) / len(test)
 
 

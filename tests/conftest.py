@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,5 +46,18 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
         out, err = capfd.readouterr()
         assert out == "" and err.startswith("laai: error: ") and err.count("\n") == 1
         return err
+
+    return run
+
+
+@pytest.fixture
+def facts_of(capfd: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Runs a command line with --json that must succeed; returns the printed JSON."""
+    from lm_eval_laai.commands import cli
+
+    def run(*argv: object) -> dict[str, Any]:
+        capfd.readouterr()
+        assert cli.main([*map(str, argv), "--json"]) == 0
+        return json.loads(capfd.readouterr().out)
 
     return run

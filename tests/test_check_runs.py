@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -256,7 +257,7 @@ def test_false_alarms_of_other_metrics(kind: str, monkeypatch: pytest.MonkeyPatc
         else:  # an F1 that differs at few items
             old, new = (np.where(generator.random(60) < 0.1, generator.random(60), base) for _ in range(2))
         result = paired.compare_items(old, new)
-        assert result.test == "bootstrap"
+        assert result.test == "sign flips"
         alarms += result.p <= ALPHA
     assert 0 < alarms <= 50 + 14
 
@@ -268,18 +269,31 @@ def test_mcnemar_is_the_binomial_test_by_hand() -> None:
     assert paired.mcnemar(0, 0) == 1.0
 
 
-def test_the_bootstrap_agrees_with_the_t_test_where_that_holds() -> None:
+def test_sign_flips_by_hand() -> None:
+    change = np.array([0.3, -0.1, 0.25, 0.0, 0.4, 0.05, -0.2, 0.15])
+    sums = [abs(np.dot(signs, change)) for signs in itertools.product((-1, 1), repeat=len(change))]
+    expected = np.mean([one >= abs(change.sum()) - 1e-12 for one in sums])
+    assert paired.sign_flips(change) == pytest.approx(expected)
+
+
+def test_sign_flips_of_0_1_values_are_mcnemar() -> None:
+    for fell, rose in ((9, 1), (5, 5), (0, 6), (3, 10)):
+        change = np.array([-1.0] * fell + [1.0] * rose + [0.0] * 50)
+        assert paired.sign_flips(change) == pytest.approx(paired.mcnemar(fell, rose))
+
+
+def test_sign_flips_agree_with_the_t_test_where_that_holds() -> None:
     from scipy.stats import ttest_1samp
 
     generator = np.random.default_rng(3)
     for shift in (0.0, 0.02, 0.05):
         change = generator.normal(shift, 0.2, 300)
-        assert paired.bootstrap(change) == pytest.approx(ttest_1samp(change, 0).pvalue, abs=0.02)
+        assert paired.sign_flips(change) == pytest.approx(ttest_1samp(change, 0).pvalue, abs=0.02)
 
 
 def test_a_shift_of_every_item_is_found_and_none_is_not() -> None:
     values = np.linspace(0.1, 0.8, 30)
-    assert paired.compare_items(values, values + 0.1).p == pytest.approx(1 / 10_000)
+    assert paired.compare_items(values, values + 0.1).p == pytest.approx(2 / 10_000)
     same = paired.compare_items(values, values)
     assert (same.p, same.effect, same.fell, same.rose) == (1.0, None, 0, 0)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +25,6 @@ from lm_eval_laai.methods.select import choose
 from lm_eval_laai.tasks import include_path, list_tasks
 
 TASK = "lexicon_antonym"
-LAAI = "import sys; from lm_eval_laai.commands.cli import main; sys.exit(main())"
 FILE = "laai_lexicon_antonym.safetensors"
 needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 
@@ -66,19 +63,14 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-def facts_of(capfd: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
-    """What a command prints with --json."""
-    capfd.readouterr()
-    assert cli.main([*map(str, argv), "--json"]) == 0
-    return json.loads(capfd.readouterr().out)
-
-
 # train and inspect
 
 
-def test_train_then_inspect(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_train_then_inspect(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], facts_of: Callable[..., dict[str, Any]]
+) -> None:
     line = ["train", "--model", model, "--task", TASK, "--steps", 12, "--layer", -1, "--l1", 0.02, "--seed", 3]
-    facts = facts_of(capfd, *line, "--output", f"{tmp_path}/new/folder/")
+    facts = facts_of(*line, "--output", f"{tmp_path}/new/folder/")
     path = tmp_path / "new" / "folder" / FILE
     assert facts["file"] == str(path)
     assert [p.name for p in path.parent.iterdir()] == [FILE]
@@ -93,7 +85,7 @@ def test_train_then_inspect(model: Path, tmp_path: Path, capfd: pytest.CaptureFi
     assert facts["task_loss"] <= facts["objective"] == iv.metadata["training"]["objective"]
 
     vector = iv.vector(LAYERS - 1)
-    shown = facts_of(capfd, "inspect", path)
+    shown = facts_of("inspect", path)
     assert shown["sha256"] == facts["sha256"] == iv.sha256
     assert shown["metadata"] == iv.metadata
     layer = shown["layers"][str(LAYERS - 1)]
@@ -110,12 +102,12 @@ def test_train_then_inspect(model: Path, tmp_path: Path, capfd: pytest.CaptureFi
 
 
 def test_train_logs_every_evaluation_to_a_file(
-    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], refused: Callable[..., str]
+    model: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]], refused: Callable[..., str]
 ) -> None:
     line = ["train", "--model", model, "--task", TASK, "--layer", 1, "--l1", 0.02, "--group", 0.01]
     log, plain, logged = tmp_path / "new" / "log.jsonl", tmp_path / "plain", tmp_path / "logged"
-    facts_of(capfd, *line, "--steps", 7, "--output", f"{plain}/")
-    facts = facts_of(capfd, *line, "--steps", 7, "--output", f"{logged}/", "--log-to", log)
+    facts_of(*line, "--steps", 7, "--output", f"{plain}/")
+    facts = facts_of(*line, "--steps", 7, "--output", f"{logged}/", "--log-to", log)
     assert (plain / FILE).read_bytes() == (logged / FILE).read_bytes()
 
     steps = [json.loads(text) for text in log.read_text(encoding="utf-8").splitlines()]
@@ -126,7 +118,7 @@ def test_train_logs_every_evaluation_to_a_file(
     assert (best["objective"], best["active_heads"]) == (facts["objective"], facts["active_heads"])
     assert best["nonzero"] == int((laai.Intervention.load(logged / FILE).vector(1) != 0).sum())
 
-    facts_of(capfd, *line, "--steps", 2, "--output", f"{logged}/", "--log-to", log)  # in the place of the old lines
+    facts_of(*line, "--steps", 2, "--output", f"{logged}/", "--log-to", log)  # in the place of the old lines
     assert len(log.read_text(encoding="utf-8").splitlines()) == 2
     kept = log.read_bytes()
     assert "has no --log-to" in refused(*line[:5], "--method", "icv", "--log-to", log, "--output", f"{logged}/")
@@ -159,9 +151,8 @@ def test_train_prints_a_summary_and_logs_to_stderr(
 
 
 def test_the_same_training_gives_the_same_bytes(model: Path, trained: Path, tmp_path: Path) -> None:
-    # Once more, into an existing folder that is given without a slash, in another process.
-    command = [sys.executable, "-c", LAAI, "train", "--model", model, "--task", TASK, "--steps", "8"]
-    subprocess.run([*map(str, command), "--output", str(tmp_path)], check=True, capture_output=True)
+    """Into an existing folder that is given without a slash. Other processes: tests/test_determinism.py."""
+    assert cli.main(["train", "--model", str(model), "--task", TASK, "--steps", "8", "--output", str(tmp_path)]) == 0
     assert (tmp_path / FILE).read_bytes() == trained.read_bytes()
 
 
@@ -422,10 +413,10 @@ def test_missing_weights_are_told(model: Path, tmp_path: Path, caplog: pytest.Lo
 # data, tasks
 
 
-def test_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_data(tmp_path: Path, capfd: pytest.CaptureFixture[str], facts_of: Callable[..., dict[str, Any]]) -> None:
     (tmp_path / "antonym.json").write_text('[{"input": "hot", "output": "cold"}]')
     (tmp_path / "synonym.json").write_text("[]")
-    facts = facts_of(capfd, "data", "--data", tmp_path)
+    facts = facts_of("data", "--data", tmp_path)
     assert facts["lexicon"]["rows"] >= 500
     assert facts["folder"] == str(tmp_path)
     states = {s["file"]: (s["state"], s["rows"]) for s in facts["sets"]}
@@ -449,8 +440,10 @@ def test_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert part in text
 
 
-def test_public_data(public_data: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    facts = facts_of(capfd, "data", "--data", public_data)
+def test_public_data(
+    public_data: Path, capfd: pytest.CaptureFixture[str], facts_of: Callable[..., dict[str, Any]]
+) -> None:
+    facts = facts_of("data", "--data", public_data)
     assert {s["state"] for s in facts["sets"]} == {"ok"}
     assert cli.main(["data", "--data", str(public_data)]) == 0
     assert "laai data fetch" not in capfd.readouterr().out
@@ -530,6 +523,8 @@ def test_demo_refusals(
     assert "layers 0 to 2" in run("--model", model, "--layer", 3)
     monkeypatch.setattr(folder, "REFERENCE_FOLDER", Path("nowhere", "weights"))
     assert "--model" in run("--model", "reference")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert "smollm2-135m is not on this machine yet" in run()
     assert list(tmp_path.iterdir()) == []
 
 

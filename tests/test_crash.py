@@ -80,7 +80,11 @@ def test_interrupted_training(training, tmp_path):
     [
         ["sweep", "--task", "lexicon_antonym", "--seeds", "1", "--layers", "0"],
         ["demo", "--tasks", "laai_lexicon_antonym"],
-        ["paper", "--data", "lexicon", "--tables", "4", "--figures", "", "--seeds", "1", "--quick"],
+        # Slow: its cells are computed and stored by the code of sweep's, and there are eight times as many.
+        pytest.param(
+            ["paper", "--data", "lexicon", "--tables", "4", "--figures", "", "--seeds", "1", "--quick"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda argv: argv[0],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from laai_core.data import in_training_pool, load_pairs, load_task, task_names
 from laai_core.errors import LaaiError
-from laai_core.example import Example, few_shot_prompt
+from laai_core.example import Example
 
 RULES = ["antonym", "synonym", "en_fr", "en_de"]
 COMPOSITIONS = ["en_fr_antonym", "en_de_antonym", "en_fr_synonym", "en_de_synonym"]
@@ -208,6 +208,6 @@ def test_examples_that_make_no_sense(arguments):
 
 def test_few_shot_prompt():
     shots = [Example("Q: hot\nA:", " cold"), Example("Q: up\nA:", " down")]
-    assert few_shot_prompt(shots, "Q: wet\nA:") == "Q: hot\nA: cold\n\nQ: up\nA: down\n\nQ: wet\nA:"
+    assert Example("Q: wet\nA:", " dry").behind(shots) == "Q: hot\nA: cold\n\nQ: up\nA: down\n\nQ: wet\nA:"
     survey = Example("Q: why\nA:", options=[" A", " B", " C"], distribution=[0.2, 0.5, 0.3])
-    assert few_shot_prompt([survey], "Q: who\nA:") == "Q: why\nA: B\n\nQ: who\nA:"
+    assert Example("Q: who\nA:", " I").behind([survey]) == "Q: why\nA: B\n\nQ: who\nA:"

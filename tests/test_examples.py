@@ -15,13 +15,11 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
-from test_pairs import done
 from tiny import REFERENCE
 
 import laai_core as laai
 from laai_core.data.examples import read_examples
 from laai_core.data.split import in_training_pool
-from laai_core.example import few_shot_prompt
 from lm_eval_laai import own_task
 from lm_eval_laai.commands import cli
 
@@ -172,7 +170,7 @@ def test_the_written_task_shows_the_same_prompts(shots: int, file: Path, shares:
         docs = list(task.test_docs())
         assert len(docs) == len(split.test) > 30
         for doc, example in zip(docs, split.test, strict=True):
-            assert task.fewshot_context(doc, shots) == few_shot_prompt(split.train[:shots], example.prompt)
+            assert task.fewshot_context(doc, shots) == example.behind(split.train[:shots])
             if example.options is not None:
                 requests = task.construct_requests(doc, "", metadata=(name, 0, 1))
                 assert tuple(request.args[1] for request in requests) == example.options
@@ -208,7 +206,7 @@ def test_what_cannot_be_a_task(rows: Any, flags: Any, said: str, tmp_path: Path,
 
 
 def test_train_by_file_and_by_standard_input(
-    file: Path, small: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+    file: Path, small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = [
         "train",
@@ -227,36 +225,42 @@ def test_train_by_file_and_by_standard_input(
         "--stop",
         r";\n",
     ]
-    facts = done(capfd, *line, "--examples", file, "--output", f"{tmp_path}/out/")
+    facts = facts_of(*line, "--examples", file, "--output", f"{tmp_path}/out/")
     made = laai.Intervention.load(tmp_path / "out" / "my_words.safetensors")
     assert facts["task"] == made.metadata["task"] == "my_words"
     training = made.metadata["training"]
     assert training["rendering"] == {"prompt_template": "Q: {input}\nA:"} and training["stop"] == ";\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes())))
-    done(capfd, *line, "--examples", "-", "--output", tmp_path / "piped.safetensors")
+    facts_of(*line, "--examples", "-", "--output", tmp_path / "piped.safetensors")
     assert torch.equal(laai.Intervention.load(tmp_path / "piped.safetensors").vector(1), made.vector(1))
 
 
-def test_a_task_without_rendering_says_nothing_of_it(small: Path, tmp_path: Path, capfd: Any) -> None:
+def test_a_task_without_rendering_says_nothing_of_it(
+    small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]
+) -> None:
     path = tmp_path / "x.safetensors"
-    done(capfd, "train", "--model", small, "--task", "lexicon_antonym", "--layer", 1, "--steps", 2, "--output", path)
+    facts_of("train", "--model", small, "--task", "lexicon_antonym", "--layer", 1, "--steps", 2, "--output", path)
     assert "rendering" not in laai.Intervention.load(path).metadata["training"]
 
 
-def test_a_position_is_trained_and_kept(small: Path, file: Path, tmp_path: Path, capfd: Any) -> None:
+def test_a_position_is_trained_and_kept(
+    small: Path, file: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]
+) -> None:
     """At the prompt's last token alone, or at the target's tokens too: other vectors, and other objectives."""
     found = {}
     for position in ("last", "generated", "all"):
         path = tmp_path / f"{position}.safetensors"
         line = ["train", "--model", small, "--examples", file, "--layer", 1, "--steps", 3, "--l1", 0, "--group", 0]
-        facts = done(capfd, *line, "--start", "zero", "--position", position, "--site", "residual", "--output", path)
+        facts = facts_of(*line, "--start", "zero", "--position", position, "--site", "residual", "--output", path)
         made = laai.Intervention.load(path)
         assert (made.position, made.site) == (position, "residual")
         found[position] = facts["objective"]
     assert len(set(found.values())) == 3
 
 
-def test_sweep_and_compose(file: Path, shares: Path, small: Path, tmp_path: Path, capfd: Any) -> None:
+def test_sweep_and_compose(
+    file: Path, shares: Path, small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]
+) -> None:
     line = [
         "sweep",
         "--model",
@@ -275,15 +279,15 @@ def test_sweep_and_compose(file: Path, shares: Path, small: Path, tmp_path: Path
         4,
     ]
     for path, metric in ((file, "exact_match"), (shares, "kl")):
-        facts = done(capfd, *line, "--examples", path, "--output", tmp_path / "sweep")
+        facts = facts_of(*line, "--examples", path, "--output", tmp_path / "sweep")
         (record,) = facts["scores"]
         assert record["metric"] == metric and record["mean"] is not None
     parents = [tmp_path / f"{n}.safetensors" for n in range(2)]
     for seed, parent in enumerate(parents):
         flags = ["--layer", 1, "--steps", 2, "--n-train", 4, "--seed", seed, "--output", parent]
-        done(capfd, "train", "--model", small, "--examples", file, *flags)
-    facts = done(
-        capfd, "compose", *parents, "--method", "fit", "--model", small, "--examples", file, "--n-train", 4,
+        facts_of("train", "--model", small, "--examples", file, *flags)
+    facts = facts_of(
+        "compose", *parents, "--method", "fit", "--model", small, "--examples", file, "--n-train", 4,
         "-o", tmp_path / "sum.safetensors",
     )  # fmt: skip
     assert facts["training"]["n_train"] == 4
@@ -303,16 +307,16 @@ def test_refusals(file: Path, tmp_path: Path, refused: Callable[..., str]) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_generate(file: Path, tmp_path: Path, capfd: Any) -> None:
+def test_generate(file: Path, tmp_path: Path, capfd: Any, facts_of: Callable[..., dict[str, Any]]) -> None:
     """It puts words into the recorded template, one column a scale."""
     path = tmp_path / "v.safetensors"
     flags = ["--layer", 3, "--steps", 2, "--output", path]
-    done(capfd, "train", "--model", REFERENCE, "--task", "lexicon_antonym", *flags)
-    facts = done(capfd, "generate", "--model", REFERENCE, "--intervention", path, "hot", "big", "--scale", "0,1,2")
+    facts_of("train", "--model", REFERENCE, "--task", "lexicon_antonym", *flags)
+    facts = facts_of("generate", "--model", REFERENCE, "--intervention", path, "hot", "big", "--scale", "0,1,2")
     assert [a["prompt"] for a in facts["answers"]] == ["Q: hot\nA:", "Q: big\nA:"]
     assert facts["answers"][0]["by_scale"]["1"] == "cold" != facts["answers"][0]["by_scale"]["0"]
     assert set(facts["answers"][0]["by_scale"]) == {"0", "1", "2"}
-    raw = done(capfd, "generate", "--model", REFERENCE, "--intervention", path, "Q: hot\nA:", "--raw")
+    raw = facts_of("generate", "--model", REFERENCE, "--intervention", path, "Q: hot\nA:", "--raw")
     assert raw["answers"][0]["by_scale"]["1"] == "cold"
     assert cli.main(["generate", "--model", str(REFERENCE), "--intervention", str(path), "hot"]) == 0
     out = capfd.readouterr().out.splitlines()

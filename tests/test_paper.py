@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,6 @@ import torch
 from judge_server import JudgeServer, Request
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-from test_sweep import facts_of
 from tiny import REFERENCE, small_model_folder
 
 import laai_core as laai
@@ -302,14 +301,14 @@ def small_files(folder: Path) -> Iterator[bytes]:
             yield path.name.encode() + path.read_bytes()
 
 
-def test_again_nothing_is_computed(made: Path, line: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_again_nothing_is_computed(made: Path, line: list[str], facts_of: Callable[..., dict[str, Any]]) -> None:
     before = {path: path.stat().st_mtime_ns for path in (*made.glob("cells/*"), *made.glob("fits/*"))}
     text = (made / "report.md").read_bytes()
-    listed = facts_of(capfd, *line, "--output", made, "--dry-run")
+    listed = facts_of(*line, "--output", made, "--dry-run")
     (model,) = listed["models"]
     assert len(model["cells"]) == len(list(made.glob("cells/*"))) and all(cell["done"] for cell in model["cells"])
     assert model["trainings"] == 0 and model["seconds"] == 0
-    facts = facts_of(capfd, *line, "--output", made)
+    facts = facts_of(*line, "--output", made)
     assert facts == json.loads((made / "report.json").read_text())
     assert (made / "report.md").read_bytes() == text
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -371,7 +370,7 @@ def test_commands_by_hand_are_commands(recipe: Recipe) -> None:
     )  # 10-shot twice, and under a function vector
 
 
-def test_dry_run_lists_without_computing(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_lists_without_computing(small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]) -> None:
     line = [
         "paper",
         "--model",
@@ -386,7 +385,7 @@ def test_dry_run_lists_without_computing(small: Path, tmp_path: Path, capfd: pyt
         3,
         "--dry-run",
     ]
-    facts = facts_of(capfd, *line, "--output", tmp_path / "out")
+    facts = facts_of(*line, "--output", tmp_path / "out")
     (model,) = facts["models"]
     assert len(model["cells"]) == 6 * 3 * 3 and not any(cell["done"] for cell in model["cells"])
     assert model["trainings"] == 6 * 3 * 3 and model["seconds"] > 0
@@ -436,10 +435,10 @@ def test_gpt_eval(bundled: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_the_whole_of_it(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_of_it(small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]) -> None:
     """Every table and figure, every method."""
     line = ["paper", "--model", small, "--data", "lexicon", "--seeds", 2, "--limit", 2, "--quick", "--examples", "1,3"]
-    facts = facts_of(capfd, *line, "--output", tmp_path)
+    facts = facts_of(*line, "--output", tmp_path)
     assert facts["missing"] == []
     assert list(facts["tables"]) == ["1", "2", "3", "4", "5", "6", "examples"]
     assert len(facts["figure_1"]) == 4 * 2 * 3 and all(len(record["values"]) == 2 for record in facts["figure_1"])

@@ -179,8 +179,12 @@ def test_the_gate_lets_the_same_vector_pass_and_catches_a_lost_one(name, tmp_pat
     assert lost.returncode == 1, lost.stdout + lost.stderr
 
 
+@pytest.mark.slow
 def test_a_small_demo(tmp_path):
-    """`laai demo` on the model it takes by default, small: two words a rule, one rule, one layer."""
+    """`laai demo` on the model it takes by default, small: four words, one rule, one layer.
+
+    A minute and a half, most of it cross-validation; the everyday demo is of a tiny model (test_cli.py).
+    """
     loaded(SMOLLM2)
     done = laai_command(
         *("demo", "--tasks", "laai_lexicon_antonym", "--layer", "12", "--limit", "4", "--json"),

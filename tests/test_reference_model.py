@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laai_core.data import load_pairs, load_task
-from laai_core.example import few_shot_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "reference_model" / "weights"
@@ -76,7 +75,7 @@ def test_no_token_spans_the_border_of_prompt_and_answer(tokenizer, rule):
     """So the pieces the training documents are made of are the tokens of the whole text, as the harness splits it."""
     split = load_task(f"lexicon_{rule}")
     for example in split.train:
-        whole = tokenizer(few_shot_prompt([example, example], example.prompt))["input_ids"]
+        whole = tokenizer(example.behind([example, example]))["input_ids"]
         parts = [example.prompt, f"{example.target}\n", "\n"] * 2 + [example.prompt]
         ids = [i for part in parts for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
         assert whole == [tokenizer.bos_token_id] + ids
@@ -96,7 +95,7 @@ def test_ten_examples_tell_it_the_rule_and_none_do_not(model, tokenizer, scripts
 
 def test_greedy_generation_stops_the_answer_with_a_line_break(model, tokenizer):
     split = load_task("lexicon_antonym")
-    inputs = tokenizer(few_shot_prompt(split.train, split.test[0].prompt), return_tensors="pt")
+    inputs = tokenizer(split.test[0].behind(split.train), return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert "\n" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
 

@@ -293,30 +293,35 @@ CHAT, BRIEF, LONG = (
     ],
 )
 def test_hf_laai_says_where_evaluation_differs(
-    flags: Any, chat: bool, system: Any, said: Any, chatty: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    flags: Any,
+    chat: bool,
+    system: Any,
+    said: Any,
+    chatty: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """On stderr, as in a process of `lm_eval`, which sets up its own logger and gives the root logger no handler."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"input": f"word{n}", "output": f"a{n}"}) + "\n" for n in range(40)))
     own_task.write(read_examples(rows), tmp_path / "tasks")
     vector = tmp_path / "v.safetensors"
     assert train("--model", chatty, "--examples", rows, "--n-train", 4, *flags, "--output", vector) == 0
-    with caplog.at_level(logging.WARNING, "lm_eval_laai"):
-        found = lm_eval.simple_evaluate(
-            "hf-laai",
-            model_args={"pretrained": str(chatty), "intervention": str(vector)},
-            tasks=["rows"],
-            task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
-            apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
-            system_instruction=system,
-            limit=3,
-            bootstrap_iters=0,
-            device="cpu",
-        )
-    told = [
-        r.getMessage()
-        for r in caplog.records
-        if r.name == "lm_eval_laai.model" and "the intervention was trained" in r.getMessage()
-    ]
+    monkeypatch.setattr(logging.root, "handlers", [])
+    capfd.readouterr()
+    found = lm_eval.simple_evaluate(
+        "hf-laai",
+        model_args={"pretrained": str(chatty), "intervention": str(vector)},
+        tasks=["rows"],
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+        system_instruction=system,
+        limit=3,
+        bootstrap_iters=0,
+        device="cpu",
+    )
+    told = [line for line in capfd.readouterr().err.splitlines() if "the intervention was trained" in line]
     assert len(found["samples"]["rows"]) == 3
     assert [] == told if said is None else len(told) == 1 and said in told[0]

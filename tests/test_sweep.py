@@ -34,17 +34,11 @@ def files_of(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*.*")}
 
 
-def facts_of(capfd: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
-    capfd.readouterr()
-    assert cli.main([*map(str, argv), "--json"]) == 0
-    return json.loads(capfd.readouterr().out)
-
-
-def test_scores_are_those_of_one_by_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_scores_are_those_of_one_by_one(tmp_path: Path, facts_of: Callable[..., dict[str, Any]]) -> None:
     """Against train(), a file, and lm_eval's own loading of model and file."""
     line = ["sweep", "--model", REFERENCE, "--task", "lexicon_antonym", "--layers", "-5", "--seeds", 2]
     line += ["--l1", "0,0.02", "--group", "0.001", "--limit", 20, "--output", tmp_path / "sweep"]
-    facts = facts_of(capfd, *line, "--plot")
+    facts = facts_of(*line, "--plot")
     found = {(r["layer"], r["l1"], r["group"]): r for r in facts["scores"]}
     assert list(found) == [(1, 0.0, 0.001), (1, 0.02, 0.001)]
     for record in found.values():
@@ -71,13 +65,13 @@ def test_scores_are_those_of_one_by_one(tmp_path: Path, capfd: pytest.CaptureFix
 
 
 def test_a_larger_sweep_computes_only_what_is_new(
-    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]
 ) -> None:
     line = ["sweep", "--model", small, "--task", "lexicon_antonym", "--limit", 2, "--output", tmp_path]
-    facts_of(capfd, *line, "--layers", "0", "--seeds", 1)
+    facts_of(*line, "--layers", "0", "--seeds", 1)
     before = files_of(tmp_path)
     assert len([name for name in before if name.startswith("cells")]) == 2  # without and with penalties
-    facts = facts_of(capfd, *line, "--layers", "0", "--seeds", 2)
+    facts = facts_of(*line, "--layers", "0", "--seeds", 2)
     after = files_of(tmp_path)
     assert sum(len(record["values"]) for record in facts["scores"]) == 4
     assert len([name for name in after if name.startswith("cells")]) == 4
@@ -86,7 +80,9 @@ def test_a_larger_sweep_computes_only_what_is_new(
     }
 
 
-def test_another_model_under_the_same_name_is_another_cell(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_model_under_the_same_name_is_another_cell(
+    tmp_path: Path, facts_of: Callable[..., dict[str, Any]]
+) -> None:
     folder = small_model_folder(tmp_path / "model")
     line = [
         "sweep",
@@ -104,17 +100,17 @@ def test_another_model_under_the_same_name_is_another_cell(tmp_path: Path, capfd
         0,
     ]
     line += ["--limit", 2, "--output", tmp_path]
-    first = facts_of(capfd, *line)
+    first = facts_of(*line)
     assert first["scores"][0]["metric"] == "kl"
     content = (folder / "model.safetensors").read_bytes()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight *= 2
     model.save_pretrained(folder)
-    second = facts_of(capfd, *line)
+    second = facts_of(*line)
     assert first["scores"][0]["values"] != second["scores"][0]["values"]
     (folder / "model.safetensors").write_bytes(content)
-    assert facts_of(capfd, *line) == first
+    assert facts_of(*line) == first
     assert len(list((tmp_path / "cells").iterdir())) == 2
 
 
@@ -137,10 +133,12 @@ def test_bad_input(words: list[str], said: str, small: Path, tmp_path: Path, cap
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_cell_is_named(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_cell_is_named(
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], facts_of: Callable[..., dict[str, Any]]
+) -> None:
     line = ["sweep", "--model", str(small), "--task", "lexicon_antonym", "--layers", "0", "--seeds", "1"]
     line += ["--l1", "0", "--group", "0", "--limit", "2", "--output", str(tmp_path)]
-    facts_of(capfd, *line)
+    facts_of(*line)
     (cell,) = (tmp_path / "cells").iterdir()
     cell.write_text(cell.read_text()[:-20])
     assert cli.main(line) == 2
@@ -148,7 +146,9 @@ def test_a_damaged_cell_is_named(small: Path, tmp_path: Path, capfd: pytest.Capt
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_cells_of_one(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_share_the_cells_of_one(
+    small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]
+) -> None:
     line = [
         "sweep",
         "--model",
@@ -172,7 +172,7 @@ def test_two_processes_share_the_cells_of_one(small: Path, tmp_path: Path, capfd
         timeout=600,
         stdout=subprocess.PIPE,
     )
-    alone = facts_of(capfd, *line[:-1], "--output", tmp_path / "one")
+    alone = facts_of(*line[:-1], "--output", tmp_path / "one")
     assert json.loads(shared.stdout) == alone  # one of the two reports, and nothing else is printed
     names = [{p.name for p in (tmp_path / one / "cells").iterdir()} for one in ("one", "two")]
     assert names[0] == names[1] and len(names[0]) == 2 * 3 * 2 * 2
@@ -188,7 +188,7 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> No
     raise AssertionError("waited two minutes")
 
 
-def test_killed_and_started_again(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_killed_and_started_again(small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]) -> None:
     """kill -9 in the middle of the cells: what was finished stays as it was, the end is that of an unbroken run."""
     line = ["sweep", "--model", str(small), "--task", "survey_keen", "--seeds", "2", "--limit", "3"]
     line += ["--layers", "0,1"]
@@ -209,8 +209,8 @@ def test_killed_and_started_again(small: Path, tmp_path: Path, capfd: pytest.Cap
     finished = {name: stamp for name, stamp in files_of(cut).items() if Path(name).suffix in (".json", ".safetensors")}
     assert 2 <= len([name for name in finished if name.startswith("cells")]) < 8
     assert not (cut / "sweep.json").exists()
-    resumed = facts_of(capfd, *line, "--output", cut)
-    unbroken = facts_of(capfd, *line, "--output", tmp_path / "whole")
+    resumed = facts_of(*line, "--output", cut)
+    unbroken = facts_of(*line, "--output", tmp_path / "whole")
     assert resumed == unbroken
     assert (cut / "sweep.json").read_bytes() == (tmp_path / "whole" / "sweep.json").read_bytes()
     after = files_of(cut)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from laai_core import files
-from laai_core.data.split import draw, item_key, split_items
+from laai_core.data.split import check_unicode, draw, item_key, split_items
 from laai_core.errors import LaaiError
 from laai_core.example import Example, Split
 
@@ -224,10 +224,7 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
     value = row[name]
     if not isinstance(value, str) or not value.strip():
         raise LaaiError(f'{where}: "{name}" is {_kind(value)}; expected text')
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise LaaiError(f'{where}: "{name}" is {value!r:.60}, which is not valid Unicode') from None
+    check_unicode(value, f'{where}: "{name}"')
     return value
 
 

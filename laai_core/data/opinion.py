@@ -7,6 +7,7 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from laai_core.data.split import check_unicode
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 
@@ -90,10 +91,7 @@ def check_text(text: object, where: str) -> str:
     """A key, a question or an option, stripped. Raises LaaiError, starting with `where`, for anything else."""
     if not isinstance(text, str) or not 0 < len(text.strip()) <= LONGEST:
         raise LaaiError(f"{where} is {text!r:.60}; expected text of at most {LONGEST} characters")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise LaaiError(f"{where} is {text!r:.60}, which is not valid Unicode; expected text") from None
+    check_unicode(text, where)
     return text.strip()
 
 

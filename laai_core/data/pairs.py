@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from laai_core.data.split import item_key
+from laai_core.data.split import check_unicode, item_key
 from laai_core.errors import LaaiError
 
 SETS_FOLDER = "function_vectors"
@@ -115,10 +115,7 @@ def check_side(text: Any, where: str) -> str:
         raise LaaiError(f"{where} is {text!r:.60}, which has a line break inside; expected one line")
     if len(text) > LONGEST:
         raise LaaiError(f"{where} has {len(text)} characters; expected a word or a phrase, at most {LONGEST}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise LaaiError(f"{where} is {text!r:.60}, which is not valid Unicode; expected a word") from None
+    check_unicode(text, where)
     return text
 
 

@@ -18,6 +18,14 @@ def item_key(text: str) -> str:
     return unicodedata.normalize("NFC", text.strip())
 
 
+def check_unicode(text: str, where: str) -> None:
+    """LaaiError, starting with `where`, for half of a surrogate pair, which JSON can escape and no file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise LaaiError(f"{where} is {text!r:.60}, which is not valid Unicode; expected text") from None
+
+
 def in_training_pool(key: str) -> bool:
     """Whether the item may ever be trained on: about three in ten may.
 

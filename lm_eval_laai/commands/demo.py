@@ -29,7 +29,7 @@ from lm_eval_laai.inspection.plot import can_plot, heat_map
 from lm_eval_laai.known_models.table import REFERENCE
 from lm_eval_laai.methods.select import train_chosen
 from lm_eval_laai.metrics import first_line
-from lm_eval_laai.tasks import TaskInfo, list_tasks
+from lm_eval_laai.tasks import TaskInfo, harness_metadata, list_tasks
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -164,12 +164,12 @@ def _evaluated(
     folder = str(output) if setting == "delta" else None
     with warnings_off():
         lm = HFLaai(model, folder, tokenizer=tokenizer, batch_size=arguments.batch_size)
+    tasks = [f"laai_{name}" if ":" in name else name for name in arguments.tasks]
     results = evaluated(
         lm,
-        [f"laai_{name}" if ":" in name else name for name in arguments.tasks],
+        tasks,
         SHOTS if setting == "ten_shot" else 0,
-        {"seed": arguments.seed, "n_train": SHOTS},
-        arguments.data,
+        harness_metadata(tasks, arguments.seed, SHOTS, arguments.data),
         arguments.limit,
         BOOTSTRAPS,
     )

@@ -18,7 +18,7 @@ from laai_core.objective import LOSSES
 from laai_core.settings import Settings
 from lm_eval_laai.commands.options import model_source
 from lm_eval_laai.methods import LAAI
-from lm_eval_laai.tasks import HARNESS, harness_task, include_path, task_metadata
+from lm_eval_laai.tasks import HARNESS, harness_metadata, harness_task, include_path
 
 if TYPE_CHECKING:
     from lm_eval_laai.rendering import Renderer
@@ -180,9 +180,7 @@ def _render_own(arguments: argparse.Namespace, data: OwnData, split: Split) -> S
 
 def _render_named(arguments: argparse.Namespace, split: Split) -> Split:
     """A task of ours, as the harness renders it."""
-    metadata = {"seed": arguments.seed, "n_train": arguments.n_train, **task_metadata(arguments.task)}
-    if arguments.data is not None:
-        metadata["data"] = arguments.data
+    metadata = harness_metadata([arguments.task], arguments.seed, arguments.n_train, arguments.data)
     task = _loaded(harness_task(arguments.task), str(include_path()), metadata, include_defaults=False)
     examples = _renderer(arguments, task).examples(list(task.fewshot_docs()), "kl", shares=True)
     return Split(examples, split.test, split.name, split.seed, split.sources)
@@ -221,9 +219,13 @@ def _loaded(name: str, include: str | None, metadata: dict[str, Any], include_de
     """A task of the harness; every failure to load becomes one line."""
     from lm_eval.tasks import TaskManager
 
-    if include is not None and not Path(include).expanduser().is_dir():
+    folder = None if include is None else Path(include).expanduser()
+    if folder is not None and not folder.is_dir():
         raise LaaiError(f"--include-path {include}: no such folder")
-    manager = TaskManager(include_path=include, include_defaults=include_defaults, metadata=metadata)
+    # Reading the harness's own tasks takes seconds, and a task of the folder comes before one of theirs.
+    manager = TaskManager(include_path=folder, include_defaults=False, metadata=metadata)
+    if include_defaults and name not in manager.all_subtasks:
+        manager = TaskManager(include_path=folder, metadata=metadata)
     if name not in manager.all_subtasks:
         what = "is a group of tasks" if name in manager.all_groups or name in manager.all_tags else "is no task"
         raise LaaiError(f"{name} {what} of the harness: expected one of `lm_eval ls tasks`, or --include-path")

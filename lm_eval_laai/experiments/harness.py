@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import reduce
 from operator import add
@@ -23,7 +23,7 @@ from laai_core.intervention import Intervention
 from lm_eval_laai.experiments.cells import Cell
 from lm_eval_laai.experiments.setting import Setting, task_info
 from lm_eval_laai.model import HFLaai
-from lm_eval_laai.tasks import include_path, task_metadata
+from lm_eval_laai.tasks import include_path
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,8 +35,7 @@ def evaluated(
     lm: HFLM,
     tasks: Sequence[str],
     shots: int,
-    metadata: Mapping[str, Any],
-    data: str | None,
+    metadata: dict[str, Any],
     limit: int | None,
     bootstrap_iters: int = 0,
 ) -> dict[str, Any]:
@@ -45,15 +44,11 @@ def evaluated(
     Args:
         tasks: the harness's names, `laai_pairs:FILE` and `laai_opinionqa_group:ATTRIBUTE=GROUP` with their data.
         shots: solved examples in every prompt, whatever a task's YAML says.
-        metadata: `seed` and `n_train`, by which the data sets draw examples.
-        data: folder of the public data sets; None is $LAAI_DATA.
+        metadata: of `harness_metadata`.
         limit: test items a task; None is all.
         bootstrap_iters: as the harness's; 0 leaves standard errors out.
     """
-    known = {**metadata, **({} if data is None else {"data": data})}
-    for task in tasks:
-        known.update(task_metadata(task))
-    manager = TaskManager(include_path=str(include_path()), include_defaults=False, metadata=known)
+    manager = TaskManager(include_path=str(include_path()), include_defaults=False, metadata=metadata)
     with warnings_off():
         loaded = manager.load([task.partition(":")[0] for task in tasks])
         for one in loaded["tasks"].values():
@@ -72,7 +67,6 @@ def score(
     Args:
         paths: the cell's fits: intervention files, whose sum is applied, or one folder in PEFT's format.
     """
-    metadata = {} if cell.seed is None else {"seed": cell.seed, "n_train": cell.shots}
     task = task_info(cell.task)
     # The harness's bars would be one or two for each of hundreds of cells; errors are raised anyway.
     with (
@@ -80,7 +74,7 @@ def score(
         warnings_off(),
         _language_model(model, tokenizer, setting.batch_size, paths) as lm,
     ):
-        found = evaluated(lm, [cell.task], cell.shots, metadata, setting.data, setting.limit)
+        found = evaluated(lm, [cell.task], cell.shots, setting.metadata(cell), setting.limit)
     metrics = {
         name.removesuffix(",none"): value
         for name, value in found["results"][task.name].items()

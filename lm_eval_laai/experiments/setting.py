@@ -16,7 +16,7 @@ from laai_core.example import Split
 from laai_core.record import examples_sha256
 from lm_eval_laai.experiments.cells import Cell, Fit
 from lm_eval_laai.experiments.load import ModelSource
-from lm_eval_laai.tasks import TaskInfo, list_tasks
+from lm_eval_laai.tasks import TaskInfo, harness_metadata, list_tasks
 
 # Incremented when a change of the code changes the results of finished cells.
 CELLS_VERSION = 3  # 2: another choice of the number of evaluations; 1: trainings stopped by Ctrl-C were stored
@@ -42,6 +42,11 @@ class Setting:
     def split(self, task: str, seed: int = 0, n_train: int = 1) -> Split:
         """The data of a harness task."""
         return _split(task_info(task).data_set, seed, n_train, self.data)
+
+    def metadata(self, cell: Cell) -> dict[str, Any]:
+        """The harness's --metadata for a cell."""
+        n_train = None if cell.seed is None else cell.shots
+        return harness_metadata([cell.task], cell.seed, n_train, self.data)
 
     def fit_identity(self, fit: Fit) -> dict[str, Any]:
         """Everything a fit depends on."""

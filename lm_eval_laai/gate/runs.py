@@ -8,7 +8,7 @@ from pathlib import Path
 
 from laai_core.errors import LaaiError
 from lm_eval_laai.gate.check import FAILED, NOTE, OK, Finding
-from lm_eval_laai.gate.paired import FEWEST, Paired, compare_items, holm
+from lm_eval_laai.gate.paired import Paired, compare_items, holm
 from lm_eval_laai.gate.results_file import Metric, Results
 from lm_eval_laai.gate.samples import Items, read_samples, samples_file
 
@@ -118,8 +118,6 @@ def _values(
                 for c, run in zip(numbers, (before, results), strict=True)
             ):
                 reason = "its value is not the mean of its items'"
-            elif len(ids) < FEWEST and not all(value in (0, 1) for column in numbers for value in column):
-                reason = f"{len(ids)} items: a bootstrap needs {FEWEST}"
             if reason is None:
                 pairs[key] = (numbers[0], numbers[1])
             else:

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from laai_core.hub import is_repository
 from laai_core.intervention import Intervention
 from lm_eval_laai.facts import flat
+from lm_eval_laai.known_models.table import KNOWN
 
 Scores = Mapping[str, Mapping[str, Any]]
 
@@ -38,7 +39,8 @@ def model_card(
         license: of the intervention, as the Hub calls it, such as apache-2.0.
     """
     metadata = intervention.metadata
-    base = str(metadata.get("base_model") or "unknown")
+    made_for = str(metadata.get("base_model") or "unknown")
+    base = KNOWN[made_for].hub if made_for in KNOWN else made_for
     on_hub = is_repository(base)
     if not on_hub:
         base = os.path.basename(os.path.normpath(base))  # without the folders, which are those of one machine
@@ -57,6 +59,7 @@ def model_card(
     verb = "added to" if intervention.operation == "add" else "applied (in-context vector rule) to"
     facts = [
         ("base model", f"[{base}](https://huggingface.co/{base})" if on_hub else base),
+        ("trained on", f"its copy that `laai models fetch {made_for}` gets" if made_for in KNOWN else None),
         ("task", task),
         ("method", metadata.get("method")),
         ("layers (from 0)", layers),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from laai_core.errors import LaaiError
 from laai_core.example import Split
-from lm_eval_laai.methods.method import Method, Option, middle_layer, third_layer
+from lm_eval_laai.methods.method import Method, Option, Training, middle_layer, third_layer
 from lm_eval_laai.tasks import recorded_task
 
 if TYPE_CHECKING:  # importing transformers takes a second
@@ -21,71 +21,35 @@ if TYPE_CHECKING:  # importing transformers takes a second
 __all__ = ["LAAI", "METHODS", "fit", "method_named"]
 
 
-def _train_laai(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    split: Split,
-    path: Path,
-    layer: int | None,
-    seed: int,
-    progress: bool,
-    **options: Any,
-) -> None:
+def _train_laai(given: Training, **options: Any) -> None:
     from lm_eval_laai.methods.select import train_chosen
 
-    task = recorded_task(split.name)
-    result, _ = train_chosen(model, tokenizer, split.train, layer, seed=seed, task=task, progress=progress, **options)
-    result.intervention.save(path)
+    result, _ = train_chosen(
+        *given.on, given.layer, seed=given.seed, task=given.task, progress=given.progress, **options
+    )
+    result.intervention.save(given.path)
 
 
-def _train_function_vector(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    split: Split,
-    path: Path,
-    layer: int,
-    seed: int,
-    progress: bool,
-    **options: Any,
-) -> None:
+def _train_function_vector(given: Training, **options: Any) -> None:
     from lm_eval_laai.methods.function_vector import function_vector
 
-    task = recorded_task(split.name)
-    function_vector(model, tokenizer, split.train, layer, seed, task=task, progress=progress, **options).save(path)
+    found = function_vector(*given.on, given.layer, given.seed, task=given.task, progress=given.progress, **options)
+    found.save(given.path)
 
 
-def _train_in_context_vector(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    split: Split,
-    path: Path,
-    layer: int | None,
-    seed: int,
-    progress: bool,
-) -> None:
+def _train_in_context_vector(given: Training) -> None:
     from lm_eval_laai.methods.in_context_vector import in_context_vector
 
-    in_context_vector(model, tokenizer, split.train, layer, seed, recorded_task(split.name)).save(path)
+    in_context_vector(*given.on, given.layer, given.seed, given.task).save(given.path)
 
 
 def _adapter(name: str, title: str, passes: float, **facts: Any) -> Method:
     """One of PEFT's methods."""
 
-    def train(
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        split: Split,
-        path: Path,
-        layer: int | None,
-        seed: int,
-        progress: bool,
-        steps: int | None = None,
-    ) -> None:
+    def train(given: Training, steps: int | None = None) -> None:
         from lm_eval_laai.methods.adapters import train_adapter
 
-        train_adapter(
-            name, model, tokenizer, split.train, path, layer, seed, steps, recorded_task(split.name), progress
-        )
+        train_adapter(name, *given.on, given.path, given.layer, given.seed, steps, given.task, given.progress)
 
     steps = Option("optimiser steps", least=1)
     return Method(name, title, train, passes, {"steps": steps}, writes_adapter=True, **facts)
@@ -173,5 +137,6 @@ def fit(
     if layer is None and chosen.default_layer is not None:
         layer = chosen.default_layer(len(locate(model).blocks))
     given = {name: value for name, value in options.items() if value is not None}
-    chosen.train(model, tokenizer, split, path, layer, seed, progress, **given)
+    task = recorded_task(split.name)
+    chosen.train(Training(model, tokenizer, split.train, task, path, layer, seed, progress), **given)
     return path

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from laai_core.cache import model_inputs, padded, read_only, selected
 from laai_core.encode import encode_pair
 from laai_core.errors import LaaiError
-from laai_core.example import Example, few_shot_prompt
+from laai_core.example import Example
 from laai_core.hooks import attached, frozen, recorded
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
@@ -128,7 +128,7 @@ def few_shot_prompts(
             targets = draw.sample([shot.target for shot in shots], len(shots))
             shots = [Example(shot.prompt, target) for shot, target in zip(shots, targets, strict=True)]
         question = examples[asked]
-        ids, answer = encode_pair(tokenizer, few_shot_prompt(shots, question.prompt), str(question.target))
+        ids, answer = encode_pair(tokenizer, question.behind(shots), str(question.target))
         prompts.append(Prompt(ids, answer[0]))
     return prompts
 

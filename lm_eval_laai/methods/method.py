@@ -6,10 +6,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from laai_core.errors import LaaiError
+from laai_core.example import Example
 from laai_core.files import SUFFIX
+
+if TYPE_CHECKING:  # importing transformers takes a second
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_STEPS = 100  # AdamW steps by default
 ADAPTER_FACTS = "laai.json"  # provenance of an adapter, in its folder beside PEFT's files
@@ -46,14 +50,40 @@ def third_layer(count: int) -> int:
 
 
 @dataclass(frozen=True)
+class Training:
+    """The arguments that every method's training takes.
+
+    Args:
+        task: the name to record.
+        path: the file or folder to write.
+        seed: of what the method draws itself; the examples are drawn already.
+        progress: show a tqdm bar on stderr.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    examples: list[Example]
+    task: str
+    path: Path
+    layer: int | None
+    seed: int
+    progress: bool
+
+    @property
+    def on(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Example]]:
+        """Model, tokenizer and examples, the first arguments of every method."""
+        return self.model, self.tokenizer, self.examples
+
+
+@dataclass(frozen=True)
 class Method:
     """One method.
 
     Args:
         name: on the command line and in files.
         title: in tables.
-        train: (model, tokenizer, split, path, layer, seed, progress, **options): learns from `split.train` and writes
-            `path`, whole or not at all; the model is left exactly as it was. Options that are not given are missing.
+        train: (Training, **options): learns from its examples and writes its path, whole or not at all; the model is
+            left exactly as it was. Options that are not given are missing.
         options: the arguments that not every method takes.
         default_layer: of the number of layers; None: all layers, none at all, or chosen by cross-validation.
         takes_layer: False for a method that is in no layer.

@@ -8,7 +8,6 @@ from laai_core.files import SUFFIX
 from lm_eval_laai.experiments.cells import Cell, Fit
 from lm_eval_laai.experiments.setting import Setting, task_info
 from lm_eval_laai.methods import LAAI, METHODS
-from lm_eval_laai.tasks import task_metadata
 
 
 def by_hand(setting: Setting, cell: Cell) -> list[str]:
@@ -28,11 +27,7 @@ def by_hand(setting: Setting, cell: Cell) -> list[str]:
     words = ["lm_eval", "--model", model, "--model_args", ",".join(arguments), "--tasks", task_info(cell.task).name]
     if cell.shots:
         words += ["--num_fewshot", str(cell.shots)]
-    metadata = {} if cell.seed is None else {"seed": str(cell.seed), "n_train": str(cell.shots)}
-    if setting.data is not None:
-        metadata["data"] = setting.data
-    metadata.update(task_metadata(cell.task))
-    if metadata:
+    if metadata := setting.metadata(cell):
         words += ["--metadata", ",".join(f"{name}={value}" for name, value in metadata.items())]
     if setting.limit is not None:
         words += ["--limit", str(setting.limit)]
