@@ -9,7 +9,18 @@ from typing import Any
 
 from measure import DOCS, RESULTS, markdown
 
-ORDER = ["real_models", "training", "many", "optimisers", "evaluation", "size", "gpu", "regressions", "norms"]
+ORDER = [
+    "real_models",
+    "training",
+    "many",
+    "optimisers",
+    "evaluation",
+    "size",
+    "memory",
+    "gpu",
+    "regressions",
+    "norms",
+]
 TITLES = {
     "real_models": "Real models: ten examples against ten shots",
     "training": "Training: replay against plain and PEFT",
@@ -17,6 +28,7 @@ TITLES = {
     "optimisers": "Optimisers",
     "evaluation": "Evaluation: hf-laai against hf",
     "size": "Cost against size",
+    "memory": "Memory of a training",
     "gpu": "On a GPU",
     "regressions": "Planted regressions",
     "norms": "Sizes of vectors",
