@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from laai_core.errors import LaaiError
 from laai_core.hooks import attached, hidden_of, shadowed, with_hidden
@@ -167,18 +168,18 @@ class _Steering:
             rows, columns = self._where(index, x.device)
             if not len(rows):
                 continue
-            if x.ndim != 3 or x.shape[:2] != self._expected_shape() or x.shape[2] != edit.vectors[layer].shape[-1]:
-                expected = [*self._expected_shape(), edit.vectors[layer].shape[-1]]
+            add = edit.operation == "add"
+            vector = self._vector(index, layer, site, x) if add else edit.vectors[layer].to(x.device)
+            expected = [*self._expected_shape(), vector.shape[-1]]
+            if list(x.shape) != expected or isinstance(x, DTensor):
                 raise LaaiError(
-                    f"layer {layer}, site {site}: the activation has shape {list(x.shape)}, expected {expected}; "
-                    f"a model sharded inside its layers is refused"
+                    f"layer {layer}, site {site}: the activation is a {type(x).__name__} of shape {list(x.shape)}, "
+                    f"expected a whole one of shape {expected}: the model is sharded in a way that cannot be edited"
                 )
-            if edit.operation == "add":
-                vector = self._vector(index, layer, x)
+            if add:
                 values = vector[rows] if vector.ndim == 2 else vector.expand(len(rows), -1)
                 x = x.index_put((rows, columns), values, accumulate=True)
             else:
-                vector = edit.vectors[layer].to(x.device)
                 x = x.index_put((rows, columns), icv_step(x[rows, columns], vector, edit.step))
         return x.view(shape)
 
@@ -186,17 +187,20 @@ class _Steering:
         assert self._call is not None
         return self._call.ordinals.shape
 
-    def _vector(self, index: int, layer: int, x: torch.Tensor) -> torch.Tensor:
-        """The vector in the activation's dtype, on its device: cast once per device, unless it is being trained.
+    def _vector(self, index: int, layer: int, site: str, x: torch.Tensor) -> torch.Tensor:
+        """The vector in the activation's dtype, on its device: cast once per device, unless it is being trained. Under
+        tensor parallelism the slice of it that belongs to the activation's.
 
         Under autocast the activation's dtype differs from the model's.
         """
-        vector = self._edits[index].vectors[layer]
-        if vector.requires_grad:
-            return vector.to(x.device, x.dtype)
         key = (index, layer, x.device, x.dtype)
         if key not in self._cast:
-            self._cast[key] = vector.to(x.device, x.dtype)
+            vector = self._edits[index].vectors[layer].to(x.device)
+            if x.shape[-1] < vector.shape[-1]:
+                vector = self._layout.own_slice(vector, layer, site)
+            if vector.requires_grad:
+                return vector.to(x.dtype)
+            self._cast[key] = vector.to(x.dtype)
             if not bool(torch.isfinite(self._cast[key]).all()):
                 raise LaaiError(f"layer {layer}: the intervention's vector is infinite in the activation's {x.dtype}")
         return self._cast[key]

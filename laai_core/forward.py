@@ -194,7 +194,8 @@ class Forward(ABC):
         (value,) = seen[self._layer]
         activation = value.reshape(len(part.lengths), -1, value.shape[-1])  # OPT's feed-forward flattens rows
         ends = part.end.to(value.device)
-        return activation[torch.arange(len(ends)), ends].float().square().mean(1).cpu()
+        last = self._layout.whole(activation[torch.arange(len(ends)), ends], self._layer, self._site)
+        return last.float().square().mean(1).cpu()
 
     def _continuations(self, parts: Sequence[Part], scores: Sequence[torch.Tensor]) -> torch.Tensor:
         """Token log-probabilities summed by continuation: [C]; continuations of inactive runs have 0."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard
 from transformers.pytorch_utils import Conv1D
 
 from laai_core.errors import LaaiError
@@ -80,6 +80,25 @@ class Layout:
             self.module(layer, site)
             return (self.hidden_size,)
         return (self.num_heads, _in_features(self.module(layer, site)) // self.num_heads)
+
+    def own_slice(self, vector: torch.Tensor, layer: int, site: str) -> torch.Tensor:
+        """The part of a site's vector [..., D] that this process's slice of the activation takes, where tensor
+        parallelism splits the site; else the vector. Its gradient is gathered from all processes.
+        """
+        mesh = _slices(self.module(layer, site)) if site == "heads" else None
+        if mesh is None:
+            return vector
+        whole = DTensor.from_local(vector, mesh, [Replicate()], run_check=False)
+        return whole.redistribute(placements=[Shard(vector.ndim - 1)]).to_local()
+
+    def whole(self, activation: torch.Tensor, layer: int, site: str) -> torch.Tensor:
+        """A site's activation [..., D], gathered from all processes where each has a slice of it."""
+        width = torch.Size(self.shape(layer, site)).numel()
+        mesh = _slices(self.module(layer, site)) if activation.shape[-1] < width else None
+        if mesh is None:
+            return activation
+        slices = [Shard(activation.ndim - 1)]
+        return DTensor.from_local(activation.to(mesh.device_type), mesh, slices, run_check=False).full_tensor()
 
 
 def locate(model: PreTrainedModel, projection: str | None = None) -> Layout:
@@ -173,13 +192,21 @@ def _number_of_heads(model: nn.Module, config: Any, block: nn.Module) -> int:
 
 
 def _refuse_sharded(model: PreTrainedModel, blocks: Iterable[nn.Module]) -> None:
-    """LaaiError for tensor parallelism: a process holds some of the heads, so the whole vector would not fit."""
+    """LaaiError for layers that are sharded otherwise than by transformers' tensor parallelism over all processes."""
     tp_size = getattr(model, "_tp_size", None) or 1  # set by transformers, whose plans do not all leave DTensors
-    if tp_size > 1 or any(isinstance(p, DTensor) for block in blocks for p in block.parameters()):
+    sharded = tp_size > 1 or any(isinstance(p, DTensor) for block in blocks for p in block.parameters())
+    if sharded and not 1 < tp_size == torch.distributed.get_world_size():
         raise LaaiError(
-            f"{type(model).__name__} is sharded inside its layers (tensor parallelism): load it without tp_plan, "
-            f"and spread whole layers with device_map instead"
+            f"{type(model).__name__} is sharded inside its layers otherwise than by tensor parallelism over all "
+            f"processes: load it with tp_plan='auto' under torchrun, or spread whole layers with device_map"
         )
+
+
+def _slices(module: nn.Module) -> DeviceMesh | None:
+    """The processes that each hold a slice of a linear module's input width (tensor parallelism), or None."""
+    weight: Any = getattr(module, "weight", None)
+    split = isinstance(weight, DTensor) and weight.placements == (Shard(weight.ndim - 1),)
+    return weight.device_mesh if split else None
 
 
 def _takes_tokens(module: nn.Module) -> bool:

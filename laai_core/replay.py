@@ -46,7 +46,8 @@ class _Suffixes:
         if self.cache is not None:
             prefix = self.prefix[rows]
             whole = prefix.tolist() == list(range(int(self.prefix.max()) + 1))  # then no rows need to be copied
-            inputs["past_key_values"] = read_only(self.cache if whole else selected(self.cache, prefix))
+            # By indices on the CPU: the layers' caches may lie on several devices.
+            inputs["past_key_values"] = read_only(self.cache if whole else selected(self.cache, prefix.cpu()))
         return inputs, _taken(self.entering[layer], rows)
 
 

@@ -111,4 +111,4 @@ def _last_activations(
             tokens, mask = padded(part, layout.device, left=True)
             layout.model(**model_inputs(layout, tokens, mask), use_cache=False, logits_to_keep=1)
     restored = torch.tensor(in_order).argsort()  # undoes the sorting by length
-    return {layer: torch.cat(parts)[restored] for layer, parts in seen.items()}
+    return {layer: layout.whole(torch.cat(parts), layer, site).cpu()[restored] for layer, parts in seen.items()}

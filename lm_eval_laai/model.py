@@ -67,7 +67,7 @@ class HFLaai(HFLM):
     ) -> None:
         self._routing = None if intervention is None else Routing(intervention, scale, unrouted)
         if self._routing is not None:
-            _refuse_tensor_parallel(kwargs)
+            _refuse_unseen_tensor_parallel(kwargs)
         if isinstance(pretrained, str) and kwargs.get("tp_plan") is None:
             _join_cpu_launch()
         super().__init__(pretrained, **kwargs)
@@ -275,13 +275,13 @@ def _join_cpu_launch() -> None:
         state.device = torch.device("cpu")  # accelerate says cpu:0, which safetensors before 0.8 refuses
 
 
-def _refuse_tensor_parallel(arguments: dict[str, Any]) -> None:
-    """LaaiError before the model loads; `locate` refuses models that are sharded by other means."""
-    for name in ("tp_plan", "tp_size"):
+def _refuse_unseen_tensor_parallel(arguments: dict[str, Any]) -> None:
+    """LaaiError, before the model loads, for tensor parallelism that HFLM takes for data parallelism: its processes
+    would wait for each other, each with other requests.
+    """
+    for name in ("tp_size", "distributed_config"):
         if arguments.get(name) is not None:
-            raise LaaiError(
-                f"{name} is refused with an intervention: it splits layers; use parallelize=True or device_map"
-            )
+            raise LaaiError(f"{name} is refused with an intervention, the harness does not know it: use tp_plan=auto")
 
 
 def _in_later_windows(edit: Edit | None) -> Edit | None:

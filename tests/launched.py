@@ -1,6 +1,6 @@
-"""What test_data_parallel runs in one process and, started by torchrun, in two.
+"""What test_data_parallel and test_tensor_parallel run in one process and, started by torchrun, in two.
 
-Called as `launched.py MODEL INTERVENTIONS OUT`; writes OUT/<rank>.json.
+Called as `launched.py MODEL INTERVENTIONS OUT [TP_PLAN]`; writes OUT/<rank>.json.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def counted(run: Any, kind: str, ran: dict[str, int]) -> Any:
     return count
 
 
-def evaluate(model: str, interventions: str | None) -> dict[str, Any]:
+def evaluate(model: str, interventions: str | None, **arguments: Any) -> dict[str, Any]:
     """How many requests of each type this process ran, its place, and on rank 0 every answer and metric."""
-    lm = HFLaai(model, interventions, device="cpu", batch_size=3)
+    lm = HFLaai(model, interventions, device="cpu", batch_size=3, **arguments)
     ran: dict[str, int] = {}
     for kind in KINDS:
         setattr(lm, kind, counted(getattr(lm, kind), kind, ran))
@@ -74,6 +74,6 @@ def evaluate(model: str, interventions: str | None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    model, interventions, out = sys.argv[1:]
-    found = evaluate(model, interventions or None)
+    model, interventions, out, *plan = sys.argv[1:]
+    found = evaluate(model, interventions or None, **({"tp_plan": plan[0]} if plan else {}))
     Path(out, f"{os.environ['RANK']}.json").write_text(json.dumps(found))

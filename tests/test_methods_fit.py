@@ -110,6 +110,10 @@ def test_wrong_outputs_are_refused_and_nothing_is_lost(tmp_path):
     under = peft.get_peft_model(tiny_model("Llama"), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(laai.LaaiError, match="under a PEFT adapter"):
         fitted("lora", tmp_path / "x", under, steps=1)
+    sharded = tiny_model("Llama")
+    sharded._tp_size = 2  # as transformers marks it
+    with pytest.raises(laai.LaaiError, match="sharded by tensor parallelism: expected a whole one for the method fv"):
+        fitted("fv", tmp_path / "x.safetensors", sharded)
     assert [path.name for path in tmp_path.glob("**/*")] == ["mine", "thesis.tex"]
 
 
@@ -131,7 +135,7 @@ def test_train_a_baseline(method, model, tmp_path, capfd, facts_of):  # noqa: F8
     assert cli.main([*map(str, line), "--output", str(path)]) == 0
     out, err = capfd.readouterr()
     assert out.startswith("file ") and "training.examples_sha256" in out
-    assert "it/s" in err or "s/it" in err or method == "icv"
+    assert "it/s" in err or "s/it" in err or " steps [" in err or method == "icv"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 

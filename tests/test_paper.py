@@ -10,9 +10,11 @@ import re
 import shlex
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -407,6 +409,26 @@ def test_what_fails_leaves_the_others(tmp_path: Path, caplog: pytest.LogCaptureF
     assert facts["missing"] == [f"{TASK} + fv of {TASK} seed 0 N 10"]
     assert [row["columns"][TASK]["exact_match"] is None for row in facts["tables"]["6"]] == [True, False]
     assert "| a | ours | missing |" in (tmp_path / "report.md").read_text()
+
+
+def test_what_another_process_is_at_is_left_to_it(
+    bundled: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell, result = Cell(TASK), {"metrics": {"exact_match": 0.5}}
+    identity, store, other = bundled.cell_identity(cell), Store(tmp_path), ExitStack()
+    assert other.enter_context(Store(tmp_path).claimed(cell, identity))
+    waits = []
+
+    def finish_meanwhile(seconds: float) -> None:
+        waits.append(seconds)
+        store.put(cell, identity, result)
+        other.close()
+
+    monkeypatch.setattr(f"{run.__module__}.time", SimpleNamespace(sleep=finish_meanwhile))
+    run([Plan(bundled, (cell,))], store, Process())
+    assert store.get(cell, identity) == result and len(waits) == 1
+    with store.claimed(cell, identity) as mine:
+        assert mine
 
 
 @pytest.mark.skipif(find_spec("openai") is None, reason='openai is not installed: pip install "lm-eval-laai[judge]"')

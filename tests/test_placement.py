@@ -1,4 +1,4 @@
-"""hf-laai wherever the model lives: offloaded, in half precision, quantised, under PEFT adapters, never sharded."""
+"""hf-laai wherever the model lives: offloaded, in half precision, quantised, under PEFT adapters."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import pytest
 import slow_reference
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook
 from test_apply import PATHS, intervention, spec
 from test_hf_laai import assert_same, multiple_choice, requests, texts
+from test_train import RULES, TOKENIZER
 from tiny import tiny_model, tiny_tokenizer
 
 import laai_core as laai
 from laai_core.locate import locate
+from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.model import HFLaai
 
 KINDS = [("heads", "last"), ("residual", "generated"), ("mlp", "all")]
@@ -79,6 +82,37 @@ def test_offloaded_to_disk(saved, tmp_path, kind, spread):
     devices = {p.device.type for p in lm.model.model.layers[1].parameters()}
     assert devices == {"meta"} and lm.model.hf_device_map["model.embed_tokens"] == "cpu"
     assert_equals_plain_model(lm, tiny_model("Llama"), spec("Llama", *kind))
+
+
+def test_no_step_of_a_training_reads_the_layers_below_its_vector(saved, tmp_path, monkeypatch):
+    """The same vector, and no step reads those layers: only the layers from the vector's on need room."""
+    read = []
+    load_weights = AlignDevicesHook.pre_forward
+    monkeypatch.setattr(AlignDevicesHook, "pre_forward", lambda *a, **k: read.append(a[1]) or load_weights(*a, **k))
+    below = {"model.layers.0": "disk", "model.layers.1": "disk"}
+    others = dict.fromkeys(
+        ["model.embed_tokens", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        saved, device_map=below | others, offload_folder=str(tmp_path)
+    )
+    lowest = model.model.layers[0].mlp.up_proj
+    assert lowest.weight.is_meta
+    readings = []
+    for steps in (1, 6):
+        read.clear()
+        offloaded = laai.train(model, TOKENIZER, RULES, 2, steps=steps).intervention.vector(2)
+        readings.append(read.count(lowest))
+    assert readings == [5, 5]  # checks, prompts, targets, few-shot prompts: one forward each
+    whole = transformers.AutoModelForCausalLM.from_pretrained(saved)
+    assert torch.equal(offloaded, laai.train(whole, TOKENIZER, RULES, 2, steps=6).intervention.vector(2))
+
+
+def test_device_auto_lets_accelerate_place_the_layers(saved):
+    source = ModelSource(saved, device="auto")
+    model, _ = source.load()
+    assert source.checked_device() == ModelSource(saved).checked_device()
+    assert model.device.type == source.checked_device().type and not model.training
 
 
 # Half precision.
@@ -252,12 +286,12 @@ def test_virtual_tokens_are_no_part_of_the_prompt(saved, tmp_path, name, kind, b
     assert_equals_reference(lm, reference.loglikelihood, reference.greedy)
 
 
-# Tensor parallelism.
+# Tensor parallelism that the harness does not know, or that is not transformers' own; see test_tensor_parallel.py.
 
 
-@pytest.mark.parametrize("argument", [{"tp_plan": "auto"}, {"tp_size": 2}], ids=["plan", "size"])
-def test_tensor_parallel_arguments_are_refused_before_the_model_loads(argument):
-    with pytest.raises(laai.LaaiError, match="is refused with an intervention"):
+@pytest.mark.parametrize("argument", [{"tp_size": 2}, {"distributed_config": {"tp_size": 2}}], ids=["size", "config"])
+def test_arguments_that_the_harness_does_not_know_are_refused_before_the_model_loads(argument):
+    with pytest.raises(laai.LaaiError, match="is refused with an intervention.*use tp_plan=auto"):
         HFLaai("no/such-model", intervention("Llama"), **argument)
 
 

@@ -179,6 +179,77 @@ def test_two_processes_share_the_cells_of_one(
     assert all(record["spread"] > 0 for record in alone["scores"])
 
 
+# Appends a line to $COUNTS for every fit and cell that its process computes.
+COUNTED = """
+import os, sys
+from lm_eval_laai.commands import cli
+from lm_eval_laai.experiments import harness, run
+from lm_eval_laai.experiments.cells import named
+
+fit, score = run.methods.fit, harness.score
+
+def count(*words):
+    with open(os.environ["COUNTS"], "a") as file:
+        print(*words, file=file)
+
+def counted_fit(method, model, tokenizer, split, **options):
+    count("fit", split.name, *(options[name] for name in ("layer", "seed", "l1")))
+    return fit(method, model, tokenizer, split, **options)
+
+def counted_score(model, tokenizer, setting, cell, paths):
+    count(named(cell))
+    return score(model, tokenizer, setting, cell, paths)
+
+run.methods.fit, harness.score = counted_fit, counted_score
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["slurm", "ray"])
+def test_two_launches_on_one_store_do_everything_once(how: str, small: Path, tmp_path: Path) -> None:
+    """The scripts in examples/, two processes that know nothing of each other: store and report of one process."""
+    (tmp_path / "laai.py").write_text(COUNTED)
+    (tmp_path / "laai").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path}/laai.py" "$@"\n')
+    (tmp_path / "laai").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    options = ["--model", str(small), "--task", "survey_keen,survey_wary", "--seeds", "2", "--limit", "3", "--json"]
+
+    def launched(output: str, *command: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path}
+        environment |= {"LAAI_STORE": str(tmp_path / output), "COUNTS": str(tmp_path / f"{output}.counts")}
+        return subprocess.Popen([*command, *options], env=environment, text=True, stdout=subprocess.PIPE)
+
+    slurm = ["bash", str(ROOT / "examples" / "slurm_sweep.sh")]
+    if how == "slurm":
+        processes = [launched("two", *slurm) for _ in range(2)]
+    else:
+        pytest.importorskip("ray", reason="ray is not installed: pip install ray")
+        ray = [sys.executable, str(ROOT / "examples" / "ray_sweep.py"), "--gpus", "0", "--"]
+        processes = [launched("two", *ray, "--output", str(tmp_path / "two"))]
+    outputs = [process.communicate(timeout=600)[0] for process in [*processes, launched("one", *slurm)]]
+    assert [process.returncode for process in processes] == [0] * len(processes)
+    if how == "slurm":
+        assert json.loads(outputs[0]) == json.loads(outputs[1]) == json.loads(outputs[2])
+    alone, together = (sorted((tmp_path / f"{name}.counts").read_text().splitlines()) for name in ("one", "two"))
+    assert alone == together
+    assert len(alone) == 2 * (2 * 3 * 2 * 2)  # fits and cells: tasks, layers, seeds, penalties
+    one, two = (stored(tmp_path / name) for name in ("one", "two"))
+    assert one == two and not [name for name in two if Path(name).name.startswith(".")]
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """Every file of a store; cells without the time they took."""
+    found: dict[str, Any] = {}
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        found[str(path.relative_to(folder))] = path.read_bytes()
+        if path.parent.name == "cells":
+            cell = json.loads(path.read_text())
+            cell["result"].pop("seconds")
+            found[str(path.relative_to(folder))] = cell
+    return found
+
+
 def until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     for _ in range(12000):
         if condition():

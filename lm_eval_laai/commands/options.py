@@ -26,7 +26,9 @@ def add_model_arguments(parser: argparse._ActionsContainer, required: bool, seve
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--gguf-file", metavar="NAME", help="a GGUF file in that folder or repository: dequantised")
     parser.add_argument("--trust-remote-code", action="store_true", help="let the model's own Python code run")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or else the CPU)")
+    parser.add_argument(
+        "--device", help="cpu, cuda:1, ..., or auto: over all GPUs (default: the first, or else the CPU)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, as the checkpoint says")
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from laai_core import files
 from laai_core.errors import LaaiError
@@ -51,7 +54,7 @@ class Store:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._cells, self._fits = folder / "cells", folder / "fits"
+        self._cells, self._fits, self._locks = folder / "cells", folder / "fits", folder / "locks"
 
     def get(self, cell: Cell, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         """The cell's result, None when it has not been computed. LaaiError for a file of another kind."""
@@ -70,6 +73,24 @@ class Store:
         """Store a result, whole or not at all."""
         text = json.dumps({"identity": identity, "result": result}, indent=1, sort_keys=True, ensure_ascii=False)
         files.write(self._path(cell, identity), text.encode())
+
+    @contextmanager
+    def claimed(self, piece: Cell | Fit, identity: Mapping[str, Any]) -> Iterator[bool]:
+        """Within the block, whether this process alone may compute the piece. False where another process is at it.
+
+        The operating system frees the lock of a process that dies.
+        """
+        path = self._locks / f"{key({'of': type(piece).__name__, **identity})}.lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path, timeout=0).acquire()
+        except Timeout:
+            yield False
+        except OSError as error:
+            raise files.unwritable(path, error) from None
+        else:
+            with lock:
+                yield True
 
     def fit_path(self, fit: Fit, identity: Mapping[str, Any]) -> Path:
         """The path of a fit, whether or not it is stored."""

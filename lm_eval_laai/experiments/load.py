@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # importing transformers takes a second
 
 logger = logging.getLogger(__name__)
 
+AUTO = "auto"  # of `device`
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -33,7 +35,7 @@ class ModelSource:
         name: a folder, a name on the Hugging Face Hub, or one of `laai models`.
         revision: a branch, tag or commit on the Hub.
         trust_remote_code: whether the model's own Python code may run.
-        device: None is the first GPU, or the CPU where there is none.
+        device: None is the first GPU, or the CPU where there is none; auto spreads whole layers over all GPUs.
         dtype: auto (the checkpoint's own), float32, bfloat16 or float16.
         gguf_file: a GGUF file in that folder or repository, whose weights are dequantised.
     """
@@ -52,7 +54,8 @@ class ModelSource:
 
     def checked_device(self) -> torch.device:
         """The device. LaaiError when this machine does not have it."""
-        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        first = "cuda" if torch.cuda.is_available() else "cpu"
+        name = first if self.device in (None, AUTO) else self.device
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was compiled with CUDA
@@ -86,13 +89,14 @@ class ModelSource:
         """The model in evaluation mode on its device, and the tokenizer."""
         device = self.checked_device()
         tokenizer = self.tokenizer()
-        model, info = self._read(AutoModelForCausalLM, "model", dtype=self.dtype, output_loading_info=True)
+        spread = {"device_map": AUTO} if self.device == AUTO else {}
+        model, info = self._read(AutoModelForCausalLM, "model", dtype=self.dtype, output_loading_info=True, **spread)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             logger.warning(
                 "%s lacks %d weights, which are now random: %s", self.name, len(missing), ", ".join(missing[:5])
             )
-        return model.to(device).eval(), tokenizer
+        return (model if spread else model.to(device)).eval(), tokenizer
 
     def _read(self, kind: Any, what: str, **arguments: Any) -> Any:
         try:

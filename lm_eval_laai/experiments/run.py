@@ -1,17 +1,19 @@
 """Compute the missing fits of a plan, then the missing scores; each is stored as soon as it is computed.
 
 Under `torchrun` or `accelerate launch` every process takes its share of both; all processes see the store's folder.
+Other launches on the same folder may run at the same time: a piece that one process is at is left to it.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from accelerate import PartialState
@@ -31,6 +33,8 @@ if TYPE_CHECKING:  # importing transformers takes a second
 logger = logging.getLogger(__name__)
 
 Write = Callable[[], object]
+Claim = Literal["mine", "busy", "done"]
+PAUSE = 1.0  # seconds until pieces that other processes are at are looked at again
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,7 @@ class Plan:
         """
         batches: dict[Fit, list[Fit]] = {}
         for fit in dict.fromkeys([*self.fits, *(fit for cell in self.cells for fit in cell.fits)]):
-            alike = replace(fit, seed=0, l1=None, group=None) if _is_job(fit) else fit
-            batches.setdefault(alike, []).append(fit)
+            batches.setdefault(_kind(fit), []).append(fit)
         return list(batches.values())
 
     def left(self, store: Store) -> tuple[set[Fit], set[Cell]]:
@@ -101,22 +104,45 @@ def run(plans: Sequence[Plan], store: Store, process: Process) -> None:
     for plan in plans:
         fits, cells = plan.left(store)
         worker = _Worker(plan, store)
-        _each([b for b in process.share(plan.batches()) if not fits.isdisjoint(b)], worker.fit, "fits", process)
+        batches = [batch for batch in process.share(plan.batches()) if not fits.isdisjoint(batch)]
+        _each(batches, worker.claimed_fits, worker.fit, "fits", process)
         process.wait()  # a cell may need fits of another process
-        _each([[c] for c in process.share(plan.cells) if c in cells], worker.score, "cells", process)
+        cells_here = [[cell] for cell in process.share(plan.cells) if cell in cells]
+        _each(cells_here, worker.claimed_cell, worker.score, "cells", process)
         process.wait()
 
 
-def _each(work: Sequence[list[Any]], compute: Callable[[list[Any]], Write], name: str, process: Process) -> None:
+def _each(
+    work: Sequence[list[Any]],
+    claimed: Callable[[list[Any]], AbstractContextManager[Claim]],
+    compute: Callable[[list[Any]], Write],
+    name: str,
+    process: Process,
+) -> None:
     # As a context: the bar is cleared while Ctrl-C unwinds the stack, before the error is printed on its line.
-    with tqdm(work, desc=name, disable=not (process.first and work), leave=False) as bar:
-        for pieces in bar:
-            try:
-                write = compute(pieces)
-            except LaaiError as error:
-                logger.error("%s: %s", "; ".join(map(named, pieces)), error)
-            else:
-                write()
+    with tqdm(total=len(work), desc=name, disable=not (process.first and work), leave=False) as bar:
+        while work:
+            busy = []
+            for pieces in work:
+                with claimed(pieces) as claim:
+                    if claim == "busy":
+                        busy.append(pieces)
+                        continue
+                    if claim == "mine":
+                        _computed(pieces, compute)
+                bar.update()
+            if len(busy) == len(work):
+                time.sleep(PAUSE)
+            work = busy
+
+
+def _computed(pieces: list[Any], compute: Callable[[list[Any]], Write]) -> None:
+    try:
+        write = compute(pieces)
+    except LaaiError as error:
+        logger.error("%s: %s", "; ".join(map(named, pieces)), error)
+    else:
+        write()
 
 
 class _Worker:
@@ -125,6 +151,22 @@ class _Worker:
     def __init__(self, plan: Plan, store: Store) -> None:
         self._plan, self._store, self._setting = plan, store, plan.setting
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    @contextmanager
+    def claimed_fits(self, batch: list[Fit]) -> Iterator[Claim]:
+        """The claim on a batch; batches of one kind share a lock, whatever their seeds and penalties."""
+        kind = _kind(batch[0])
+        with self._store.claimed(kind, self._setting.fit_identity(kind)) as mine:
+            paths = [self._plan.path(fit, self._store) for fit in batch]
+            yield "busy" if not mine else "done" if all(path.exists() for path in paths) else "mine"
+
+    @contextmanager
+    def claimed_cell(self, cells: list[Cell]) -> Iterator[Claim]:
+        """The claim on a cell."""
+        (cell,) = cells
+        identity = self._setting.cell_identity(cell)
+        with self._store.claimed(cell, identity) as mine:
+            yield "busy" if not mine else "mine" if self._store.get(cell, identity) is None else "done"
 
     def fit(self, batch: list[Fit]) -> Write:
         """Train a batch; the returned function saves those of its fits that are not stored yet."""
@@ -191,6 +233,11 @@ def _is_job(fit: Fit) -> bool:
     """Whether `train_many` can train the fit as a row of a batch: no setting is left to be chosen."""
     chosen = None in (fit.layer, fit.l1, fit.group, fit.steps, fit.penalty_scale)
     return methods.METHODS[fit.method].trains_many and not chosen
+
+
+def _kind(fit: Fit) -> Fit:
+    """Equal for the fits that are rows of one batch."""
+    return replace(fit, seed=0, l1=None, group=None) if _is_job(fit) else fit
 
 
 def _save(made: Sequence[tuple[Path, Intervention]]) -> None:

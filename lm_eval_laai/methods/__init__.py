@@ -68,6 +68,7 @@ LAAI = Method(
         "start": Option("where training begins, icl or zero"),
     },
     takes_adapted=True,
+    takes_sharded=True,
     trains_many=True,
 )
 METHODS = {
@@ -134,6 +135,8 @@ def fit(
     chosen.check(path, layer, options)
     if not chosen.takes_adapted and hasattr(model, "get_base_model"):
         raise LaaiError(f"the model is under a PEFT adapter: expected the model itself for the method {method}")
+    if not chosen.takes_sharded and (getattr(model, "_tp_size", None) or 1) > 1:
+        raise LaaiError(f"the model is sharded by tensor parallelism: expected a whole one for the method {method}")
     if layer is None and chosen.default_layer is not None:
         layer = chosen.default_layer(len(locate(model).blocks))
     given = {name: value for name, value in options.items() if value is not None}

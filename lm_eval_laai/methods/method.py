@@ -90,6 +90,7 @@ class Method:
         writes_adapter: it writes a folder in PEFT's format, for the harness's `peft=`; else a file for hf-laai's
             `intervention=`.
         takes_adapted: whether it trains on a model that is under a PEFT adapter.
+        takes_sharded: whether it trains on a model that is under tensor parallelism.
         trains_many: `laai_core.train_many` trains several of its vectors as rows of one batch.
         passes: cost of one training on ten examples, in forward passes over 64 prompts of 16 tokens, measured with
             the reference model on one CPU core.
@@ -104,6 +105,7 @@ class Method:
     takes_layer: bool = True
     writes_adapter: bool = False
     takes_adapted: bool = False
+    takes_sharded: bool = False
     trains_many: bool = False
 
     @property
