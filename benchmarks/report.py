@@ -9,13 +9,25 @@ from typing import Any
 
 from measure import DOCS, RESULTS, markdown
 
-ORDER = ["real_models", "training", "many", "optimisers", "evaluation", "size", "gpu", "regressions", "norms"]
+ORDER = [
+    "real_models",
+    "training",
+    "many",
+    "optimisers",
+    "evaluation",
+    "few_shot_prefix",
+    "size",
+    "gpu",
+    "regressions",
+    "norms",
+]
 TITLES = {
     "real_models": "Real models: ten examples against ten shots",
     "training": "Training: replay against plain and PEFT",
     "many": "Many vectors in one batch",
     "optimisers": "Optimisers",
     "evaluation": "Evaluation: hf-laai against hf",
+    "few_shot_prefix": "Ten shots under a vector: the prefix once a task",
     "size": "Cost against size",
     "gpu": "On a GPU",
     "regressions": "Planted regressions",

@@ -147,7 +147,8 @@ class HFLaai(HFLM):
     ) -> list[tuple[float, bool]]:
         if self._routed_rows is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        prefixes = common_prefixes([task for _, _, task in self._routed_rows], [prompt for _, prompt, _ in requests])
+        tasks, prompts = [task for _, _, task in self._routed_rows], [prompt for _, prompt, _ in requests]
+        prefixes = common_prefixes(tasks, prompts, tuple)
         rows = [
             Row(prompt, continuation, edit, name, prefix)
             for (_, prompt, continuation), (edit, name, _), prefix in zip(
@@ -205,8 +206,8 @@ class HFLaai(HFLM):
         if self._routing is None:
             return super().generate_until(requests, disable_tqdm)
         routed = self._routed(requests)
-        prompts = [self.tok_encode(request.args[0]) for request in requests]
-        prefixes = common_prefixes([task for _, _, task in routed], prompts)
+        contexts = [request.args[0] for request in requests]
+        prefixes = common_prefixes([task for _, _, task in routed], contexts, self.tok_encode)
         marked = []
         for request, (edit, name, _), prefix in zip(requests, routed, prefixes, strict=True):
             context, *rest = request.args

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import DynamicCache
@@ -32,21 +32,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Tokens = Sequence[int]
+Prompt = TypeVar("Prompt", str, list[int])
 _Key = tuple[tuple[int, ...], Edit | None]  # a prefix, and the edit that acts within it
 _Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values [1, heads, tokens, width] of each layer
 
-# Fewer tokens cost about as much to copy as to run again: zero-shot prompts are run whole.
-_FEWEST = 16
+# Fewer tokens, or a smaller part of the prompt, are hardly worth their copy: zero-shot prompts are run whole.
+_FEWEST, _SMALLEST_PART = 16, 1 / 8
 # Prefixes are kept for the batches to come; below this many tokens their memory does not matter.
 _FREE_TOKENS = 4096
 
 
-def common_prefixes(tasks: Sequence[str | None], prompts: Sequence[Tokens]) -> list[tuple[int, ...]]:
-    """For each prompt, the tokens that all prompts of its task begin with; none where the task has one prompt only."""
-    by_task: dict[str | None, list[Tokens]] = {}
+def common_prefixes(
+    tasks: Sequence[str | None], prompts: Sequence[Prompt], encode: Callable[[Prompt], Tokens]
+) -> list[tuple[int, ...]]:
+    """For each prompt the tokens that the prompts of its task begin with; none where the task has one prompt only.
+
+    The first and the last prompt in alphabetical order have in common what all have. Only these two are encoded: where
+    another prompt's tokens part from theirs is found when it is run.
+    """
+    by_task: dict[str | None, list[Prompt]] = {}
     for task, prompt in zip(tasks, prompts, strict=True):
         by_task.setdefault(task, []).append(prompt)
-    found = {task: () if len(set(map(tuple, rows))) < 2 else _common(rows) for task, rows in by_task.items()}
+    found: dict[str | None, tuple[int, ...]] = {}
+    for task, of_task in by_task.items():
+        first, last = min(of_task), max(of_task)
+        found[task] = _common([encode(first), encode(last)]) if first != last else ()
     return [found[task] for task in tasks]
 
 
@@ -80,12 +90,13 @@ class SharedPrefixes:
         ]
         columns = min(map(sum, zip(padding, shared, strict=True)))
         # With virtual tokens a cache could not be continued: PEFT would prepend them again.
-        if columns < _FEWEST or self._layout.virtual_tokens or not self._exact:
+        worth = columns >= max(_FEWEST, _SMALLEST_PART * longest)
+        if not worth or self._layout.virtual_tokens or not self._exact:
             return None
         within = [edit if edit is not None and edit.position == "all" else None for edit in edits]
         keys: list[_Key] = [(tuple(prefix), edit) for prefix, edit in zip(prefixes, within, strict=True)]
         cache = self._filled(keys, padding, columns)
-        self._forget(keys, max(_FREE_TOKENS, len(prompts) * longest))
+        self._forget(set(keys), max(_FREE_TOKENS, len(prompts) * longest))
         return cache
 
     def _filled(self, keys: Sequence[_Key], padding: Sequence[int], columns: int) -> DynamicCache:
@@ -118,10 +129,10 @@ class SharedPrefixes:
         self._kept[key] = self._kept.pop(key)
         return self._kept[key]
 
-    def _forget(self, needed: Sequence[_Key], tokens: int) -> None:
+    def _forget(self, needed: set[_Key], tokens: int) -> None:
         """Drop the prefixes that were not used for longest until `tokens` tokens are kept, but none of `needed`."""
         kept = sum(len(prefix) for prefix, _ in self._kept)
-        for key in [key for key in self._kept if key not in set(needed)]:
+        for key in [key for key in self._kept if key not in needed]:
             if kept > tokens:
                 kept -= len(key[0])
                 del self._kept[key]
