@@ -18,16 +18,14 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import DynamicCache
 
 from laai_core.apply import Edit, hooked
 from laai_core.cache import REFUSALS, model_inputs, padded
-
-if TYPE_CHECKING:
-    from laai_core.locate import Layout
+from laai_core.locate import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -141,20 +139,19 @@ class SharedPrefixes:
     def _exact(self) -> bool:
         """Whether this model's code continues such a cache, tried on a few tokens (recurrent states cannot be cut)."""
         try:
-            worst = max(self._difference(left) for left in (True, False))
+            exact = all(self._agrees(left) for left in (True, False))
         except REFUSALS as error:
-            logger.info("prompts are run whole: %s: %.200s", type(error).__name__, error)
-            return False
+            logger.info("%s: %.200s", type(error).__name__, error)
+            exact = False
         finally:
             self.close()
-        tolerance = 1e-4 if self._layout.model.dtype == torch.float32 else 3e-2
-        if not worst <= tolerance:
-            logger.info("prompts are run whole: behind a cached prefix logits differ by %.1e of the largest", worst)
-        return worst <= tolerance
+        if not exact:
+            logger.info("%s continues no cached prefix: prompts are run whole", type(self._layout.model).__name__)
+        return exact
 
     @torch.no_grad()
-    def _difference(self, left: bool) -> float:
-        """How far logits behind a cached prefix are from those of whole rows, relative to the largest."""
+    def _agrees(self, left: bool) -> bool:
+        """Whether the logits of two rows behind a cached prefix are those of the whole rows, but for rounding."""
         prefix = (1, 2, 2, 1, 2)
         tokens, mask = padded([(*prefix, 1, 1), (*prefix, 2)], self._layout.device, left=left)
         cache = self._filled([(prefix, None)] * 2, [0, int(left)], len(prefix))
@@ -162,8 +159,9 @@ class SharedPrefixes:
             self._layout.model(**continued_inputs(self._layout, tokens, mask, one)).logits for one in (None, cache)
         )
         real = mask[:, len(prefix) :].to(whole.device).bool()
-        whole = whole[:, len(prefix) :][real].float()
-        return float((whole - rest[real].float()).abs().max() / whole.abs().max())
+        whole, rest = whole[:, len(prefix) :][real], rest[real]
+        tolerance = 1e-4 if rest.dtype == torch.float32 else 3e-2
+        return bool((whole - rest).abs().max() <= tolerance * whole.abs().max())
 
 
 def continued_inputs(
