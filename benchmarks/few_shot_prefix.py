@@ -66,7 +66,8 @@ def difference(once: list[Any], each: list[Any]) -> str:
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--items", type=int, default=32, help="words asked for (default: %(default)s)")
+    flags.add_argument("--items", type=int, default=24, help="words asked for (default: %(default)s)")
+    flags.set_defaults(rounds=3)
     options = flags.parse_args()
     items, rounds = (2, 1) if options.quick else (options.items, options.rounds)
     model, tokenizer = ModelSource("smollm2-135m", dtype="float32", device="cpu").load()

@@ -23,7 +23,7 @@ from lm_eval_laai.prefixes import SharedPrefixes
 from lm_eval_laai.scoring import Row, Scorer
 
 KINDS = [("heads", "last"), ("residual", "generated"), ("mlp", "all")]
-SHOTS = "Q: qwe\nA: rty\n\nQ: uio\nA: pas\n\n"  # a token a letter, nearly: more than a sliding window of eight
+SHOTS = "Q: qwe\nA: rty\n\nQ: uio\nA: pas\n\nQ: dfg\nA: hjk\n\n"  # some forty tokens: five sliding windows
 ENDS = ["Q: d\nA:", "Q: fghjk\nA:", "Q: lz\nA:", "Q: xcvbnmqwe\nA:", "Q: r\nA:"]
 GREEDY = {"until": ["\n"], "max_gen_toks": 3, "do_sample": False}
 
@@ -71,10 +71,11 @@ def test_every_architecture(name):
         lm = harness_model(name, intervention(name, *kind), batch_size)
         prompts, one = few_shot(), spec(name, *kind)
         seen = counted(lm)
-        assert_greedy(lm, prompts, generated(lm, prompts), [one] * len(prompts))
+        texts = generated(lm, prompts)
+        assert sum(seen) < len(prompts) * tokens_of(lm, SHOTS), "the prefix ran more than once"
+        assert_greedy(lm, prompts, texts, [one] * len(prompts))
         pairs = options(prompts)
         got = lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
-        assert max(seen) < len(prompts) * tokens_of(lm, SHOTS), "no call ran the prefix of more than one row"
         assert_same(got, reference_scores(lm, pairs, [one] * len(pairs)))
 
 
@@ -84,18 +85,18 @@ def test_the_prefix_runs_once_a_task(kind, batch_size):
     """Counted in tokens, against the same requests as one-request tasks."""
     prompts = few_shot()
     arguments = [(p, GREEDY) for p in prompts] if kind == "generate_until" else options(prompts)
-    ran = {}
-    for tasks in (["task"] * len(arguments), [str(number // 1) for number in range(len(arguments))]):
+    found = []
+    for tasks in (["task"] * len(arguments), [str(number) for number in range(len(arguments))]):
         lm = harness_model(iv=intervention("Llama"), batch_size=batch_size)
         seen = counted(lm)
-        answers = getattr(lm, kind)(requests(kind, arguments, tasks), True)
-        ran[tasks[1]] = (sum(seen), answers)
-    (together, got), (apart, want) = ran.values()
-    shared = tokens_of(lm, SHOTS)
-    trial = 2 * 3 * 2 * 7  # of two rows of seven tokens, padded on either side
-    assert together <= apart - (len(prompts) - 1) * (shared - 2) + trial
-    assert_same(got, want) if kind == "loglikelihood" else None
-    assert kind == "loglikelihood" or got == want
+        found.append((getattr(lm, kind)(requests(kind, arguments, tasks), True), sum(seen)))
+    (got, together), (want, apart) = found
+    trial = 5 + 2 * (14 + 4)  # whether the model continues a cache: a prefix, and two rows whole and behind it, twice
+    assert together <= apart - (len(prompts) - 1) * (tokens_of(lm, SHOTS) - 2) + trial
+    if kind == "loglikelihood":
+        assert_same(got, want)
+    else:
+        assert got == want
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
