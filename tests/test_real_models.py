@@ -153,7 +153,9 @@ def test_ten_shots_run_once_and_give_the_same_answers(name, request):
     contexts = [(shots + e.prompt, {"until": [STOP], "max_gen_toks": 6, "do_sample": False}) for e in words]
     options = [(shots + e.prompt, other.target) for e in words[:3] for other in words[:3]]
     tokens = []
-    hook = model.register_forward_pre_hook(lambda m, a, k: tokens.append(k["input_ids"].numel()), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda m, a, k: tokens.append((a[0] if a else k["input_ids"]).numel()), with_kwargs=True
+    )
     request.addfinalizer(hook.remove)
     for position, batch_size in (("last", 1), ("generated", 4), ("all", 4)):
         iv = laai.Intervention(
@@ -162,11 +164,11 @@ def test_ten_shots_run_once_and_give_the_same_answers(name, request):
         lm = HFLaai(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, intervention=iv)
         found = {}
         for tasks in ("together", "apart"):
+            tokens.clear()
             of = [tasks if tasks == "together" else str(n) for n in range(len(options))]
             texts = lm.generate_until(requests("generate_until", contexts, of[: len(contexts)]), disable_tqdm=True)
             scores = lm.loglikelihood(requests("loglikelihood", options, of), disable_tqdm=True)
             found[tasks] = texts, scores, sum(tokens)
-            tokens.clear()
         (texts, scores, ran), (want, wanted, whole) = found.values()
         assert texts == want and ran < whole / 2
         assert [greedy for _, greedy in scores] == [greedy for _, greedy in wanted]
