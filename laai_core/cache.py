@@ -16,6 +16,9 @@ import torch
 if TYPE_CHECKING:  # importing transformers takes a second
     from laai_core.locate import Layout
 
+# Exceptions of model code that does not support such arguments or such a cache.
+REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
 
 def padded(
     rows: Sequence[Sequence[int]], device: torch.device, left: bool = False

@@ -16,14 +16,11 @@ import torch
 from torch import nn
 
 from laai_core.apply import Edit, hooked
-from laai_core.cache import model_inputs, padded, read_only, selected
+from laai_core.cache import REFUSALS, model_inputs, padded, read_only, selected
 from laai_core.encode import Batch
 from laai_core.forward import Forward, Part
 from laai_core.hooks import attached, recorded, shadowed, with_hidden
 from laai_core.locate import Layout
-
-# Exceptions of model code that does not support the arguments or the cache of a replay.
-_REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 Text = tuple[int, tuple[int, ...]]  # number of prompt tokens, all token ids of a row
 
@@ -108,7 +105,7 @@ class ReplayForward(Forward):
         vectors = torch.randn(len(runs), width, generator=torch.Generator().manual_seed(0))
         try:
             mine, theirs = (forward.token_logprobs(vectors, rows, runs) for forward in (self, plain))
-        except _REFUSALS as error:
+        except REFUSALS as error:
             return " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return float((mine - theirs).abs().max())
 

@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers import DynamicCache
+from transformers.generation import GenerationMode
 
 from laai_core.apply import Edit, hooked
 from laai_core.errors import LaaiError
@@ -26,19 +28,24 @@ from laai_core.intervention import Intervention
 from laai_core.locate import locate, verify_causal
 from lm_eval_laai.chats import Chats
 from lm_eval_laai.finite import named, watched
+from lm_eval_laai.prefixes import SharedPrefixes, common_prefixes
 from lm_eval_laai.routing import Routing
 from lm_eval_laai.scoring import Row, Scorer
 
 logger = logging.getLogger(__name__)
 
-_Routed = tuple[Edit | None, str]  # a request's edit, and its name in errors
+_Routed = tuple[Edit | None, str, str | None]  # a request's edit, its name in errors, and its task
+
+# Arguments under which greedy search may begin in the middle of a prompt.
+_GREEDY = {"attention_mask", "max_length", "stop", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty"}
 
 
 class _RoutedText(str):
-    """A context that remembers its edit and its request while the harness sorts and batches contexts."""
+    """A context that remembers its edit, its request and its task's prefix while the harness batches contexts."""
 
     edit: Edit | None = None
     name: str = ""
+    prefix: tuple[int, ...] = ()
 
 
 class HFLaai(HFLM):
@@ -73,13 +80,14 @@ class HFLaai(HFLM):
         super().__init__(pretrained, **kwargs)
         self._share_requests_between_processes()
         self._routed_rows: list[_Routed] | None = None  # of the loglikelihood call in progress
-        self._routed_contexts: list[_Routed] | None = None  # of the generation batch in progress
+        self._routed_contexts: list[_RoutedText] | None = None  # of the generation batch in progress
         if self._routing is None:
             return
         if self.backend != "causal":
             raise LaaiError("an intervention needs a decoder-only (causal) model, this one is sequence-to-sequence")
         self._layout = locate(self.model, projection)
         verify_causal(self._layout)
+        self._prefixes = SharedPrefixes(self._layout)
         self._edits = {id(iv): Edit.of(iv, self._layout) for iv in self._routing.all()}
         self._chats = Chats()
         for iv in self._routing.all():
@@ -139,9 +147,13 @@ class HFLaai(HFLM):
     ) -> list[tuple[float, bool]]:
         if self._routed_rows is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        tasks, prompts = [task for _, _, task in self._routed_rows], [prompt for _, prompt, _ in requests]
+        prefixes = common_prefixes(tasks, prompts, tuple)
         rows = [
-            Row(prompt, continuation, *routed)
-            for (_, prompt, continuation), routed in zip(requests, self._routed_rows, strict=True)
+            Row(prompt, continuation, edit, name, prefix)
+            for (_, prompt, continuation), (edit, name, _), prefix in zip(
+                requests, self._routed_rows, prefixes, strict=True
+            )
         ]
         return self._score(rows, "loglikelihood", disable_tqdm)
 
@@ -154,7 +166,7 @@ class HFLaai(HFLM):
             return super().loglikelihood_rolling(requests, disable_tqdm)
         rows: list[Row] = []
         counts: list[int] = []
-        for request, (edit, name) in zip(requests, self._routed(requests), strict=True):
+        for request, (edit, name, _) in zip(requests, self._routed(requests), strict=True):
             windows = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
@@ -170,9 +182,9 @@ class HFLaai(HFLM):
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def _score(self, rows: list[Row], name: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
-        scorer = Scorer(self.model, self._layout, self.max_length, self.softmax_dtype)
+        scorer = Scorer(self.model, self._layout, self.max_length, self.softmax_dtype, self._prefixes)
         bar = tqdm(total=len(rows), disable=disable_tqdm or self.rank != 0, desc=f"Running {name} requests")
-        with bar, torch.no_grad(), self._autocast():
+        with bar, torch.no_grad(), self._autocast(), closing(self._prefixes):
             return scorer.score(rows, self._batch_rows(rows), bar.update)
 
     def _batch_rows(self, rows: list[Row]) -> int:
@@ -193,19 +205,23 @@ class HFLaai(HFLM):
         """One batch may hold contexts of several tasks, each under its own intervention."""
         if self._routing is None:
             return super().generate_until(requests, disable_tqdm)
+        routed = self._routed(requests)
+        contexts = [request.args[0] for request in requests]
+        prefixes = common_prefixes([task for _, _, task in routed], contexts, self.tok_encode)
         marked = []
-        for request, routed in zip(requests, self._routed(requests), strict=True):
+        for request, (edit, name, _), prefix in zip(requests, routed, prefixes, strict=True):
             context, *rest = request.args
             text = _RoutedText(context)
-            text.edit, text.name = routed
+            text.edit, text.name, text.prefix = edit, name, prefix
             marked.append(copy.copy(request))
             marked[-1].arguments = (text, *rest)
-        return super().generate_until(marked, disable_tqdm)
+        with closing(self._prefixes):
+            return super().generate_until(marked, disable_tqdm)
 
     def tok_batch_encode(self, strings: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """HFLM's, noting the contexts' edits for the `_model_generate` that follows."""
         if self._routing is not None:
-            self._routed_contexts = [(s.edit, s.name) if isinstance(s, _RoutedText) else (None, "") for s in strings]
+            self._routed_contexts = [s if isinstance(s, _RoutedText) else _RoutedText(s) for s in strings]
         return super().tok_batch_encode([str(s) for s in strings], *args, **kwargs)
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -215,20 +231,40 @@ class HFLaai(HFLM):
         assert routed is not None and len(routed) == len(context), "the harness batched contexts behind our back"
         if self._layout.virtual_tokens:
             return self._generate_behind_soft_prompt(context, routed, *args, **kwargs)
+        if (cache := self._cached_prefixes(context, routed, kwargs)) is not None:
+            kwargs["past_key_values"] = cache
         with self._steered(routed):
             return super()._model_generate(context, *args, **kwargs)
 
+    def _cached_prefixes(
+        self, context: torch.Tensor, routed: Sequence[_RoutedText], arguments: Mapping[str, Any]
+    ) -> DynamicCache | None:
+        """The cache of the contexts' first columns; None where the arguments ask for anything but greedy search."""
+        config = copy.copy(self._layout.model.generation_config)
+        config.do_sample = arguments.get("do_sample")
+        if (
+            not set(arguments) <= _GREEDY
+            or config.get_generation_mode() != GenerationMode.GREEDY_SEARCH
+            or config.cache_implementation is not None
+            or getattr(config, "prefill_chunk_size", None) is not None
+        ):
+            return None
+        lengths = arguments["attention_mask"].sum(1).tolist()
+        prompts = [row[len(row) - length :] for row, length in zip(context.tolist(), lengths, strict=True)]
+        with self._autocast():
+            return self._prefixes.cache(prompts, [r.edit for r in routed], [r.prefix for r in routed], left=True)
+
     @contextmanager
-    def _steered(self, routed: Sequence[_Routed]) -> Iterator[None]:
+    def _steered(self, routed: Sequence[_RoutedText]) -> Iterator[None]:
         """Generation of these contexts under their edits."""
-        names = [None if edit is None else name for edit, name in routed]
-        with hooked(self._layout, [edit for edit, _ in routed]), watched(self._layout.model, names):
+        names = [None if one.edit is None else one.name for one in routed]
+        with hooked(self._layout, [one.edit for one in routed]), watched(self._layout.model, names):
             yield
 
     def _generate_behind_soft_prompt(
         self,
         context: torch.Tensor,
-        routed: list[_Routed],
+        routed: list[_RoutedText],
         max_length: int,
         attention_mask: torch.Tensor,
         **kwargs: Any,
@@ -255,7 +291,7 @@ class HFLaai(HFLM):
         return torch.cat([context, pad_sequence(answers, batch_first=True, padding_value=padding)], dim=1)
 
     def _routed(self, requests: Sequence[Instance]) -> list[_Routed]:
-        """The edit (by task) and the name of each request."""
+        """The edit (by task), the name and the task of each request."""
         assert self._routing is not None
         self._routing.require(request.task_name for request in requests)
         interventions = [self._routing.get(request.task_name) for request in requests]
@@ -263,7 +299,7 @@ class HFLaai(HFLM):
             if iv is not None and (different := self._chats.difference(iv, request.args[0], self.tokenizer)):
                 logger.warning("%s: %s", request.task_name, different)
         return [
-            (None if iv is None else self._edits[id(iv)], named(request))
+            (None if iv is None else self._edits[id(iv)], named(request), request.task_name)
             for iv, request in zip(interventions, requests, strict=True)
         ]
 

@@ -1,10 +1,11 @@
 """Log-likelihoods of continuations under interventions: exact per request, one prompt pass per prompt.
 
-Two requests may share a computation only when their prompts AND their interventions are equal: with a vector at the
+Two requests may share logits only when their prompts AND their interventions are equal: with a vector at the
 last prompt token, the same text split elsewhere is another computation. Requests that do share a prompt become
   - one plain row, when every continuation is a beginning of the longest one, but for its last token (all one-token
     options; options that differ in their last token only), or else
   - a shared prompt: one pass over the prompt, whose cache all continuations then read.
+Both begin behind the prefix that the prompts of a task share (`lm_eval_laai.prefixes`).
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from laai_core.cache import model_inputs, padded, selected
 from laai_core.errors import LaaiError
 from laai_core.locate import Layout
 from lm_eval_laai.finite import check
+from lm_eval_laai.prefixes import SharedPrefixes, continued_inputs
 
-if TYPE_CHECKING:  # importing transformers takes a second
-    from transformers import PreTrainedModel
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
 
 # A shared prompt's cache is repeated for its continuations; below this many tokens the memory does not matter.
 _FREE_CACHE_TOKENS = 4096
@@ -33,12 +35,13 @@ Answer = tuple[float, bool]  # log-probability, and whether greedy decoding woul
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One request: token ids of its prompt and continuation, its edit, and its name in errors."""
+    """One request: token ids of its prompt and continuation, its edit, its name in errors, and its task's prefix."""
 
     prompt: list[int]
     continuation: list[int]
     edit: Edit | None
     name: str
+    prefix: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -48,6 +51,7 @@ class _Group:
     prompt: tuple[int, ...]
     edit: Edit | None
     name: str  # in errors: that of the request with the longest continuation
+    prefix: tuple[int, ...]
     members: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # request number, continuation
 
     def longest(self) -> tuple[int, ...]:
@@ -70,13 +74,20 @@ class Scorer:
         layout: of the model as it is called (`model` may be a PeftModel around `layout.model`).
         max_length: tokens the model takes.
         softmax_dtype: as HFLM's; None is the dtype of the logits.
+        prefixes: of `layout`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, layout: Layout, max_length: int, softmax_dtype: torch.dtype | None
+        self,
+        model: PreTrainedModel,
+        layout: Layout,
+        max_length: int,
+        softmax_dtype: torch.dtype | None,
+        prefixes: SharedPrefixes,
     ) -> None:
         self._model, self._layout = model, layout
         self._max_length, self._softmax_dtype = max_length, softmax_dtype
+        self._prefixes = prefixes
         self._device = layout.device
 
     def score(
@@ -89,14 +100,14 @@ class Scorer:
             WorkFailed: for a NaN or infinite logit under an edit.
         """
         answers: list[Answer | None] = [None] * len(rows)
-        groups = sorted(self._groups(rows), key=lambda g: -(len(g.prompt) + len(g.longest())))
+        groups = _ordered(self._groups(rows))
         linear = [group.is_linear() for group in groups]
         shared = [g for g, is_linear in zip(groups, linear, strict=True) if not is_linear]
         plain = [g for g, is_linear in zip(groups, linear, strict=True) if is_linear]
         # With virtual tokens a cached prompt could not be continued: PEFT would prepend them again.
         if shared and (self._layout.virtual_tokens or not self._cache_can_be_shared(shared[0])):
-            plain += [_Group(g.prompt, g.edit, g.name, [member]) for g in shared for member in g.members]
-            plain.sort(key=lambda g: -(len(g.prompt) + len(g.longest())))
+            plain += [_Group(g.prompt, g.edit, g.name, g.prefix, [member]) for g in shared for member in g.members]
+            plain = _ordered(plain)
             shared = []
         for start in range(0, len(plain), batch_size):
             chunk = plain[start : start + batch_size]
@@ -125,21 +136,23 @@ class Scorer:
                 )
             prompt = tuple(row.prompt[-room:])  # truncated from the left, as the harness does
             key = (prompt, id(row.edit))
-            group = groups.setdefault(key, _Group(prompt, row.edit, row.name))
+            group = groups.setdefault(key, _Group(prompt, row.edit, row.name, row.prefix))
             if group.members and len(row.continuation) > len(group.longest()):
                 group.name = row.name
             group.members.append((number, tuple(row.continuation)))
         return list(groups.values())
 
     def _plain(self, groups: Sequence[_Group]) -> Iterator[tuple[int, Answer]]:
-        """One right-padded row per group, without a mask, as the harness calls the model."""
-        inputs = [g.prompt + g.longest()[:-1] for g in groups]
-        ids, _ = padded(inputs, self._device)  # [B, T]
+        """One right-padded row per group. Whole rows go without a mask, as the harness calls the model."""
+        tokens, mask = padded([g.prompt + g.longest()[:-1] for g in groups], self._device)  # [B, T]
+        cache = self._cached_prefixes(groups, left=False)
+        inputs = {"input_ids": tokens} if cache is None else continued_inputs(self._layout, tokens, mask, cache)
+        columns = inputs["input_ids"].shape[1]
         with hooked(self._layout, [g.edit for g in groups], [len(g.prompt) for g in groups]):
-            logits = self._model(ids).logits  # [B, virtual + T, V]
-        logits = logits[:, logits.shape[1] - ids.shape[1] :]
+            logits = self._model(**inputs).logits  # [B, virtual + columns, V]
+        logits = logits[:, logits.shape[1] - columns :]
         for row, group in enumerate(groups):
-            start = len(group.prompt) - 1
+            start = len(group.prompt) - 1 - (tokens.shape[1] - columns)
             span = self._log_softmax(logits[row : row + 1, start : start + len(group.longest())], [group])[0]
             for number, continuation in group.members:
                 yield number, _answer(span[: len(continuation)], continuation)
@@ -149,8 +162,9 @@ class Scorer:
         edits = [g.edit for g in groups]
         lengths = [len(g.prompt) for g in groups]
         tokens, mask = padded([g.prompt for g in groups], self._device, left=True)  # [G, P]
+        inputs = continued_inputs(self._layout, tokens, mask, self._cached_prefixes(groups, left=True))
         with hooked(self._layout, edits, lengths):
-            output = self._model(**model_inputs(self._layout, tokens, mask), use_cache=True)
+            output = self._model(**inputs)
         first = self._log_softmax(output.logits[:, -1], groups)  # [G, V]
         stems = [(g, stem) for g, group in enumerate(groups) for stem in group.stems()]
         tails: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
@@ -174,6 +188,11 @@ class Scorer:
                 span = torch.cat([head, tails[g, stem].to(head.device)]) if stem else head
                 yield number, _answer(span, continuation)
 
+    def _cached_prefixes(self, groups: Sequence[_Group], left: bool) -> DynamicCache | None:
+        return self._prefixes.cache(
+            [g.prompt for g in groups], [g.edit for g in groups], [g.prefix for g in groups], left
+        )
+
     def _cache_can_be_shared(self, group: _Group) -> bool:
         """Whether this model returns a cache whose rows can be repeated (recurrent states may not)."""
         ids = torch.tensor([group.prompt[:1]], device=self._device)
@@ -194,6 +213,15 @@ def _answer(span: torch.Tensor, continuation: Sequence[int]) -> Answer:
     """span [n, V]: log-probabilities at the n tokens of the continuation."""
     target = torch.tensor(continuation, device=span.device).unsqueeze(1)
     return float(span.gather(1, target).sum()), bool((span.argmax(1, keepdim=True) == target).all())
+
+
+def _ordered(groups: Sequence[_Group]) -> list[_Group]:
+    """The longest first, and with each the others that have its prefix."""
+    by_length = sorted(groups, key=lambda g: -(len(g.prompt) + len(g.longest())))
+    by_prefix: dict[tuple[int, ...], list[_Group]] = {}
+    for group in by_length:
+        by_prefix.setdefault(group.prefix, []).append(group)
+    return [group for part in by_prefix.values() for group in part]
 
 
 def _packed(groups: Sequence[_Group], batch_size: int) -> Iterator[list[_Group]]:

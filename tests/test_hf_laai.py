@@ -213,7 +213,7 @@ def test_left_truncation_and_windows():
     # (continuation length, what is left of the prompt): of 8 + 1 tokens the last ones stay.
     for count, left in ((1, 8), (3, 6), (8, 1)):
         continuation = [token + 5 + i for i in range(count)]
-        lm._routed_rows = [(next(iter(lm._edits.values())), "")]
+        lm._routed_rows = [(next(iter(lm._edits.values())), "", None)]
         try:
             got = lm._loglikelihood_tokens([(("", ""), prompt, continuation)], disable_tqdm=True)
         finally:
@@ -331,6 +331,7 @@ def test_random_batches_equal_the_reference(rows, share, batch_size, scale):
     """Lengths, splits, interventions per row and scale drawn at random; with `share` all rows have one prompt."""
     from laai_core.apply import Edit
     from laai_core.locate import locate
+    from lm_eval_laai.prefixes import SharedPrefixes
     from lm_eval_laai.scoring import Row, Scorer
 
     layout = locate(_MODEL)
@@ -340,7 +341,7 @@ def test_random_batches_equal_the_reference(rows, share, batch_size, scale):
     if share:
         rows = [(rows[0][0], continuation, which) for _, continuation, which in rows]
     with torch.no_grad():
-        got = Scorer(_MODEL, layout, 64, None).score(
+        got = Scorer(_MODEL, layout, 64, None, SharedPrefixes(layout)).score(
             [Row(p, c, None if w is None else edits[w], "") for p, c, w in rows], batch_size
         )
     want = [slow_reference.loglikelihood(_MODEL, p, c, None if w is None else specs[w]) for p, c, w in rows]

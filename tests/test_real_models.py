@@ -142,6 +142,39 @@ def test_tasks_of_one_run_get_their_own_vectors(name, batch_size, tmp_path):
         assert text == lm.tok_decode(tokens).split(STOP)[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [SMOLLM2, GEMMA])
+def test_ten_shots_run_once_and_give_the_same_answers(name, request):
+    """Against the same requests as tasks of their own, which share nothing."""
+    model, tokenizer = loaded(name)
+    split = laai.load_task("pairs:past_tense", seed=0)
+    shots = "".join(f"{e.prompt}{e.target}\n\n" for e in split.train)
+    words = split.test[:6]
+    contexts = [(shots + e.prompt, {"until": [STOP], "max_gen_toks": 6, "do_sample": False}) for e in words]
+    options = [(shots + e.prompt, other.target) for e in words[:3] for other in words[:3]]
+    tokens = []
+    hook = model.register_forward_pre_hook(
+        lambda m, a, k: tokens.append((a[0] if a else k["input_ids"]).numel()), with_kwargs=True
+    )
+    request.addfinalizer(hook.remove)
+    for position, batch_size in (("last", 1), ("generated", 4), ("all", 4)):
+        iv = laai.Intervention(
+            {LAYERS[name]: trained(name).vector(LAYERS[name]) * (0.1 if position == "all" else 1)}, position=position
+        )
+        lm = HFLaai(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, intervention=iv)
+        found = {}
+        for tasks in ("together", "apart"):
+            tokens.clear()
+            of = [tasks if tasks == "together" else str(n) for n in range(len(options))]
+            texts = lm.generate_until(requests("generate_until", contexts, of[: len(contexts)]), disable_tqdm=True)
+            scores = lm.loglikelihood(requests("loglikelihood", options, of), disable_tqdm=True)
+            found[tasks] = texts, scores, sum(tokens)
+        (texts, scores, ran), (want, wanted, whole) = found.values()
+        assert texts == want and ran < whole / 2
+        assert [greedy for _, greedy in scores] == [greedy for _, greedy in wanted]
+        assert [score for score, _ in scores] == pytest.approx([score for score, _ in wanted], abs=1e-4)
+
+
 def laai_command(*words):
     code = "import sys; from lm_eval_laai.commands.entry import main; sys.exit(main())"
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=dict(os.environ))
