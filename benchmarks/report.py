@@ -9,10 +9,11 @@ from typing import Any
 
 from measure import DOCS, RESULTS, markdown
 
-ORDER = ["real_models", "training", "many", "optimisers", "evaluation", "size", "gpu", "regressions", "norms"]
+ORDER = ["real_models", "training", "step", "many", "optimisers", "evaluation", "size", "gpu", "regressions", "norms"]
 TITLES = {
     "real_models": "Real models: ten examples against ten shots",
     "training": "Training: replay against plain and PEFT",
+    "step": "A step against the machine's limits",
     "many": "Many vectors in one batch",
     "optimisers": "Optimisers",
     "evaluation": "Evaluation: hf-laai against hf",

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.nn import Linear
+from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import laai_core as laai
@@ -33,6 +34,7 @@ from measure import Record, Timings, interleaved, median, milliseconds, parser, 
 from models import random_llama, small_llama, word_examples, word_tokenizer
 
 FOLDS = 3
+ROWS = (10, 20, 40, 80)
 COLUMNS = ["step", "tokens", "floor: read", "multiply", "replay", "linear", "plain", "replay / floor"]
 COLUMNS += ["linear / floor", "linear / replay", "plain / replay", "replay, GB/s", "GFLOP/s"]
 
@@ -108,6 +110,39 @@ def row(title: str, timings: Timings, moved: float, operations: float, tokens: i
     ]
 
 
+def products_timed(rounds: int, weights: int) -> dict[int, Timings]:
+    """{rows: seconds of `weights` products x W^T or g W, by each way}; W [1536, 576], too many for a cache."""
+    ws = [torch.randn(1536, 576) for _ in range(weights)]
+    turned = [w.T.contiguous() for w in ws]
+    joined = [torch.cat(pair) for pair in zip(ws[::2], ws[1::2], strict=True)]
+    halves = [w.bfloat16() for w in ws]
+    onednn, packed = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
+    mkl, mkl_packed = torch.ops.mkl._mkl_linear, torch.ops.mkl._mkl_reorder_linear_weight
+    there, back, pairs, half = ([packed(w) for w in part] for part in (ws, turned, joined, halves))
+    found = {}
+    for rows in ROWS:
+        x, g, fixed = torch.randn(rows, 576), torch.randn(rows, 1536), [mkl_packed(w, rows) for w in ws]
+        narrow = x.bfloat16()
+        calls: dict[str, Callable[[], Any]] = {
+            "linear": lambda x=x: [linear(x, w) for w in ws],
+            "oneDNN, packed": lambda x=x: [onednn(x, w, None, "none", [], "") for w in there],
+            "two joined": lambda x=x: [onednn(x, w, None, "none", [], "") for w in pairs],
+            "oneDNN, not packed": lambda x=x: [onednn(x, w, None, "none", [], "") for w in ws],
+            "MKL, packed": lambda x=x, fixed=fixed, rows=rows: [
+                mkl(x, p, w, None, rows) for p, w in zip(fixed, ws, strict=True)
+            ],
+            "W^T as x": lambda x=x: [onednn(w, x, None, "none", [], "") for w in ws],
+            "bf16 linear": lambda x=narrow: [linear(x, w) for w in halves],
+            "bf16 packed": lambda x=narrow: [onednn(x, w, None, "none", [], "") for w in half],
+            "backward: g W": lambda g=g: [g @ w for w in ws],
+            "on a copied W^T": lambda g=g: [linear(g, w) for w in turned],
+            "oneDNN, W^T packed": lambda g=g: [onednn(g, w, None, "none", [], "") for w in back],
+        }
+        with torch.no_grad():
+            found[rows] = interleaved(calls, rounds, at_least=0)
+    return found
+
+
 def main() -> None:
     flags = parser(__doc__)
     flags.set_defaults(rounds=9)
@@ -136,6 +171,18 @@ def main() -> None:
         rows.append(row(title, *found))
     record.keep("seconds per call", kept)
     record.table("Milliseconds a step, and the floor", COLUMNS, rows)
+    weights = 4 if quick else 32
+    tried = products_timed(rounds, weights)
+    record.keep("seconds per product", tried)
+    record.table(
+        "Tried: GFLOP/s of rows times W^T, W [1536, 576] in float32, by rows",
+        ["way", *map(str, ROWS)],
+        [
+            [way, *(f"{2e-9 * rows * 1536 * 576 * weights / median(times, way):.0f}" for rows, times in tried.items())]
+            for way in tried[ROWS[0]]
+        ],
+        "Not tried: torch.compile with frozen weights, which needs a C++ compiler where the training runs.",
+    )
     record.save(quick)
 
 
