@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import laai_core as laai
 from laai_core.encode import encode_examples
 from laai_core.example import Example
-from laai_core.forward import PlainForward
+from laai_core.forward import Forward, PlainForward
 from laai_core.hooks import frozen
 from laai_core.locate import locate
 from laai_core.objective import Objective
@@ -60,11 +60,12 @@ def timed(
     vectors = 0.01 * torch.randn(len(sets), math.prod(layout.shape(layer, "heads")))
     prefixes = Prefixes(layout, batch, [layer])
     prefixes.__dict__["products"] = Untouched()
-    forwards = {
+    forwards: dict[str, Forward] = {
         "replay": ReplayForward(layout, batch, layer, "heads"),
         "linear": ReplayForward(layout, batch, layer, "heads", prefixes=prefixes),
-        "plain": PlainForward(layout, batch, layer, "heads"),
     }
+    if not folds:
+        forwards["plain"] = PlainForward(layout, batch, layer, "heads")
     table, (a, b) = torch.ones(1 << 27), torch.randn(2, 2048, 2048)
     packed = torch.ops.mkldnn._reorder_linear_weight(b)
     cases: dict[str, Any] = {
@@ -99,7 +100,8 @@ def row(title: str, timings: Timings, moved: float, operations: float, tokens: i
     multiply = operations / (2 * 2048**3 / median(timings, "product"))
     replay = median(timings, "replay")
     floor = max(read, multiply)
-    return [
+    timings = {"plain": [math.nan] * len(timings["replay"]), **timings}
+    cells = [
         title,
         str(tokens),
         *map(milliseconds, (read, multiply, replay, median(timings, "linear"), median(timings, "plain"))),
@@ -108,6 +110,7 @@ def row(title: str, timings: Timings, moved: float, operations: float, tokens: i
         f"{moved / replay / 1e9:.1f}",
         f"{operations / replay / 1e9:.0f}",
     ]
+    return ["-" if cell.startswith("nan") else cell for cell in cells]
 
 
 def products_timed(rounds: int, weights: int) -> dict[int, Timings]:
@@ -171,6 +174,7 @@ def main() -> None:
         rows.append(row(title, *found))
     record.keep("seconds per call", kept)
     record.table("Milliseconds a step, and the floor", COLUMNS, rows)
+    record.save(quick)
     weights = 4 if quick else 32
     tried = products_timed(rounds, weights)
     record.keep("seconds per product", tried)
