@@ -12,9 +12,9 @@
     return Intervention({layer: rms * x}) of the smallest loss + penalty seen
 
 In reading order. The vector: example, intervention, storage. On a model: locate, hooks, positions, apply.
-Its training: encode, objective, penalty, optimize, forward, cache and replay (the fast path), problem, settings,
-start, record, train. `data/` reads and bundles tasks, `hub/` reads the Hugging Face Hub; the flat files need them for
-`load_task` and `Intervention.load` alone.
+Its training: encode, objective, penalty, optimize, forward, cache, products and replay (the fast path), problem,
+settings, start, record, train. `data/` reads and bundles tasks, `hub/` reads the Hugging Face Hub; the flat files need
+them for `load_task` and `Intervention.load` alone.
 
 Public names are imported at first use, so that importing `laai_core.errors` alone does not load torch.
 """

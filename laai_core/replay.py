@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from laai_core.encode import Batch
 from laai_core.forward import Forward, Part
 from laai_core.hooks import attached, recorded, shadowed, with_hidden
 from laai_core.locate import Layout
+from laai_core.products import Products, Rows
 
 Text = tuple[int, tuple[int, ...]]  # number of prompt tokens, all token ids of a row
 
@@ -60,6 +62,11 @@ class Prefixes:
             )
         ]
         self._kept: dict[tuple[int, int], _Suffixes] = {}
+
+    @cached_property
+    def products(self) -> Products:
+        """The packed weights of all blocks that are replayed."""
+        return Products(self._layout, min(self._layers))
 
     def suffixes(self, rows: Sequence[int], layer: int, batch_size: int) -> tuple[dict[str, Any], Any]:
         """The model's arguments for some rows (ascending), and the hidden states that enter `layer`.
@@ -112,12 +119,21 @@ class ReplayForward(Forward):
     def _first(self, lengths: torch.Tensor) -> torch.Tensor:
         return lengths - 1
 
-    def _inputs(self, rows: list[int]) -> tuple[dict[str, Any], Any]:
-        return self._prefixes.suffixes(rows, self._layer, self._batch_size)
+    def _inputs(self, rows: list[int]) -> tuple[dict[str, Any], Any, Rows, torch.Tensor]:
+        inputs, entering = self._prefixes.suffixes(rows, self._layer, self._batch_size)
+        tokens = inputs["input_ids"]
+        real = inputs["attention_mask"][:, -tokens.shape[1] :].bool()
+        batch = self._batch
+        learnt = torch.zeros(len(batch.prompt_lengths), dtype=torch.bool, device=real.device)
+        learnt[batch.row[batch.share[batch.example[batch.continuation]] > 0]] = True  # the others are held out
+        learnt = learnt[rows]
+        return inputs, entering, Rows(tokens.shape, _indices(real), _indices(real & learnt.unsqueeze(1))), learnt
 
     def _logits(self, part: Part, edit: Edit) -> torch.Tensor:
-        inputs, entering = part.inputs
+        inputs, entering, rows, learnt = part.inputs
+        read = Rows((1, len(part.row)), None, _indices(learnt[part.row]))
         with (
+            self._prefixes.products.used(rows, read),
             _replayed(self._layout, self._layer, entering),
             _read_at(self._layout, part),
             hooked(self._layout, edit, part.lengths),
@@ -126,6 +142,11 @@ class ReplayForward(Forward):
         if logits.shape[:2] != (1, len(part.row)):
             raise RuntimeError(f"logits of shape {list(logits.shape)} for {len(part.row)} positions")
         return logits.squeeze(0)  # not logits[0], whose backward allocates a second [u, V]
+
+
+def _indices(chosen: torch.Tensor) -> torch.Tensor | None:
+    """Where `chosen` is true, in its flat form; None if it is everywhere."""
+    return None if bool(chosen.all()) else chosen.flatten().nonzero().squeeze(1)
 
 
 def _run(layout: Layout, texts: Sequence[Text], layers: Sequence[int]) -> _Suffixes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from laai_core.cache import model_inputs, padded
 from laai_core.encode import Whitespace, encode_text
 from laai_core.errors import LaaiError
 from laai_core.example import Example
-from laai_core.hooks import hidden_of, recorded
+from laai_core.hooks import attached, hidden_of, recorded
 from laai_core.locate import Layout
 from laai_core.memory import until_it_fits
 
@@ -69,6 +70,10 @@ def in_context_starts(
 Tokens = tuple[int, ...]
 
 
+class _Enough(Exception):
+    """Ends a forward at the highest of the layers that are read."""
+
+
 def _prompts(
     layout: Layout, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], whitespace: Whitespace
 ) -> list[tuple[Tokens, Tokens]]:
@@ -101,14 +106,20 @@ def _last_activations(
 
     def last(value: Any) -> torch.Tensor:
         hidden = hidden_of(value)
-        # Rows are padded on the left. OPT's feed-forward flattens all rows into one.
-        return hidden.reshape(count, -1, hidden.shape[-1])[:, -1].float().cpu()
+        # Rows are padded on the left. OPT's feed-forward flattens all rows into one. A copy: Falcon adds to its own.
+        return hidden.reshape(count, -1, hidden.shape[-1])[:, -1].to("cpu", torch.float32, copy=True)
 
-    with recorded(modules, last, inputs=site == "heads") as seen:
+    def stop(*ignored: Any) -> None:
+        raise _Enough
+
+    top = modules[max(layers)]
+    hooked = top.register_forward_pre_hook if site == "heads" else top.register_forward_hook
+    with recorded(modules, last, inputs=site == "heads") as seen, attached([hooked(stop)]):
         for begin in range(0, len(rows), batch_size):
             part = [rows[row] for row in in_order[begin : begin + batch_size]]
             count = len(part)
             tokens, mask = padded(part, layout.device, left=True)
-            layout.model(**model_inputs(layout, tokens, mask), use_cache=False, logits_to_keep=1)
+            with suppress(_Enough):
+                layout.model(**model_inputs(layout, tokens, mask), use_cache=False, logits_to_keep=1)
     restored = torch.tensor(in_order).argsort()  # undoes the sorting by length
     return {layer: layout.whole(torch.cat(parts), layer, site).cpu()[restored] for layer, parts in seen.items()}

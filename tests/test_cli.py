@@ -128,8 +128,9 @@ def test_train_logs_every_evaluation_to_a_file(
 
 
 def test_train_prints_a_summary_and_logs_to_stderr(
-    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("laai_core.products.SMALLEST", 0)
     fixed = ["--layer", "1", "--l1", "0.01", "--group", "0", "--steps", "3"]
     assert cli.main(["train", "--model", str(model), "--task", TASK, *fixed, "--output", f"{tmp_path}/"]) == 0
     out, err = capfd.readouterr()
@@ -148,6 +149,7 @@ def test_train_prints_a_summary_and_logs_to_stderr(
         "evaluations",
     ]
     assert "3/3" in err  # the bar
+    assert re.search(r"(?m)^training takes up to \d+ MB more for packed weights", err)
 
 
 def test_the_same_training_gives_the_same_bytes(model: Path, trained: Path, tmp_path: Path) -> None:

@@ -6,11 +6,14 @@ import pytest
 import torch
 from test_apply import EVERY
 from tiny import HEADS, HIDDEN, head_dim, tiny_model, tiny_tokenizer
+from torch.utils.flop_counter import FlopCounterMode
 
 import laai_core as laai
+from laai_core import products
 from laai_core.encode import encode_examples
 from laai_core.errors import NotFinite
 from laai_core.forward import PlainForward
+from laai_core.hooks import frozen
 from laai_core.locate import locate
 from laai_core.objective import Objective
 from laai_core.replay import ReplayForward
@@ -217,3 +220,60 @@ def test_a_loss_that_is_not_finite_names_the_example():
     assert result.intervention.metadata["training"]["stopped"] == result.stopped
     assert "not finite at evaluation" in result.stopped and "(example 1)" in result.stopped
     assert result.objective == min(step.objective for step in result.history)
+
+
+PACKED = ["Llama", "Gemma3Text", "GPT2", "OPT"]
+
+
+@pytest.mark.parametrize("fits", [True, False], ids=["packed", "too large"])
+@pytest.mark.parametrize("name", PACKED)
+def test_products_of_some_rows_equal_the_plain_path(name, fits, monkeypatch):
+    """Three folds of ragged rows, each with other examples held out."""
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    monkeypatch.setattr(products, "LIBRARIES", 0 if fits else -(1 << 30))
+    examples, layout = rules(RAGGED), locate(tiny_model(name))
+    held_out = [number % 3 == fold for fold in range(3) for number in range(len(examples))]
+    runs = [fold for fold in range(3) for _ in examples]
+    batch = encode_examples(TOKENIZER, examples * 3, runs=runs, held_out=held_out)
+    assert bool(products.packed_bytes(layout, 1)) is fits
+    deltas, objective = vectors(name, 3), Objective(examples * 3)
+    for size in (None, 2, 1):
+        plain, replay = (kind(layout, batch, 1, "heads", size) for kind in (PlainForward, ReplayForward))
+        with frozen(layout.model):
+            (loss, gradient, every), (fast_loss, fast_gradient, fast_every) = (
+                forward.loss_and_gradient(deltas, objective, [0, 1, 2]) for forward in (plain, replay)
+            )
+        torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(fast_every, every, rtol=1e-5, atol=0)
+        assert (fast_gradient - gradient).norm() <= 1e-4 * gradient.norm()
+
+
+def test_products_leave_the_model_as_it_was(monkeypatch):
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    model = tiny_model("GPT2")
+    before = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
+    laai.train(model, TOKENIZER, rules(RAGGED), layer=1, steps=3, forward="replay")
+    for name, value in model.state_dict().items():
+        assert (value.data_ptr(), True) == (before[name][0], torch.equal(value, before[name][1]))
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_padding_and_held_out_rows_are_not_multiplied(monkeypatch):
+    """Counted in operations, forward and backward: two a weight and row."""
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    monkeypatch.setattr(products, "LIBRARIES", -(1 << 30))  # nothing packed: the counter knows torch's products only
+    examples = rules([("q", " a long answer"), ("w", " c"), ("r", " of"), ("t", " b")])
+    layout = locate(tiny_model("Llama"))
+    batch = encode_examples(TOKENIZER, examples, held_out=[False, False, True, False])
+    replay = ReplayForward(layout, batch, 0, "heads")
+    with frozen(layout.model):
+        replay.loss_and_gradient(vectors("Llama", 1), Objective(examples), [0])
+        with FlopCounterMode(display=False) as counter:
+            replay.loss_and_gradient(vectors("Llama", 1), Objective(examples), [0])
+    counts = counter.get_flop_counts()["Global"]
+    tokens = [int(n) - p + 1 for n, p in zip(batch.attention_mask.sum(1), batch.prompt_lengths, strict=True)]
+    weights = sum(m.weight.numel() for m in layout.model.modules() if isinstance(m, torch.nn.Linear))
+    assert max(tokens) > min(tokens)
+    assert sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm)) <= 2 * weights * (
+        2 * sum(tokens) - tokens[2]
+    )

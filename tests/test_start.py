@@ -36,7 +36,7 @@ def last_activation(model, path, site, ids):
         handle = module.register_forward_pre_hook(lambda m, given: seen.append(given[0]))
     else:
         handle = module.register_forward_hook(
-            lambda m, given, out: seen.append(out[0] if isinstance(out, tuple) else out)
+            lambda m, given, out: seen.append((out[0] if isinstance(out, tuple) else out).clone())  # Falcon adds to it
         )
     model(input_ids=torch.tensor([ids]), use_cache=False)
     handle.remove()

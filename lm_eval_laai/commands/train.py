@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from laai_core.errors import Interrupted, LaaiError, NotFinite, WorkFailed
 from laai_core.example import Split
 from laai_core.files import PARTIAL, SUFFIX
+from laai_core.locate import locate
+from laai_core.products import packed_bytes
 from laai_core.settings import Job, Settings
 from laai_core.settings import check as check_field
 from laai_core.train import TrainResult
@@ -168,6 +171,9 @@ def _train(
 ) -> dict[str, Any]:
     """Train a Δ and write `path`, or, where training stops before its end, the best so far beside it."""
     task = recorded_task(split.name)
+    packed = packed_bytes(locate(model, options["projection"]), 0 if layer is None else layer)
+    if packed and options["forward"] != "plain":
+        print(f"training takes up to {packed / 1e6:.0f} MB more for packed weights", file=sys.stderr, flush=True)
     try:
         if log is not None:
             options["on_step"] = step_log(log)

@@ -1,0 +1,194 @@
+"""One step of the replay against what the machine allows: how fast it reads memory, and how fast it multiplies.
+
+A step reads the weights of the replayed blocks and of the head twice, forward and backward, and multiplies each with
+the tokens that are not padding: two operations a weight and token, each way. The floor is the longer of the two, at
+the bandwidth and the product rate measured in the same rounds: a sum over 512 MB, and a product of 2,048 x 2,048.
+`linear` is the replay with torch's own `linear` on all rows, padding and held-out examples with them, as it was before
+the weights were packed; `plain` is full hooked forwards. Cases: the random Llama of `training.py`, and SmolLM2-135M on
+ten pairs of the public antonyms (`laai models fetch smollm2-135m`, $LAAI_DATA), alone and as the three folds of the
+cross-validation. The gradients of all paths are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import Linear
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import laai_core as laai
+from laai_core.encode import encode_examples
+from laai_core.example import Example
+from laai_core.forward import Forward, PlainForward
+from laai_core.hooks import frozen
+from laai_core.locate import locate
+from laai_core.objective import Objective
+from laai_core.replay import Prefixes, ReplayForward
+from lm_eval_laai.known_models.folder import pretrained
+from measure import Record, Timings, interleaved, median, milliseconds, parser, ratio
+from models import random_llama, small_llama, word_examples, word_tokenizer
+
+FOLDS = 3
+ROWS = (10, 20, 40, 80)
+COLUMNS = ["step", "tokens", "floor: read", "multiply", "replay", "linear", "plain", "replay / floor"]
+COLUMNS += ["linear / floor", "linear / replay", "plain / replay", "replay, GB/s", "GFLOP/s"]
+
+
+class Untouched:
+    """Stands where `Prefixes` has its products: torch's own."""
+
+    def used(self, *arguments: Any) -> Any:
+        return contextlib.nullcontext()
+
+
+def timed(
+    model: Any, tokenizer: Any, sets: Sequence[Sequence[Example]], layer: int, stop: str, rounds: int, folds: bool
+) -> tuple[Timings, float, float, int]:
+    """Seconds per call of each case; bytes and floating-point operations of a step; its tokens."""
+    layout = locate(model)
+    examples = [example for part in sets for example in part]
+    runs = [run for run, part in enumerate(sets) for _ in part]
+    held_out = [number % FOLDS == run for run, part in enumerate(sets) for number in range(len(part))]
+    batch = encode_examples(tokenizer, examples, stop, runs=runs, held_out=held_out if folds else None)
+    objective = Objective(examples)
+    torch.manual_seed(0)
+    vectors = 0.01 * torch.randn(len(sets), math.prod(layout.shape(layer, "heads")))
+    prefixes = Prefixes(layout, batch, [layer])
+    prefixes.__dict__["products"] = Untouched()
+    forwards: dict[str, Forward] = {
+        "replay": ReplayForward(layout, batch, layer, "heads"),
+        "linear": ReplayForward(layout, batch, layer, "heads", prefixes=prefixes),
+    }
+    if not folds:
+        forwards["plain"] = PlainForward(layout, batch, layer, "heads")
+    table, (a, b) = torch.ones(1 << 27), torch.randn(2, 2048, 2048)
+    packed = torch.ops.mkldnn._reorder_linear_weight(b)
+    cases: dict[str, Any] = {
+        name: lambda forward=forward: forward.loss_and_gradient(vectors, objective, range(len(sets)))
+        for name, forward in forwards.items()
+    }
+    with frozen(model):
+        (loss, gradient, _), *others = (case() for case in cases.values())
+        for other, slope, _ in others:
+            assert torch.allclose(other, loss, rtol=1e-5), (other, loss)
+            assert (slope - gradient).norm() <= 1e-4 * slope.norm()
+        cases["read"] = table.sum
+        cases["product"] = lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
+        timings = interleaved(cases, rounds)
+    weights = model.get_output_embeddings().weight.numel() + sum(
+        module.weight.numel()
+        for block in layout.blocks[layer:]
+        for module in block.modules()
+        if type(module) is Linear
+    )
+    suffixes = [int(n) - p + 1 for n, p in zip(batch.attention_mask.sum(1), batch.prompt_lengths, strict=True)]
+    tokens = sum(suffixes)
+    backward = sum(n for n, out in zip(suffixes, held_out, strict=True) if not (folds and out))
+    # A token is scored where it stands, by the one before it: the head sees as many rows as the blocks.
+    assert tokens == len(batch.token)
+    return timings, 8.0 * weights, 2.0 * weights * (tokens + backward), tokens
+
+
+def row(title: str, timings: Timings, moved: float, operations: float, tokens: int) -> list[str]:
+    """A table row."""
+    read = moved / ((1 << 29) / median(timings, "read"))
+    multiply = operations / (2 * 2048**3 / median(timings, "product"))
+    replay = median(timings, "replay")
+    floor = max(read, multiply)
+    timings = {"plain": [math.nan] * len(timings["replay"]), **timings}
+    cells = [
+        title,
+        str(tokens),
+        *map(milliseconds, (read, multiply, replay, median(timings, "linear"), median(timings, "plain"))),
+        *(f"{median(timings, name) / floor:.1f}×" for name in ("replay", "linear")),
+        *(f"{ratio(timings, name, 'replay'):.1f}×" for name in ("linear", "plain")),
+        f"{moved / replay / 1e9:.1f}",
+        f"{operations / replay / 1e9:.0f}",
+    ]
+    return ["-" if cell.startswith("nan") else cell for cell in cells]
+
+
+def products_timed(rounds: int, weights: int) -> dict[int, Timings]:
+    """{rows: seconds of `weights` products x W^T or g W, by each way}; W [1536, 576], too many for a cache."""
+    ws = [torch.randn(1536, 576) for _ in range(weights)]
+    turned = [w.T.contiguous() for w in ws]
+    joined = [torch.cat(pair) for pair in zip(ws[::2], ws[1::2], strict=True)]
+    halves = [w.bfloat16() for w in ws]
+    onednn, packed = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
+    mkl, mkl_packed = torch.ops.mkl._mkl_linear, torch.ops.mkl._mkl_reorder_linear_weight
+    there, back, pairs, half = ([packed(w) for w in part] for part in (ws, turned, joined, halves))
+    found = {}
+    for rows in ROWS:
+        x, g, fixed = torch.randn(rows, 576), torch.randn(rows, 1536), [mkl_packed(w, rows) for w in ws]
+        narrow = x.bfloat16()
+        calls: dict[str, Callable[[], Any]] = {
+            "linear": lambda x=x: [linear(x, w) for w in ws],
+            "oneDNN, packed": lambda x=x: [onednn(x, w, None, "none", [], "") for w in there],
+            "two joined": lambda x=x: [onednn(x, w, None, "none", [], "") for w in pairs],
+            "oneDNN, not packed": lambda x=x: [onednn(x, w, None, "none", [], "") for w in ws],
+            "MKL, packed": lambda x=x, fixed=fixed, rows=rows: [
+                mkl(x, p, w, None, rows) for p, w in zip(fixed, ws, strict=True)
+            ],
+            "W^T as x": lambda x=x: [onednn(w, x, None, "none", [], "") for w in ws],
+            "bf16 linear": lambda x=narrow: [linear(x, w) for w in halves],
+            "bf16 packed": lambda x=narrow: [onednn(x, w, None, "none", [], "") for w in half],
+            "backward: g W": lambda g=g: [g @ w for w in ws],
+            "on a copied W^T": lambda g=g: [linear(g, w) for w in turned],
+            "oneDNN, W^T packed": lambda g=g: [onednn(g, w, None, "none", [], "") for w in back],
+        }
+        with torch.no_grad():
+            found[rows] = interleaved(calls, rounds, at_least=0)
+    return found
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.set_defaults(rounds=9)
+    arguments = flags.parse_args()
+    quick, rounds = arguments.quick, arguments.rounds
+    record = Record("step", __doc__ or "", {"examples": 10, "rounds": rounds})
+    model, layer = (small_llama(), 1) if quick else (random_llama(), 4)
+    todo: list[Any] = [
+        (f"random Llama, {p} + {n}", model, word_tokenizer(), [word_examples(10, p, n)], layer, "", rounds, False)
+        for p, n in ([(8, 2)] if quick else [(8, 2), (120, 1)])
+    ]
+    if not quick:
+        path = pretrained("smollm2-135m")
+        real, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+            AutoTokenizer.from_pretrained(path),
+        )
+        for seed in (0, 1):
+            pairs = laai.load_task("antonym", seed=seed).train
+            todo.append((f"SmolLM2, seed {seed}", real, tokenizer, [pairs], 12, "\n", rounds, False))
+        todo.append(("SmolLM2, seed 1, folds", real, tokenizer, [pairs] * FOLDS, 12, "\n", rounds, True))
+    rows, kept = [], {}
+    for title, *case in todo:
+        found = timed(*case)
+        kept[title] = found[0]
+        rows.append(row(title, *found))
+    record.keep("seconds per call", kept)
+    record.table("Milliseconds a step, and the floor", COLUMNS, rows)
+    record.save(quick)
+    weights = 4 if quick else 32
+    tried = products_timed(rounds, weights)
+    record.keep("seconds per product", tried)
+    record.table(
+        "Tried: GFLOP/s of rows times W^T, W [1536, 576] in float32, by rows",
+        ["way", *map(str, ROWS)],
+        [
+            [way, *(f"{2e-9 * rows * 1536 * 576 * weights / median(times, way):.0f}" for rows, times in tried.items())]
+            for way in tried[ROWS[0]]
+        ],
+        "Not tried: torch.compile with frozen weights, which needs a C++ compiler where the training runs.",
+    )
+    record.save(quick)
+
+
+if __name__ == "__main__":
+    main()
