@@ -25,6 +25,7 @@ from lm_eval_laai.methods.select import (
     PENALTIES,
     _Curve,
     choose,
+    last_good,
     train_chosen,
 )
 
@@ -94,7 +95,7 @@ def test_every_held_out_loss_is_that_of_folds_trained_alone(count):
     for one in choice.tried:
         expected = held_out_by_hand(model, examples, one, one.steps)
         assert one.held_out_loss == pytest.approx(expected, rel=2e-3)
-    best = min(choice.tried, key=lambda one: one.held_out_loss)
+    best = min(choice.tried, key=lambda one: one.smallest_loss)
     assert (choice.layer, choice.l1, choice.group, choice.steps) == (best.layer, best.l1, best.group, best.steps)
 
 
@@ -110,15 +111,29 @@ def test_the_settings_are_those_of_the_training(settings):
     assert one.held_out_loss == pytest.approx(expected, rel=2e-3)
 
 
-def test_the_number_of_evaluations_is_where_the_curve_is_lowest():
+def test_the_smallest_loss_is_that_of_the_curve_by_hand():
     """The whole curve by hand, to PATIENCE evaluations behind its lowest point."""
     model = tiny_model("Llama")
     (one,) = choose(model, TOKENIZER, EXAMPLES, 1, USUAL, USUAL).tried
     assert 1 <= one.steps <= EVALUATIONS
-    until = min(one.steps + PATIENCE, EVALUATIONS)
-    curve = [held_out_by_hand(model, EXAMPLES, one, steps) for steps in range(1, until + 1)]
-    assert one.held_out_loss == pytest.approx(min(curve), rel=2e-3)
-    assert curve[one.steps - 1] == pytest.approx(min(curve), rel=2e-3)
+    curve = [held_out_by_hand(model, EXAMPLES, one, steps) for steps in range(1, one.steps + 1)]
+    assert one.smallest_loss == pytest.approx(min(curve), rel=2e-3)
+    assert curve[-1] <= min(curve) + 0.1 * (curve[0] - min(curve)) + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("losses", "steps"),
+    [
+        ([5.0], 1),
+        ([5.0, 4.0, 3.0], 3),
+        ([5.0, 3.0, 3.1, 3.3, 3.2, 3.4], 5),  # of a fall of 2, within 0.2
+        ([5.0, 3.0, 3.9, 3.1, 9.0], 4),
+        ([5.0, 6.0, 5.0], 3),
+        ([5.0, 6.0, 7.0], 1),
+    ],
+)
+def test_the_last_number_of_evaluations_that_is_good_enough_is_taken(losses, steps):
+    assert last_good(losses) == steps
 
 
 def test_two_examples_are_folds_that_begin_at_zero():

@@ -7,8 +7,9 @@ once for all folds and layers. No test item is ever looked at.
 Layers first, from coarse to fine: COARSE of them, evenly spread over the depth where vectors of tasks act, then the
 neighbours of the best half a gap away. Then the penalties, at the best layer. Every setting begins at the in-context
 start, so that a few evaluations say how good it gets; a setting ends when its held-out loss has not fallen for
-PATIENCE evaluations. The number of evaluations is the one at which the mean held-out loss of the chosen setting is
-smallest.
+PATIENCE evaluations. The setting with the smallest held-out loss is chosen. Its number of evaluations is the last at
+which the held-out loss is within LATE of its whole fall from the smallest: of ten examples the minimum is noisy, and
+words that were not drawn lose little to some evaluations too many and much to too few.
 
 The held-out loss is -log((1 - FLOOR) p + FLOOR), p = exp(-loss) of the example: under the plain mean, one held-out
 answer that is wrong anyway and gets more so ends a training that is still making others right.
@@ -46,19 +47,21 @@ EVALUATIONS = 30  # at most, of a setting
 PATIENCE = 8  # evaluations without a smaller held-out loss
 FLOOR = 0.01  # probability of an answer that is wrong anyway
 HEAD_START = 6  # evaluations of a setting before it is compared with the best one
-PENALTIES = (1e-2, 1e-3)  # values of l1 and group, relative to the activation; layers are compared under the last
+LATE = 0.1  # share of the fall of the held-out loss that later evaluations may lose again
+PENALTIES = (3e-3, 1e-3)  # values of l1 and group, relative to the activation; layers are compared under the last
 LONE_DEPTH = 0.4  # share of the depth for a single example, of which nothing can be held out
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One setting: the smallest mean of the bounded held-out losses, and after how many evaluations."""
+    """One setting, its number of evaluations, and the means of the bounded held-out losses there and at the lowest."""
 
     layer: int
     l1: float
     group: float
     steps: int
     held_out_loss: float
+    smallest_loss: float
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def choose(
                     tried.append(folds.tried(at, *penalties, bar))
                 except Unfinished as error:
                     raise type(error)(f"cross-validation at layer {at}: {error}", []) from None
-            return min(tried, key=lambda one: one.held_out_loss)
+            return min(tried, key=lambda one: one.smallest_loss)
 
         middle_first = sorted(coarse, key=lambda at: abs(at - LONE_DEPTH * count))
         best = try_all([(at, usual) for at in middle_first])
@@ -213,10 +216,16 @@ class _Folds:
             curve.add,
             on_losses=curve.see,
         )
-        loss, steps = min((loss, number) for number, loss in enumerate(curve.losses, 1))
-        if loss < min(self._best, default=math.inf):
+        if min(curve.losses) < min(self._best, default=math.inf):
             self._best = curve.losses
-        return Tried(layer, l1, group, steps, loss)
+        steps = last_good(curve.losses)
+        return Tried(layer, l1, group, steps, curve.losses[steps - 1], min(curve.losses))
+
+
+def last_good(losses: Sequence[float]) -> int:
+    """The last number of evaluations, from 1, whose loss is within LATE of the whole fall from the smallest."""
+    enough = min(losses) + LATE * (losses[0] - min(losses))
+    return max(number for number, loss in enumerate(losses, 1) if loss <= enough)
 
 
 def held_out(losses: torch.Tensor) -> torch.Tensor:
