@@ -316,7 +316,7 @@ def test_hf_laai_says_where_evaluation_differs(
     told = [
         r.getMessage()
         for r in caplog.records
-        if r.name == "lm_eval_laai.model" and "the intervention was trained" in r.getMessage()
+        if r.name == "lm_eval_laai.steered" and "the intervention was trained" in r.getMessage()
     ]
     assert len(found["samples"]["rows"]) == 3
     assert [] == told if said is None else len(told) == 1 and said in told[0]

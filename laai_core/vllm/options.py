@@ -103,7 +103,9 @@ def load(config: Any) -> Loaded:
         intervention = Intervention.load(Path(path))
         expected = given["interventions"][name].get("sha256") if isinstance(given["interventions"], Mapping) else None
         if expected is not None and intervention.sha256 != expected:
-            raise LaaiError(f"{path} has SHA-256 {intervention.sha256}, expected {expected}: it changed, or differs here")
+            raise LaaiError(
+                f"{path} has SHA-256 {intervention.sha256}, expected {expected}: it changed, or differs here"
+            )
         refuse(intervention, path)
         interventions[name] = intervention.rescaled(given.get("scale", 1.0))
     return Loaded(interventions, given.get("projection"))
@@ -112,7 +114,9 @@ def load(config: Any) -> Loaded:
 def refuse(intervention: Intervention, source: str) -> None:
     """LaaiError for an operation that the worker does not have."""
     if intervention.operation != "add":
-        raise LaaiError(f"{source}: operation {intervention.operation!r} is refused in vLLM, expected 'add': use hf-laai")
+        raise LaaiError(
+            f"{source}: operation {intervention.operation!r} is refused in vLLM, expected 'add': use hf-laai"
+        )
 
 
 def check_request(arguments: Any, names: Mapping[str, Any], tokens: int | None = None) -> None:
@@ -131,4 +135,6 @@ def check_request(arguments: Any, names: Mapping[str, Any], tokens: int | None =
     if length is None:
         return
     if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= (tokens or length):
-        raise LaaiError(f"{LENGTH} is {length!r:.60}: expected a number of tokens, 1 to {tokens or 'those of the prompt'}")
+        raise LaaiError(
+            f"{LENGTH} is {length!r:.60}: expected a number of tokens, 1 to {tokens or 'those of the prompt'}"
+        )

@@ -1,7 +1,7 @@
 """Modules that add rows of a table to their input or output: a form that survives torch.compile and CUDA graphs.
 
-A compiled graph ignores hooks that come later, and a captured graph replays addresses. So the change is in the module's
-own forward, reads two buffers at fixed addresses, and does the same work in every step:
+A compiled graph ignores hooks that come later, and a captured graph replays addresses. So the change is in the
+module's own forward, reads two buffers at fixed addresses, and does the same work in every step:
 
     x [n, D]  ->  x + table[rows[:n]]        table [1 + interventions + 1, D]; row 0 is zero
 
@@ -30,7 +30,8 @@ def steer(module: nn.Module, site: str, table: torch.Tensor, rows: torch.Tensor)
     """
     module.register_buffer(_TABLE, table, persistent=False)
     module.register_buffer(_ROWS, rows, persistent=False)
-    module.__class__ = _adding_to_input(type(module)) if site == "heads" else _adding_to_output(type(module))
+    base: Any = type(module)
+    module.__class__ = _adding_to_input(base) if site == "heads" else _adding_to_output(base)
 
 
 def _added(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The check at an engine's start: a probe through everything that requests go through, against a plain forward.
 
-An ignored change (a compiled graph from a cache, a captured graph, a layer that is fused away) would give the untouched
-model's numbers without an error. So every worker runs a probe prompt at each changed module:
+An ignored change (a compiled graph from a cache, a captured graph, a layer that is fused away) would give the
+untouched model's numbers without an error. So every worker runs a probe prompt at each changed module:
 
     base    the plain forward, untouched
     plain   the plain forward: no compiled or captured graph; an ordinary hook adds a strong vector

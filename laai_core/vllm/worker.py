@@ -31,9 +31,7 @@ class Worker(_Base):
         refuse(vllm_config)
         self._loaded = load(vllm_config.additional_config)
         # The hash of the configuration is the name of the compiled graphs: other files, other layers, other graphs.
-        facts = {
-            name: [iv.sha256, iv.site, *iv.layers] for name, iv in sorted(self._loaded.interventions.items())
-        }
+        facts = {name: [iv.sha256, iv.site, *iv.layers] for name, iv in sorted(self._loaded.interventions.items())}
         vllm_config.additional_config = {**vllm_config.additional_config, f"{NAME}_loaded": facts}
         super().__init__(vllm_config, *args, **kwargs)
 
