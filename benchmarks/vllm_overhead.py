@@ -20,7 +20,7 @@ import laai_core as laai
 from evaluation import NEW_TOKENS, compared, generation, multiple_choice
 from lm_eval_laai.model import HFLaai
 from measure import Record, median, parser, ratio
-from models import parameters, random_llama, small_llama, word_tokenizer
+from models import WORDS, parameters, random_llama, word_tokenizer
 
 BATCH = 16  # of hf-laai; vLLM makes its own batches of at most as many requests
 ENGINE: dict[str, Any] = {
@@ -57,7 +57,14 @@ def main() -> None:
     arguments = parser(__doc__).parse_args()
     quick, rounds = arguments.quick, arguments.rounds
     contexts, questions = (4, 2) if quick else (48, 16)
-    model, layer = (small_llama(), 1) if quick else (random_llama(), 4)
+    small = {
+        "hidden": 128,
+        "intermediate": 128,
+        "layers": 4,
+        "heads": 4,
+        "vocabulary": WORDS,
+    }  # heads of 32: vLLM's least
+    model, layer = (random_llama(**small), 1) if quick else (random_llama(), 4)
     settings = {"model": f"random Llama, {parameters(model)} parameters", "contexts": contexts}
     settings |= {"new tokens": NEW_TOKENS, "questions": questions, "batch": BATCH, "rounds": rounds}
     record = Record("vllm_overhead", __doc__ or "", settings)

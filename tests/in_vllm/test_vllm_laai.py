@@ -126,7 +126,7 @@ def test_a_vector_from_python_and_its_scale(engine: Any) -> None:
 
 
 def test_logits_that_are_not_finite(engine: Any) -> None:
-    lm = engine(REFERENCE, laai.Intervention({5: torch.full((256,), 3e38)}, site="residual"))
+    lm = engine(REFERENCE, laai.Intervention({3: torch.full((8, 32), 3e38)}))
     with pytest.raises(WorkFailed, match="task task, document 0.*NaN or infinite"):
         lm.loglikelihood(requests("loglikelihood", [("Q: hot\nA:", " cold")]), disable_tqdm=True)
     with pytest.raises(WorkFailed, match="under 'intervention'.*NaN or infinite"):
