@@ -43,7 +43,6 @@ _REFUSED = {
     "worker_cls": "the interventions are in a worker class of their own",
     "additional_config": "it carries the interventions",
 }
-_NOT_SET = (None, False, 1)
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class VLLMLaai(Steered, VLLM):
             super().__init__(pretrained, **kwargs)
             return
         for name, instead in _REFUSED.items():
-            if kwargs.get(name) not in _NOT_SET:
+            if kwargs.get(name) and (kwargs[name] is True or kwargs[name] != 1):  # 1: a number of processes
                 raise LaaiError(f"{name} is refused with an intervention: {instead}")
         for iv, file in self._routing.files().values():
             refuse(iv, str(file or "the intervention"))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -104,14 +105,17 @@ class _Prober:
         return torch.cat(hidden)
 
     def _request(self, arguments: dict[str, Any] | None) -> NewRequestData:
+        # Blocks of the groups of layers are blocks of one pool.
         groups = self._runner.kv_cache_config.kv_cache_groups
+        sizes = [1 + self._count // group.kv_cache_spec.block_size for group in groups]
+        ends = [1, *(1 + total for total in accumulate(sizes))]
         return NewRequestData(
             req_id=PROBE,
             prompt_token_ids=self._tokens,
             mm_features=[],
             sampling_params=SamplingParams(temperature=0.0, extra_args=arguments),
             pooling_params=None,
-            block_ids=tuple([*range(1, 2 + self._count // group.kv_cache_spec.block_size)] for group in groups),
+            block_ids=tuple([*range(start, end)] for start, end in pairwise(ends)),
             num_computed_tokens=0,
             lora_request=None,
         )

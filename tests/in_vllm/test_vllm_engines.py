@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from alike import assert_scores_alike, assert_texts_alike, hf, vectors
+from alike import assert_scores_alike, assert_texts_alike, assert_tokens_alike, hf, vectors
 from tiny import REFERENCE
 
 import laai_core as laai
@@ -46,7 +46,7 @@ def test_compiled(engine: Any, folder: str, tmp_path: Path, monkeypatch: pytest.
     reference = hf(REFERENCE, folder, unrouted="none")
     for _ in range(2):
         lm = engine(REFERENCE, folder, unrouted="none", compilation_config={"mode": 3})
-        assert lm.model.llm_engine.vllm_config.compilation_config.mode == 3
+        assert lm.model.llm_engine.vllm_config.compilation_config.mode > 0
         assert_scores_alike(lm, reference)
         assert_texts_alike(lm, reference)
 
@@ -75,7 +75,7 @@ def test_architectures(engine: Any, name: str, tmp_path: Path) -> None:
     lm = engine(tmp_path / "model", folder, unrouted="none", max_model_len=128)
     reference = hf(tmp_path / "model", folder, unrouted="none")
     assert_scores_alike(lm, reference)
-    assert_texts_alike(lm, reference, tokens=6)
+    assert_tokens_alike(lm, reference, tokens=6)
 
 
 def test_an_ignored_change_is_an_error(engine: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
