@@ -136,5 +136,5 @@ def check_request(arguments: Any, names: Mapping[str, Any], tokens: int | None =
         return
     if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= (tokens or length):
         raise LaaiError(
-            f"{LENGTH} is {length!r:.60}: expected a number of tokens, 1 to {tokens or 'those of the prompt'}"
+            f"{LENGTH} is {length!r:.60}: expected a number of tokens from 1 to {tokens or 'those of the prompt'}"
         )
