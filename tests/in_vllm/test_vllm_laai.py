@@ -96,7 +96,7 @@ def table(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_tables_of_the_harness(engine: Any, tmp_path: Path) -> None:
     """The whole of laai_lexicon, a multiple-choice group, and tasks of three request types: the same numbers."""
     manager = TaskManager(include_path=str(include_path()), include_defaults=False)
-    model = hf(REFERENCE, None)
+    model = hf(REFERENCE, None, dtype="float32")
     for seed, rule in enumerate(("antonym", "synonym", "en_fr", "en_de")):
         examples = laai.load_task(f"lexicon_{rule}", seed=0).train
         trained = laai.train(model.model, model.tokenizer, examples, 3, steps=20, seed=seed).intervention
@@ -105,7 +105,8 @@ def test_tables_of_the_harness(engine: Any, tmp_path: Path) -> None:
         laai.Intervention.load(tmp_path / "laai_lexicon_antonym.safetensors").save(tmp_path / f"{name}.safetensors")
     names = ["laai_lexicon", "laai_survey"]
     tables = []
-    for lm in (engine(REFERENCE, str(tmp_path), unrouted="none"), hf(REFERENCE, str(tmp_path), unrouted="none")):
+    routed: dict[str, Any] = {"intervention": str(tmp_path), "unrouted": "none"}
+    for lm in (engine(REFERENCE, **routed), hf(REFERENCE, dtype="float32", **routed)):
         tasks = [*names, *(dict(task) for task in CHOICE_TEXT_AND_ROLLING)]
         found = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=False)
         tables.append(table(found))
