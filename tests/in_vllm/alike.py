@@ -105,7 +105,7 @@ def assert_texts_alike(one: Any, other: Any, tokens: int = 12, count: int = 4) -
     how = {"until": ["\n\n"], "max_gen_toks": tokens, "do_sample": False}
     asked = requests("generate_until", [(context, how) for context, _ in both], [task for _, task in both])
     mine, theirs = (lm.generate_until(asked, disable_tqdm=True) for lm in (one, other))
-    assert mine == theirs
+    assert mine == theirs, [(a, b) for a, b in zip(mine, theirs, strict=True) if a != b]
     assert len(set(mine)) > len(contexts)  # the vectors change what is written
 
 
@@ -129,5 +129,5 @@ def assert_tokens_alike(one: Any, other: Any, tokens: int) -> None:
                 do_sample=False,
                 eos_token_id=10**6,  # no token: nothing ends early
             )
-        assert got == want[:, len(prompt) :].tolist()
-        assert len({*map(tuple, got)}) > 2
+        assert got == want[:, len(prompt) :].tolist(), f"{got}, {want.tolist()}"
+        assert len({*map(tuple, got)}) > 2, got
