@@ -10,6 +10,7 @@ import subprocess
 import sys
 from importlib import metadata
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -139,8 +140,9 @@ def test_the_lazy_names_are_the_entry_points() -> None:
 def test_installed_entry_points(installed: metadata.Distribution) -> None:
     found = {(point.group, point.name): point for point in installed.entry_points}
     assert {key: point.value for key, point in found.items()} == declared_entry_points()
-    for point in found.values():
-        point.load()
+    for (_, name), point in found.items():
+        if name != "vllm-laai" or find_spec("vllm"):
+            point.load()
 
 
 # The task files
