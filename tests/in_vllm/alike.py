@@ -130,4 +130,4 @@ def assert_tokens_alike(one: Any, other: Any, tokens: int) -> None:
                 eos_token_id=10**6,  # no token: nothing ends early
             )
         assert got == want[:, len(prompt) :].tolist(), f"{got}, {want.tolist()}"
-        assert len({*map(tuple, got)}) > 2, got
+    assert len({*map(tuple, got)}) > 1, got
