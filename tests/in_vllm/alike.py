@@ -85,13 +85,13 @@ def pairs() -> tuple[list[tuple[str, str]], list[str]]:
     return [pair for pair, _ in both], [task for _, task in both]
 
 
-def assert_scores_alike(one: Any, other: Any) -> None:
+def assert_scores_alike(one: Any, other: Any, tolerance: float = TOLERANCE) -> None:
     arguments, tasks = pairs()
     scored = [lm.loglikelihood(requests("loglikelihood", arguments, tasks), disable_tqdm=True) for lm in (one, other)]
     differences = [abs(mine - theirs) for (mine, _), (theirs, _) in zip(*scored, strict=True)]
     worst = max(range(len(tasks)), key=differences.__getitem__)
     print(f"largest difference {differences[worst]:.1e}: {arguments[worst]}, {tasks[worst]}, {scored[1][worst]}")
-    assert differences[worst] <= TOLERANCE
+    assert differences[worst] <= tolerance
     assert [greedy for _, greedy in scored[0]] == [greedy for _, greedy in scored[1]]
     untouched = [score for (score, _), task in zip(scored[0], tasks, strict=True) if task == "untouched"]
     for kind in KINDS:  # no vector is too weak to be missed

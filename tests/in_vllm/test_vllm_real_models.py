@@ -23,5 +23,6 @@ def test_pretrained_models(engine: Any, name: str, tmp_path: Path) -> None:
         pytest.skip(f"{name} is not here: {error}")
     folder = vectors(hf(model, None).model, tmp_path, strength=1.0)
     lm, reference = engine(model, folder, unrouted="none"), hf(model, folder, unrouted="none")
-    assert_scores_alike(lm, reference)
+    # A float32 softmax over Gemma's 262,144 words rounds to 2.5e-4 (tests/test_real_models.py).
+    assert_scores_alike(lm, reference, 3e-4 if name.startswith("gemma") else 1e-4)
     assert_texts_alike(lm, reference, tokens=8)
