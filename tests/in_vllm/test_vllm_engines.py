@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_chunks_and_preemption(engine: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step has 32 tokens, and the cache room for a third of what is asked: requests are preempted and begin anew."""
-    tight = {"max_num_batched_tokens": 32, "max_num_seqs": 16, "num_gpu_blocks_override": 20}
+    tight = {"max_num_batched_tokens": 32, "max_num_seqs": 16, "num_gpu_blocks_override": 10}
     lm, reference = engine(REFERENCE, folder, unrouted="none", **tight), hf(REFERENCE, folder, unrouted="none")
     scheduler = lm.model.llm_engine.engine_core.engine_core.scheduler
     preempt, preempted = scheduler._preempt_request, []
@@ -35,8 +35,8 @@ def test_chunks_and_preemption(engine: Any, folder: str, monkeypatch: pytest.Mon
         scheduler, "_preempt_request", lambda r, *a, **k: (preempted.append(r), preempt(r, *a, **k))[1]
     )
     assert_scores_alike(lm, reference)
-    assert_texts_alike(lm, reference, tokens=80, count=3)
-    assert len(preempted) >= 5
+    assert_tokens_alike(lm, reference, tokens=80)
+    assert preempted
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
