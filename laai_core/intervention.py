@@ -134,7 +134,7 @@ class Intervention:
                     f"{tuple(vector.shape)}, this model expects {expected}"
                 )
             # `add` casts the vector to the model's dtype; `icv` computes in float32.
-            dtype = layout.model.dtype if self.operation == "add" else torch.float32
+            dtype = layout.dtype if self.operation == "add" else torch.float32
             if not bool(torch.isfinite((vector * self.scale).to(dtype)).all()):
                 name = str(dtype).removeprefix("torch.")
                 raise LaaiError(

@@ -49,6 +49,11 @@ class Layout:
         return torch.device("cpu") if embedding.weight.is_meta else embedding.weight.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations."""
+        return self.model.dtype
+
+    @property
     def max_positions(self) -> int | None:
         """The most tokens of a text by the configuration (`max_position_embeddings`); None if not given."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -125,14 +130,26 @@ def locate(model: PreTrainedModel, projection: str | None = None) -> Layout:
         raise LaaiError(f"{type(model).__name__} is an encoder-decoder: expected a causal (decoder-only) model")
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise LaaiError(f"{type(model).__name__} has no language-model head: expected a causal language model")
+    described = describe(model, config, projection)
+    _refuse_sharded(model, described["blocks"])
+    return Layout(model, virtual_tokens=virtual_tokens, **described)
+
+
+def describe(model: nn.Module, config: Any, projection: str | None = None) -> dict[str, Any]:
+    """Decoder, blocks, projections and sizes of a Layout, read off the module tree and the text model's config."""
     decoder, blocks = _find_blocks(model, config.num_hidden_layers)
-    _refuse_sharded(model, blocks)
     heads, hidden = _number_of_heads(model, config, blocks[0]), config.hidden_size
     if projection is None:
         projections = tuple(_find_projection(block, i, heads, hidden) for i, block in enumerate(blocks))
     else:
         projections = tuple(_named_projection(model, projection, i, heads) for i in range(len(blocks)))
-    return Layout(model, decoder, blocks, projections, heads, hidden, virtual_tokens)
+    return {
+        "decoder": decoder,
+        "blocks": blocks,
+        "projections": projections,
+        "num_heads": heads,
+        "hidden_size": hidden,
+    }
 
 
 def verify_causal(layout: Layout) -> None:
@@ -155,7 +172,7 @@ def verify_causal(layout: Layout) -> None:
             raise LaaiError(f"{name}: layer {i}'s output projection ran {len(seen)} times in a forward, expected once")
 
 
-def _find_blocks(model: PreTrainedModel, count: int) -> tuple[nn.Module, tuple[nn.Module, ...]]:
+def _find_blocks(model: Any, count: int) -> tuple[nn.Module, tuple[nn.Module, ...]]:
     """The innermost module around the decoder blocks that receives the tokens, and the blocks."""
     # get_decoder() first: it skips vision towers. For a few model types it is wrong, so larger modules follow.
     roots = [model.get_decoder()] if hasattr(model, "get_decoder") else []
@@ -262,17 +279,27 @@ def _feed_forward(block: nn.Module, layer: int) -> nn.Module:
     return found[0][1]
 
 
+# A linear module's attributes for its widths: torch's, and vLLM's (of all ranks together, where it is sharded).
+_WIDTHS = (("in_features", "out_features"), ("input_size", "output_size"))
+
+
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+    return isinstance(module, Conv1D) or any(all(hasattr(module, name) for name in names) for names in _WIDTHS)
 
 
 def _in_features(module: Any) -> int:
     # A quantised layer packs its weight, so the shape of the weight says nothing; Conv1D has no in_features.
-    return int(module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features)
+    return _width(module, 0)
 
 
 def _out_features(module: Any) -> int:
-    return int(module.weight.shape[1] if isinstance(module, Conv1D) else module.out_features)
+    return _width(module, 1)
+
+
+def _width(module: Any, end: int) -> int:
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[end])
+    return int(next(getattr(module, names[end]) for names in _WIDTHS if hasattr(module, names[end])))
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -30,10 +30,15 @@ def check(logits: torch.Tensor, names: Sequence[str | None]) -> None:
     finite = torch.isfinite(logits).flatten(1).all(1).tolist()
     for name, fine in zip(names, finite, strict=True):
         if name is not None and not fine:
-            raise WorkFailed(
-                f"{name}: the model's logits are NaN or infinite under the intervention in {logits.dtype}; "
-                f"expected finite ones: lower its scale, or run the model in float32"
-            )
+            raise not_finite(name, logits.dtype)
+
+
+def not_finite(name: str, dtype: torch.dtype) -> WorkFailed:
+    """The error for a request whose logits are not finite."""
+    return WorkFailed(
+        f"{name}: the model's logits are NaN or infinite under the intervention in {dtype}; "
+        f"expected finite ones: lower its scale, or run the model in float32"
+    )
 
 
 @contextmanager

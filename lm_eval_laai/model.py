@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -26,13 +25,10 @@ from laai_core.apply import Edit, hooked
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from laai_core.locate import locate, verify_causal
-from lm_eval_laai.chats import Chats
 from lm_eval_laai.finite import named, watched
 from lm_eval_laai.prefixes import SharedPrefixes, common_prefixes
-from lm_eval_laai.routing import Routing
 from lm_eval_laai.scoring import Row, Scorer
-
-logger = logging.getLogger(__name__)
+from lm_eval_laai.steered import Steered
 
 _Routed = tuple[Edit | None, str, str | None]  # a request's edit, its name in errors, and its task
 
@@ -48,7 +44,7 @@ class _RoutedText(str):
     prefix: tuple[int, ...] = ()
 
 
-class HFLaai(HFLM):
+class HFLaai(Steered, HFLM):
     """HFLM that applies interventions. Without `intervention` everything is HFLM's own.
 
     Args:
@@ -72,7 +68,7 @@ class HFLaai(HFLM):
         projection: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self._routing = None if intervention is None else Routing(intervention, scale, unrouted)
+        self._route(intervention, scale, unrouted)
         if self._routing is not None:
             _refuse_unseen_tensor_parallel(kwargs)
         if isinstance(pretrained, str) and kwargs.get("tp_plan") is None:
@@ -89,46 +85,14 @@ class HFLaai(HFLM):
         verify_causal(self._layout)
         self._prefixes = SharedPrefixes(self._layout)
         self._edits = {id(iv): Edit.of(iv, self._layout) for iv in self._routing.all()}
-        self._chats = Chats()
-        for iv in self._routing.all():
-            self._warn_if_made_elsewhere(iv)
+        used_on = self.pretrained if isinstance(self.pretrained, str) else self.config._name_or_path
+        self._warn_if_made_elsewhere(used_on, self.model.dtype)
 
     def _share_requests_between_processes(self) -> None:
         """Rank and world size of a launch of several processes, which HFLM sets only where it sees several GPUs."""
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None and self.world_size == 1:
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-
-    def _warn_if_made_elsewhere(self, intervention: Intervention) -> None:
-        """Warn of a vector trained on another model of the same shape, or in another dtype."""
-        made_for = intervention.metadata.get("base_model")
-        used_on = self.pretrained if isinstance(self.pretrained, str) else self.config._name_or_path
-        if isinstance(made_for, str) and _name(made_for) != _name(used_on):
-            logger.warning("the intervention was made for %.200r and is applied to %s", made_for, used_on)
-        training = intervention.metadata.get("training")
-        dtype = training.get("dtype") if isinstance(training, dict) else None
-        if dtype is not None and dtype != str(self.model.dtype).removeprefix("torch."):
-            logger.warning("the intervention was trained in %.200s, the model runs in %s", dtype, self.model.dtype)
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """HFLM's; records the context, to warn of a vector that was trained on prompts rendered otherwise."""
-        text: str = super().apply_chat_template(chat_history, add_generation_prompt)
-        if self._routing is not None:
-            self._chats.note(text, chat_history)
-        return text
-
-    def set_cache_hook(self, cache_hook: Any) -> None:
-        """LaaiError for a response cache: its keys are texts, so it would answer for another intervention."""
-        if self._routing is not None and cache_hook.dbdict is not None:
-            raise LaaiError("--use_cache is refused with an intervention: its keys do not say which one was applied")
-        super().set_cache_hook(cache_hook)
-
-    def get_model_info(self) -> dict[str, Any]:
-        """HFLM's facts, and the identity of every intervention."""
-        info = super().get_model_info()
-        if self._routing is not None:
-            info["interventions"] = self._routing.report()
-        return info
 
     # Log-likelihoods: the harness tokenises, `Scorer` groups and runs.
 
@@ -292,12 +256,7 @@ class HFLaai(HFLM):
 
     def _routed(self, requests: Sequence[Instance]) -> list[_Routed]:
         """The edit (by task), the name and the task of each request."""
-        assert self._routing is not None
-        self._routing.require(request.task_name for request in requests)
-        interventions = [self._routing.get(request.task_name) for request in requests]
-        for iv, request in zip(interventions, requests, strict=True):
-            if iv is not None and (different := self._chats.difference(iv, request.args[0], self.tokenizer)):
-                logger.warning("%s: %s", request.task_name, different)
+        interventions = self._routed_interventions(requests)
         return [
             (None if iv is None else self._edits[id(iv)], named(request), request.task_name)
             for iv, request in zip(interventions, requests, strict=True)
@@ -324,7 +283,3 @@ def _in_later_windows(edit: Edit | None) -> Edit | None:
     if edit is None or edit.position == "last":
         return None
     return dataclasses.replace(edit, position="all")
-
-
-def _name(model: str) -> str:
-    return os.path.basename(os.path.normpath(model))

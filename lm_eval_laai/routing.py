@@ -10,9 +10,11 @@ from typing import Any
 
 from laai_core.errors import LaaiError
 from laai_core.files import PARTIAL, SUFFIX
+from laai_core.hub import local_file
 from laai_core.intervention import Intervention
 
 UNROUTED = ("error", "none")
+ALL = "intervention"  # name of the one intervention that is for all tasks
 
 
 class Routing:
@@ -39,13 +41,15 @@ class Routing:
         self._for_all: Intervention | None = None
         self._by_task: dict[str, Intervention] = {}
         self._sources: dict[str, Intervention] = {}  # as loaded, for the results file
+        self._files: dict[int, Path] = {}  # by identity of the scaled intervention
         self._scale = _finite(scale)
         if isinstance(source, Intervention):
             self._for_all = self._kept("given from Python", source)
         elif os.path.isdir(source):
-            self._by_task = {p.stem: self._kept(str(p), Intervention.load(p)) for p in _files(Path(source))}
+            self._by_task = {p.stem: self._kept(str(p), Intervention.load(p), p) for p in _files(Path(source))}
         else:
-            self._for_all = self._kept(str(source), Intervention.load(source))
+            file = local_file(source)
+            self._for_all = self._kept(str(source), Intervention.load(file), file)
 
     def all(self) -> Iterable[Intervention]:
         """Every intervention that may be applied, scaled."""
@@ -54,6 +58,22 @@ class Routing:
     def get(self, task: str | None) -> Intervention | None:
         """The scaled intervention of a task; None leaves its requests untouched."""
         return self._for_all if self._for_all is not None else self._by_task.get(task or "")
+
+    def files(self) -> dict[str, tuple[Intervention, Path | None]]:
+        """Every intervention, scaled, and its file (None if given from Python), by the name that `name` gives it."""
+        named = {ALL: self._for_all} if self._for_all is not None else self._by_task
+        return {name: (intervention, self._files.get(id(intervention))) for name, intervention in named.items()}
+
+    def name(self, task: str | None) -> str | None:
+        """The name in `files` of a task's intervention; None leaves its requests untouched."""
+        if self._for_all is not None:
+            return ALL
+        return task if (task or "") in self._by_task else None
+
+    @property
+    def scale(self) -> float:
+        """The factor on every intervention's own scale."""
+        return self._scale
 
     def require(self, tasks: Iterable[str | None]) -> None:
         """Refuse tasks that have no intervention, all at once and before any request runs."""
@@ -81,9 +101,12 @@ class Routing:
             for source, intervention in self._sources.items()
         ]
 
-    def _kept(self, source: str, intervention: Intervention) -> Intervention:
+    def _kept(self, source: str, intervention: Intervention, file: Path | None = None) -> Intervention:
         self._sources[source] = intervention
-        return intervention.rescaled(self._scale)
+        scaled = intervention.rescaled(self._scale)
+        if file is not None:
+            self._files[id(scaled)] = file
+        return scaled
 
 
 def _finite(scale: Any) -> float:

@@ -124,16 +124,7 @@ class Scorer:
     def _groups(self, rows: Sequence[Row]) -> list[_Group]:
         groups: dict[tuple[tuple[int, ...], int], _Group] = {}
         for number, row in enumerate(rows):
-            if not row.continuation:
-                raise LaaiError(
-                    f"{row.name}: its continuation has no tokens of its own behind its context, as where both merge "
-                    f"into one token; expected at least one to score"
-                )
-            room = self._max_length + 1 - len(row.continuation)
-            if room < 1:
-                raise LaaiError(
-                    f"a continuation of {len(row.continuation)} tokens does not fit the model's {self._max_length}"
-                )
+            room = room_for_prompt(row.continuation, self._max_length + 1, row.name)
             prompt = tuple(row.prompt[-room:])  # truncated from the left, as the harness does
             key = (prompt, id(row.edit))
             group = groups.setdefault(key, _Group(prompt, row.edit, row.name, row.prefix))
@@ -207,6 +198,22 @@ class Scorer:
         """Log-softmax of logits [G, ..., V]; WorkFailed where a group under an edit has logits that are not finite."""
         check(logits, [None if group.edit is None else group.name for group in groups])
         return F.log_softmax(logits, dim=-1, dtype=self._softmax_dtype)
+
+
+def room_for_prompt(continuation: Sequence[int], window: int, name: str) -> int:
+    """Tokens left for a prompt, at least one, where prompt and continuation may have `window` tokens together.
+
+    Raises:
+        LaaiError: for a continuation without tokens, or one that leaves no room.
+    """
+    if not continuation:
+        raise LaaiError(
+            f"{name}: its continuation has no tokens of its own behind its context, as where both merge "
+            f"into one token; expected at least one to score"
+        )
+    if len(continuation) >= window:
+        raise LaaiError(f"a continuation of {len(continuation)} tokens does not fit the model's {window - 1}")
+    return window - len(continuation)
 
 
 def _answer(span: torch.Tensor, continuation: Sequence[int]) -> Answer:

@@ -19,6 +19,7 @@ ROOMS = (
     "laai_core",
     "laai_core.hub",
     "laai_core.data",
+    "laai_core.vllm",
     "lm_eval_laai",
     "lm_eval_laai.known_models",
     "lm_eval_laai.hub",

@@ -1,0 +1,84 @@
+"""What model classes with interventions share, whatever runs the model: routing, warnings, refusals, report."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+
+from laai_core.errors import LaaiError
+from laai_core.intervention import Intervention
+from lm_eval_laai.chats import Chats
+from lm_eval_laai.routing import Routing
+
+logger = logging.getLogger(__name__)
+
+
+class Steered:
+    """Comes before a model class of the harness among the bases; without routing everything is that class's own."""
+
+    tokenizer: Any
+    _routing: Routing | None
+    _chats: Chats
+
+    def _route(self, intervention: str | Path | Intervention | None, scale: float, unrouted: str) -> None:
+        """Read the interventions: the first thing to do, before the model loads."""
+        self._routing = None if intervention is None else Routing(intervention, scale, unrouted)
+        self._chats = Chats()
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The harness's; records the context, to warn of a vector that was trained on prompts rendered otherwise."""
+        base: Any = super()
+        text: str = base.apply_chat_template(chat_history, add_generation_prompt)
+        if self._routing is not None:
+            self._chats.note(text, chat_history)
+        return text
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """LaaiError for a response cache: its keys are texts, so it would answer for another intervention."""
+        if self._routing is not None and cache_hook.dbdict is not None:
+            raise LaaiError("--use_cache is refused with an intervention: its keys do not say which one was applied")
+        base: Any = super()
+        base.set_cache_hook(cache_hook)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """The harness's facts on the model, and the identity of every intervention."""
+        info: dict[str, Any] = getattr(super(), "get_model_info", dict)()
+        if self._routing is not None:
+            info["interventions"] = self._routing.report()
+        return info
+
+    def _routed_interventions(self, requests: Sequence[Instance]) -> list[Intervention | None]:
+        """The intervention of each request (by task), with a warning where its training prompts looked different.
+
+        Raises:
+            LaaiError: for tasks without an intervention, before any request runs.
+        """
+        assert self._routing is not None
+        self._routing.require(request.task_name for request in requests)
+        interventions = [self._routing.get(request.task_name) for request in requests]
+        for iv, request in zip(interventions, requests, strict=True):
+            if iv is not None and (different := self._chats.difference(iv, request.args[0], self.tokenizer)):
+                logger.warning("%s: %s", request.task_name, different)
+        return interventions
+
+    def _warn_if_made_elsewhere(self, used_on: str, dtype: torch.dtype) -> None:
+        """Warn of vectors trained on another model of the same shape, or in another dtype."""
+        assert self._routing is not None
+        for intervention in self._routing.all():
+            made_for = intervention.metadata.get("base_model")
+            if isinstance(made_for, str) and _name(made_for) != _name(used_on):
+                logger.warning("the intervention was made for %.200r and is applied to %s", made_for, used_on)
+            training = intervention.metadata.get("training")
+            trained_in = training.get("dtype") if isinstance(training, dict) else None
+            if trained_in is not None and trained_in != str(dtype).removeprefix("torch."):
+                logger.warning("the intervention was trained in %.200s, the model runs in %s", trained_in, dtype)
+
+
+def _name(model: str) -> str:
+    return os.path.basename(os.path.normpath(model))
