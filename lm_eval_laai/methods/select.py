@@ -7,9 +7,9 @@ once for all folds and layers. No test item is ever looked at.
 Layers first, from coarse to fine: COARSE of them, evenly spread over the depth where vectors of tasks act, then the
 neighbours of the best half a gap away. Then the penalties, at the best layer. Every setting begins at the in-context
 start, so that a few evaluations say how good it gets; a setting ends when its held-out loss has not fallen for
-PATIENCE evaluations. The setting with the smallest held-out loss is chosen. Its number of evaluations is the last at
-which the held-out loss is within LATE of its whole fall from the smallest: of ten examples the minimum is noisy, and
-words that were not drawn lose little to some evaluations too many and much to too few.
+PATIENCE evaluations. The setting with the smallest mean held-out loss is chosen. Its number of evaluations is the last
+whose mean is within one standard error of the smallest, of the paired differences between the examples' losses: the
+minimum over ten examples is noisy, and some evaluations too many cost less than too few.
 
 The held-out loss is -log((1 - FLOOR) p + FLOOR), p = exp(-loss) of the example: under the plain mean, one held-out
 answer that is wrong anyway and gets more so ends a training that is still making others right.
@@ -47,7 +47,6 @@ EVALUATIONS = 30  # at most, of a setting
 PATIENCE = 8  # evaluations without a smaller held-out loss
 FLOOR = 0.01  # probability of an answer that is wrong anyway
 HEAD_START = 6  # evaluations of a setting before it is compared with the best one
-LATE = 0.1  # share of the fall of the held-out loss that later evaluations may lose again
 PENALTIES = (3e-3, 1e-3)  # values of l1 and group, relative to the activation; layers are compared under the last
 LONE_DEPTH = 0.4  # share of the depth for a single example, of which nothing can be held out
 
@@ -218,17 +217,19 @@ class _Folds:
         )
         if min(curve.losses) < min(self._best, default=math.inf):
             self._best = curve.losses
-        steps = last_good(curve.losses)
+        steps = last_good(torch.stack(curve.held_out))
         return Tried(layer, l1, group, steps, curve.losses[steps - 1], min(curve.losses))
 
 
-def last_good(losses: Sequence[float]) -> int:
-    """The last number of evaluations, from 1, whose loss is within LATE of the whole fall from the smallest."""
-    enough = min(losses) + LATE * (losses[0] - min(losses))
-    return max(number for number, loss in enumerate(losses, 1) if loss <= enough)
+def last_good(losses: torch.Tensor) -> int:
+    """The last number of evaluations, from 1, within a standard error of the smallest mean of `losses` [E, N]."""
+    best = int(losses.mean(1).argmin())
+    worse = losses[best:] - losses[best]
+    error = worse.std(1) / math.sqrt(losses.shape[1])
+    return best + 1 + int((worse.mean(1) <= error).nonzero().max())
 
 
-def held_out(losses: torch.Tensor) -> torch.Tensor:
+def bounded(losses: torch.Tensor) -> torch.Tensor:
     """Losses of held-out examples, bounded by -log FLOOR."""
     return -torch.log((1 - FLOOR) * torch.exp(-losses) + FLOOR)
 
@@ -236,23 +237,25 @@ def held_out(losses: torch.Tensor) -> torch.Tensor:
 class _Curve:
     """The mean loss of held-out examples by evaluations, every fold at the best objective it has seen."""
 
-    def __init__(self, held_out: torch.Tensor, rival: Sequence[float], bar: Any) -> None:
-        self._held_out, self._rival, self._bar = held_out, rival, bar  # [F, N], losses by evaluations
-        self._now = torch.empty(0)
-        self._objectives = [float("inf")] * len(held_out)
-        self._sums = [float("inf")] * len(held_out)
+    def __init__(self, mask: torch.Tensor, rival: Sequence[float], bar: Any) -> None:
+        self._mask, self._rival, self._bar = mask, rival, bar  # [F, N]; losses by evaluations
+        self._now = self._best = torch.full(mask.shape, math.inf)
+        self._objectives = [math.inf] * len(mask)
+        self.held_out: list[torch.Tensor] = []  # [N]: every example is held out by one fold
         self.losses: list[float] = []
 
     def see(self, per_example: torch.Tensor) -> None:
         """Losses [F * N] at the points in evaluation."""
-        self._now = (held_out(per_example.cpu().view_as(self._held_out)) * self._held_out).sum(1)
+        self._now = bounded(per_example.cpu().view_as(self._mask))
 
     def add(self, steps: dict[int, Step]) -> bool:
         """The steps of the folds that were evaluated; whether the setting has ended."""
+        self._best = self._best.clone()
         for fold, step in steps.items():
             if step.objective < self._objectives[fold]:
-                self._objectives[fold], self._sums[fold] = step.objective, float(self._now[fold])
-        self.losses.append(sum(self._sums) / self._held_out.shape[1])
+                self._objectives[fold], self._best[fold] = step.objective, self._now[fold]
+        self.held_out.append(self._best[self._mask])
+        self.losses.append(float(self.held_out[-1].mean()))
         self._bar.update()
         count, lowest = len(self.losses), min(self.losses)
         behind = count >= HEAD_START and lowest > min(self._rival[:count], default=math.inf)
