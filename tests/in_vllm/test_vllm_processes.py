@@ -45,7 +45,7 @@ if __name__ == "__main__":
     lm = VLLMLaai(model, folder, unrouted="none", dtype="float32", max_model_len=256, block_size=32,
                   enforce_eager=True, tensor_parallel_size=2)
     scores = lm.loglikelihood(requests("loglikelihood", *pairs()), disable_tqdm=True)
-    how = {"until": ["\\n\\n"], "max_gen_toks": 12}
+    how = {"until": ["\\n\\n"], "max_gen_toks": 12, "do_sample": False}
     texts = lm.generate_until(requests("generate_until", [("Q: hot\\nA:", how)] * 5, %r), disable_tqdm=True)
     json.dump([scores, texts], open(out, "w"))
 """
@@ -65,7 +65,7 @@ def test_tensor_parallel(folder: str, tmp_path: Path) -> None:
     want = reference.loglikelihood(requests("loglikelihood", *pairs()), disable_tqdm=True)
     for (mine, greedy), (theirs, theirs_greedy) in zip(scores, want, strict=True):
         assert mine == pytest.approx(theirs, abs=TOLERANCE) and greedy == theirs_greedy
-    how = {"until": ["\n\n"], "max_gen_toks": 12}
+    how = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
     asked = requests("generate_until", [("Q: hot\nA:", how)] * 5, TASKS)
     assert texts == reference.generate_until(asked, disable_tqdm=True)
 
