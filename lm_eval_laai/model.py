@@ -75,7 +75,6 @@ class HFLaai(Steered, HFLM):
             _join_cpu_launch()
         super().__init__(pretrained, **kwargs)
         self._share_requests_between_processes()
-        self._routed_rows: list[_Routed] | None = None  # of the loglikelihood call in progress
         self._routed_contexts: list[_RoutedText] | None = None  # of the generation batch in progress
         if self._routing is None:
             return
@@ -95,16 +94,6 @@ class HFLaai(Steered, HFLM):
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     # Log-likelihoods: the harness tokenises, `Scorer` groups and runs.
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Exact per request; several continuations of one context under one intervention share its prompt pass."""
-        if self._routing is None:
-            return super().loglikelihood(requests, disable_tqdm)
-        self._routed_rows = self._routed(requests)
-        try:
-            return super().loglikelihood(requests, disable_tqdm)
-        finally:
-            self._routed_rows = None
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None

@@ -25,6 +25,8 @@ class Steered:
     tokenizer: Any
     _routing: Routing | None
     _chats: Chats
+    _routed_rows: list[Any] | None = None  # of the loglikelihood call in progress
+    _routed: Any  # (requests): what the class that runs the model must know of each
 
     def _route(self, intervention: str | Path | Intervention | None, scale: float, unrouted: str) -> None:
         """Read the interventions: the first thing to do, before the model loads."""
@@ -52,6 +54,18 @@ class Steered:
         if self._routing is not None:
             info["interventions"] = self._routing.report()
         return info
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Exact per request: its own intervention, where its own context ends."""
+        base: Any = super()
+        scores: list[tuple[float, bool]]
+        if self._routing is not None:
+            self._routed_rows = self._routed(requests)
+        try:
+            scores = base.loglikelihood(requests, disable_tqdm)
+        finally:
+            self._routed_rows = None
+        return scores
 
     def _routed_interventions(self, requests: Sequence[Instance]) -> list[Intervention | None]:
         """The intervention of each request (by task), with a warning where its training prompts looked different.

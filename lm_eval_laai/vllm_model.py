@@ -87,7 +87,6 @@ class VLLMLaai(Steered, VLLM):
         for iv, file in self._routing.files().values():
             refuse(iv, str(file or "the intervention"))
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the worker class is for the V1 model runner
-        self._routed_rows: list[tuple[str | None, str]] | None = None  # of the loglikelihood call in progress
         with tempfile.TemporaryDirectory(prefix="laai-") as folder:
             super().__init__(pretrained, **{**kwargs, **self._engine_arguments(Path(folder), projection)})
         self._warn_if_made_elsewhere(pretrained, self.model.llm_engine.model_config.dtype)
@@ -104,16 +103,6 @@ class VLLMLaai(Steered, VLLM):
         return engine_arguments(files, factor, projection)
 
     # Log-likelihoods: prompt_logprobs of prompt + continuation, where the request says where its prompt ends.
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Exact per request: the same text split elsewhere is another computation."""
-        if self._routing is None:
-            return super().loglikelihood(requests, disable_tqdm)
-        self._routed_rows = self._routed(requests)
-        try:
-            return super().loglikelihood(requests, disable_tqdm)
-        finally:
-            self._routed_rows = None
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         if self._routing is None:

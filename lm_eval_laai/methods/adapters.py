@@ -32,6 +32,7 @@ from laai_core.objective import Objective
 from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.linear_modules import attention_inputs, down_projection, first_attention, is_transposed
 from lm_eval_laai.methods.method import ADAPTER_FACTS, ADAPTER_STEPS
+from lm_eval_laai.methods.select import held_out_by_fold
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +40,6 @@ if TYPE_CHECKING:  # importing transformers takes a second
 RANK = 4  # LoRA's
 VIRTUAL_TOKENS = 8
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-FOLDS = 3  # of the cross-validation; two would choose rates for training on five of ten examples
 PATIENCE = 10  # steps without a smaller held-out loss
 
 ANY_TASK = "the answer to this question"
@@ -146,8 +146,7 @@ class _Data:
         self._tokenizer, self._examples = tokenizer, examples
         self._limit, self._device = layout.max_positions, layout.device
         self.objective = Objective(examples)
-        count = len(examples)
-        self.folds = [[n % FOLDS == fold for n in range(count)] for fold in range(min(FOLDS, count))] * (count > 1)
+        self.folds = held_out_by_fold(len(examples)) if len(examples) > 1 else []
 
     def batch(self, held_out: Sequence[bool] | None) -> Batch:
         """All examples, those held out with weight zero."""

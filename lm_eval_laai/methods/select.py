@@ -40,7 +40,7 @@ from laai_core.train import TrainResult, train
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FOLDS = 3
+FOLDS = 3  # two would choose settings for training on five of ten examples
 COARSE = 5  # layers tried first
 DEPTHS = (0.15, 0.75)  # shares of the depth between which these lie
 EVALUATIONS = 30  # at most, of a setting
@@ -159,6 +159,11 @@ def _coarse(count: int) -> tuple[list[int], int]:
     return layers, gap // 2
 
 
+def held_out_by_fold(count: int) -> list[list[bool]]:
+    """For each fold, which of `count` examples it holds out: each example is held out once."""
+    return [[n % FOLDS == fold for n in range(count)] for fold in range(min(count, FOLDS))]
+
+
 class _Folds:
     """One problem whose runs are the folds: each has all examples, some of them held out."""
 
@@ -172,8 +177,9 @@ class _Folds:
         lr: float,
         start: str | None,
     ) -> None:
-        count = min(len(examples), FOLDS)
-        self._held_out = torch.tensor([[n % count == fold for n in range(len(examples))] for fold in range(count)])
+        masks = held_out_by_fold(len(examples))
+        count = len(masks)
+        self._held_out = torch.tensor(masks)
         self._trained_on = [
             [e for e, out in zip(examples, fold, strict=True) if not out] for fold in self._held_out.tolist()
         ]
