@@ -260,16 +260,42 @@ def test_equal_arguments_give_equal_choices():
 # The training with what was chosen
 
 
-@pytest.mark.parametrize("start", [None, "zero"])
-def test_train_chosen(start):
+def test_train_chosen_from_zero_is_the_training_on_all_examples():
     model = tiny_model("Llama")
-    result, choice = train_chosen(model, TOKENIZER, EXAMPLES, seed=3, task="x", start=start)
-    assert choice == choose(model, TOKENIZER, EXAMPLES, start=start)
+    result, choice = train_chosen(model, TOKENIZER, EXAMPLES, seed=3, task="x", start="zero")
+    assert choice == choose(model, TOKENIZER, EXAMPLES, start="zero")
     penalties = choice.l1, choice.group
     direct = laai.train(
-        model, TOKENIZER, EXAMPLES, choice.layer, *penalties, steps=choice.steps, seed=3, task="x", start=start
+        model, TOKENIZER, EXAMPLES, choice.layer, *penalties, steps=choice.steps, seed=3, task="x", start="zero"
     )
     assert result.intervention.to_bytes() == direct.intervention.to_bytes()
+
+
+@pytest.mark.parametrize(("start", "count"), [(None, 7), ("icl", 7), ("icl", 2)])
+def test_train_chosen_is_the_mean_over_all_examples_and_the_folds(start, count):
+    model, examples = tiny_model("Llama"), EXAMPLES[:count]
+    seen = []
+    result, choice = train_chosen(model, TOKENIZER, examples, seed=3, task="x", start=start, on_step=seen.append)
+    assert choice == choose(model, TOKENIZER, examples, start=start)
+
+    parts = [[e for n, e in enumerate(examples) if n % 3 != fold] for fold in range(min(count, 3))]
+    jobs = [laai.Job(part, choice.layer, choice.l1, choice.group) for part in (examples, *parts)]
+    trained = laai.train_many(model, TOKENIZER, jobs, steps=choice.steps)
+    vectors = [one.intervention.vector(choice.layer) for one in trained]
+    found = result.intervention.vector(choice.layer)
+    torch.testing.assert_close(found, sum(vectors) / len(vectors))
+    assert not torch.allclose(found, vectors[0], atol=1e-3)
+
+    mean = laai.Intervention({choice.layer: found})
+    there = laai.train(
+        model, TOKENIZER, examples, choice.layer, choice.l1, choice.group, start=mean, steps=1
+    ).intervention.metadata["training"]
+    facts = result.intervention.metadata["training"]
+    assert facts["objective"] == pytest.approx(there["objective"], abs=1e-5) == result.objective
+    assert facts["stationarity"] == pytest.approx(there["stationarity"], rel=1e-3, abs=1e-6) == result.stationarity
+    assert (facts["mean_of"], facts["start"]) == (1 + len(parts), "icl")
+    assert facts["steps"] == choice.steps
+    assert seen == trained[0].history == result.history
 
 
 # Refusals

@@ -112,19 +112,19 @@ def _options(arguments: argparse.Namespace, method: Method) -> dict[str, Any]:
 
 def summary(result: TrainResult) -> dict[str, Any]:
     """The figures of a training, for a report."""
-    best = min(result.history, key=lambda step: step.objective)
     (layer,) = result.intervention.layers
     vector = result.intervention.vector(layer)
+    used = vector.ne(0).view(-1, vector.shape[-1])  # one group at sites without heads
     return {
         "sha256": result.intervention.sha256,
         "layer": layer,
         "objective": result.objective,
-        "task_loss": best.loss,
+        "task_loss": result.intervention.metadata["training"]["task_loss"],
         "task_loss_before": result.history[0].loss,
         "stationarity": result.stationarity,
-        "active_heads": best.active_heads,
-        "heads": len(vector),
-        "nonzero_share": best.nonzero / vector.numel(),
+        "active_heads": int(used.any(-1).sum()),
+        "heads": len(used),
+        "nonzero_share": float(used.float().mean()),
         "evaluations": len(result.history),
         "stopped": result.stopped,
     }

@@ -11,6 +11,10 @@ PATIENCE evaluations. The setting with the smallest mean held-out loss is chosen
 whose mean is within one standard error of the smallest, of the paired differences between the examples' losses: the
 minimum over ten examples is noisy, and some evaluations too many cost less than too few.
 
+The vector is the mean of those that this setting gives on all examples and on each fold's. A vector trained on ten
+examples fits their accidents; those of other subsets are different ones, and a mean has less of them (bagging: Breiman
+1996). Start zero is the paper's training, and its vector that of all examples alone.
+
 The held-out loss is -log((1 - FLOOR) p + FLOOR), p = exp(-loss) of the example: under the plain mean, one held-out
 answer that is wrong anyway and gets more so ends a training that is still making others right.
 """
@@ -20,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,13 +33,14 @@ from tqdm.auto import tqdm
 from laai_core.errors import LaaiError, Unfinished
 from laai_core.example import Example
 from laai_core.hooks import frozen
+from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate, verify_causal
 from laai_core.optimize import Step
 from laai_core.penalty import Penalty
 from laai_core.problem import Problem
 from laai_core.settings import Job, Settings, check
 from laai_core.start import in_context_starts
-from laai_core.train import TrainResult, train
+from laai_core.train import TrainResult, train_many
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,13 +147,50 @@ def train_chosen(
     on_step: Callable[[Step], None] = lambda step: None,
     **options: Any,
 ) -> tuple[TrainResult, Choice]:
-    """`laai_core.train.train` on all examples with the setting that `choose(..., layer, **options)` chooses.
+    """Train with the setting that `choose(..., layer, **options)` chooses.
 
-    `on_step` is called with the evaluations of that training, not with those of the cross-validation.
+    Returns the mean of the vectors of all examples and of the folds; with nothing to choose, or from start zero,
+    `laai_core.train.train` on all examples. The result's objective and stationarity are those of its vector, over all
+    examples; its history, and what `on_step` is called with, is the training on all examples.
     """
     choice = choose(model, tokenizer, examples, layer, **options)
-    options |= {"l1": choice.l1, "group": choice.group, "steps": choice.steps, "on_step": on_step}
-    return train(model, tokenizer, examples, choice.layer, seed=seed, task=task, **options), choice
+    start = options.get("start")
+    parts = trained_on(examples) if choice.tried and start != "zero" else []
+    own = {one.name: options[one.name] for one in fields(Job) if one.name in options}
+    own |= {"layer": choice.layer, "l1": choice.l1, "group": choice.group, "seed": seed, "task": task}
+    shared = {one.name: options[one.name] for one in fields(Settings) if one.name in options}
+    shared |= {"steps": choice.steps}
+    # A fold of a single example has no few-shot prompt: it begins where Job's default says.
+    other = own | {"start": None if start == "icl" else start}
+    whole, *others = train_many(
+        model,
+        tokenizer,
+        [Job(examples, **own), *(Job(part, **other) for part in parts)],
+        progress=options.get("progress", False),
+        on_steps=lambda steps: on_step(steps[0]) if 0 in steps else None,
+        **shared,
+    )
+    if not others:
+        return whole, choice
+    mean = sum((one.intervention for one in others), whole.intervention) * (1 / (1 + len(others)))
+    (result,) = train_many(model, tokenizer, [Job(examples, **own | {"start": mean})], **shared | {"steps": 1})
+    return _with_history(result, whole, mean_of=1 + len(others)), choice
+
+
+def _with_history(result: TrainResult, whole: TrainResult, mean_of: int) -> TrainResult:
+    """`result`, measured at a mean, with the history and the start of the training on all examples."""
+    found, metadata = result.intervention, result.intervention.metadata
+    trained = {name: whole.intervention.metadata["training"][name] for name in ("steps", "start", "stopped")}
+    metadata |= {"training": metadata["training"] | trained | {"mean_of": mean_of}}
+    vectors = {layer: found.vector(layer) for layer in found.layers}
+    intervention = Intervention(vectors, found.site, found.position, metadata=metadata)
+    return replace(
+        result,
+        intervention=intervention,
+        history=whole.history,
+        critical_penalty=whole.critical_penalty,
+        stopped=whole.stopped,
+    )
 
 
 def _coarse(count: int) -> tuple[list[int], int]:
@@ -162,6 +204,11 @@ def _coarse(count: int) -> tuple[list[int], int]:
 def held_out_by_fold(count: int) -> list[list[bool]]:
     """For each fold, which of `count` examples it holds out: each example is held out once."""
     return [[n % FOLDS == fold for n in range(count)] for fold in range(min(count, FOLDS))]
+
+
+def trained_on(examples: Sequence[Example]) -> list[list[Example]]:
+    """For each fold, the examples that it does not hold out."""
+    return [[e for e, out in zip(examples, fold, strict=True) if not out] for fold in held_out_by_fold(len(examples))]
 
 
 class _Folds:
@@ -180,9 +227,7 @@ class _Folds:
         masks = held_out_by_fold(len(examples))
         count = len(masks)
         self._held_out = torch.tensor(masks)
-        self._trained_on = [
-            [e for e, out in zip(examples, fold, strict=True) if not out] for fold in self._held_out.tolist()
-        ]
+        self._trained_on = trained_on(examples)
         self._layout, self._tokenizer, self._layers, self._settings = layout, tokenizer, layers, settings
         self._lr, self._start = lr, start
         self._best: list[float] = []  # held-out losses by evaluations, of the setting that reached the lowest
