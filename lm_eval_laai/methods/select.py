@@ -179,14 +179,17 @@ def train_chosen(
 
 def _with_history(result: TrainResult, whole: TrainResult, mean_of: int) -> TrainResult:
     """`result`, measured at a mean, with the history and the start of the training on all examples."""
-    found, metadata = result.intervention, result.intervention.metadata
-    trained = {name: whole.intervention.metadata["training"][name] for name in ("steps", "start", "stopped")}
-    metadata |= {"training": metadata["training"] | trained | {"mean_of": mean_of}}
-    vectors = {layer: found.vector(layer) for layer in found.layers}
-    intervention = Intervention(vectors, found.site, found.position, metadata=metadata)
+    at_mean = result.intervention
+    facts = {name: whole.intervention.metadata["training"][name] for name in ("steps", "start", "stopped")}
+    training = at_mean.metadata["training"] | facts | {"mean_of": mean_of}
     return replace(
         result,
-        intervention=intervention,
+        intervention=Intervention(
+            {layer: at_mean.vector(layer) for layer in at_mean.layers},
+            at_mean.site,
+            at_mean.position,
+            metadata=at_mean.metadata | {"training": training},
+        ),
         history=whole.history,
         critical_penalty=whole.critical_penalty,
         stopped=whole.stopped,
