@@ -46,8 +46,16 @@ class Forward(ABC):
         batch_size: rows per forward; default all. Halved when memory runs out; never changes the result.
     """
 
-    def __init__(self, layout: Layout, batch: Batch, layer: int, site: str, batch_size: int | None = None) -> None:
-        self._layout, self._layer, self._site = layout, layer, site
+    def __init__(
+        self,
+        layout: Layout,
+        batch: Batch,
+        layer: int,
+        site: str,
+        batch_size: int | None = None,
+        position: str = "last",
+    ) -> None:
+        self._layout, self._layer, self._site, self._position = layout, layer, site, position
         self._batch = batch.to(layout.device)
         self._batch_size = batch_size or len(batch.prompt_lengths)
         self._last: tuple[Any, list[Part]] = (None, [])
@@ -66,7 +74,7 @@ class Forward(ABC):
 
     def _edit(self, vectors: torch.Tensor) -> Edit:
         """The edit that adds vectors [rows, D], one for each row of a part."""
-        return Edit({self._layer: vectors}, self._site)
+        return Edit({self._layer: vectors}, self._site, self._position)
 
     def loss_and_gradient(
         self, vectors: torch.Tensor, objective: Objective, active: Sequence[int]
@@ -235,13 +243,6 @@ class _Logprobs(torch.autograd.Function):
 
 class PlainForward(Forward):
     """Full hooked forwards: the reference for `ReplayForward`, and the only forward for all positions."""
-
-    def __init__(self, *arguments: Any, position: str = "last") -> None:
-        super().__init__(*arguments)
-        self._position = position
-
-    def _edit(self, vectors: torch.Tensor) -> Edit:
-        return Edit({self._layer: vectors}, self._site, self._position)
 
     def _first(self, lengths: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(lengths)
