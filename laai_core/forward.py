@@ -99,29 +99,21 @@ class Forward(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         deltas = vectors.detach().to(self._batch.row.device).requires_grad_()
         parts = self._parts(active)
-        runs = torch.tensor(list(active))
-        if len(parts) == 1:
-            with torch.enable_grad():
-                logprobs = self._continuations(parts, [self._token_logprobs(deltas, parts[0])])
-                per_example = objective.per_example(logprobs)
-                losses = self._run_means(per_example)[runs.to(per_example.device)]
-                (gradients,) = torch.autograd.grad(losses.sum(), deltas)
-            return losses.detach(), gradients, per_example.detach()
         # The loss may couple rows (kl over options): first all log-probabilities, then the gradient part by part,
-        # weighted with the loss's derivative with respect to each log-probability.
-        with torch.no_grad():
-            logprobs = self._continuations(parts, [self._token_logprobs(deltas, part) for part in parts])
+        # weighted with the loss's derivative with respect to each log-probability. Several parts run twice, as memory
+        # holds the activations of one.
+        with torch.set_grad_enabled(len(parts) == 1):
+            scores = [self._token_logprobs(deltas, part) for part in parts]
         with torch.enable_grad():
-            logprobs.requires_grad_()
+            logprobs = self._continuations(parts, scores).detach().requires_grad_()
             per_example = objective.per_example(logprobs)
-            losses = self._run_means(per_example)[runs.to(per_example.device)]
+            losses = self._run_means(per_example)[torch.tensor(list(active), device=per_example.device)]
             (weights,) = torch.autograd.grad(losses.sum(), logprobs)
             gradients = torch.zeros_like(deltas)
-            for part in parts:
-                scores = self._token_logprobs(deltas, part)
+            for part, score in zip(parts, scores, strict=True):
+                score = score if score.requires_grad else self._token_logprobs(deltas, part)
                 continuation = self._batch.continuation[part.scored].to(weights.device)
-                weighted = (scores * weights[continuation]).sum()
-                gradients += torch.autograd.grad(weighted, deltas)[0]
+                gradients += torch.autograd.grad((score * weights[continuation]).sum(), deltas)[0]
         return losses.detach(), gradients, per_example.detach()
 
     @torch.no_grad()
