@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from laai_core.apply import apply as apply
     from laai_core.data import load_examples as load_examples
     from laai_core.data import load_task as load_task
+    from laai_core.data.split import Split as Split
     from laai_core.errors import LaaiError as LaaiError
     from laai_core.example import Example as Example
-    from laai_core.example import Split as Split
     from laai_core.intervention import Intervention as Intervention
     from laai_core.settings import Job as Job
     from laai_core.train import TrainResult as TrainResult
@@ -45,7 +45,7 @@ _FILES = {
     "Intervention": "intervention",
     "Job": "settings",
     "LaaiError": "errors",
-    "Split": "example",
+    "Split": "data.split",
     "TrainResult": "train",
     "__version__": "version",
     "apply": "apply",

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, eq=False)  # eq=False: compared by identity, as tensors have no truth value
+@dataclass(frozen=True, eq=False)  # eq=False: compared and hashed by identity, as tensors have no truth value
 class Edit:
     """Vectors to write into rows: by layer [D], or [B, D] with one per row of the call.
 
@@ -112,9 +113,9 @@ class _Steering:
         for layer, site in sorted({(layer, edit.site) for edit in self._edits for layer in edit.vectors}):
             module = layout.module(layer, site)
             if site == "heads":
-                yield module.register_forward_pre_hook(self._input_hook(layer, site))
+                yield module.register_forward_pre_hook(partial(self._edit_input, layer, site))
             else:
-                yield module.register_forward_hook(self._output_hook(layer, site))
+                yield module.register_forward_hook(partial(self._edit_output, layer, site))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `generate`, with its prompt given to the tracker: a forward call alone does not show whether it
@@ -140,6 +141,12 @@ class _Steering:
         batch, length = tokens.shape[:2]
         self._call = self._tracker.call(batch, length, past, given.get("attention_mask"))
         self._hits.clear()
+
+    def _edit_input(self, layer: int, site: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._edited(args[0], layer, site), *args[1:])
+
+    def _edit_output(self, layer: int, site: str, module: nn.Module, args: Any, output: Any) -> Any:
+        return with_hidden(output, self._edited(hidden_of(output), layer, site))
 
     def _where(self, edit: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and columns of the current call that one edit changes, on `device`."""
@@ -205,18 +212,6 @@ class _Steering:
                 raise LaaiError(f"layer {layer}: the intervention's vector is infinite in the activation's {x.dtype}")
         return self._cast[key]
 
-    def _input_hook(self, layer: int, site: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (self._edited(args[0], layer, site), *args[1:])
-
-        return hook
-
-    def _output_hook(self, layer: int, site: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            return with_hidden(output, self._edited(hidden_of(output), layer, site))
-
-        return hook
-
 
 def icv_step(x: torch.Tensor, vector: torch.Tensor, step: float) -> torch.Tensor:
     """The rule of in-context vectors (Liu et al. 2023, as their code has it) on x [n, hidden].
@@ -234,13 +229,9 @@ def _distinct(rows: Edit | Sequence[Edit | None]) -> tuple[list[Edit], torch.Ten
     """The distinct edits, and each row's index among them (-1: untouched), or None when one edit is for all rows."""
     if isinstance(rows, Edit):
         return [rows], None
-    edits: list[Edit] = []
-    numbers: dict[int, int] = {}
-    for edit in rows:
-        if edit is not None and id(edit) not in numbers:
-            numbers[id(edit)] = len(edits)
-            edits.append(edit)
-    return edits, torch.tensor([-1 if edit is None else numbers[id(edit)] for edit in rows], dtype=torch.long)
+    edits = list(dict.fromkeys(edit for edit in rows if edit is not None))
+    number: dict[Edit | None, int] = {None: -1, **{edit: index for index, edit in enumerate(edits)}}
+    return edits, torch.tensor([number[edit] for edit in rows], dtype=torch.long)
 
 
 def _prompt_mask(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""One training or test example, and a task's split into the two."""
+"""One training or test example."""
 
 from __future__ import annotations
 
@@ -80,17 +80,3 @@ class Example:
 
     def _refuse(self, found: str, expected: str) -> None:
         raise LaaiError(f"Example with prompt {self.prompt!r:.60}: {found}; expected {expected}")
-
-
-@dataclass(frozen=True)
-class Split:
-    """A task's examples. `train` is in the order drawn, `test` in file order; no item is in both, for any seed.
-
-    `sources` maps each file that was read (its name in its data set's folder) to the SHA-256 of its bytes.
-    """
-
-    train: list[Example]
-    test: list[Example]
-    name: str
-    seed: int = 0
-    sources: dict[str, str] = field(default_factory=dict)

@@ -46,8 +46,16 @@ class Forward(ABC):
         batch_size: rows per forward; default all. Halved when memory runs out; never changes the result.
     """
 
-    def __init__(self, layout: Layout, batch: Batch, layer: int, site: str, batch_size: int | None = None) -> None:
-        self._layout, self._layer, self._site = layout, layer, site
+    def __init__(
+        self,
+        layout: Layout,
+        batch: Batch,
+        layer: int,
+        site: str,
+        batch_size: int | None = None,
+        position: str = "last",
+    ) -> None:
+        self._layout, self._layer, self._site, self._position = layout, layer, site, position
         self._batch = batch.to(layout.device)
         self._batch_size = batch_size or len(batch.prompt_lengths)
         self._last: tuple[Any, list[Part]] = (None, [])
@@ -66,7 +74,7 @@ class Forward(ABC):
 
     def _edit(self, vectors: torch.Tensor) -> Edit:
         """The edit that adds vectors [rows, D], one for each row of a part."""
-        return Edit({self._layer: vectors}, self._site)
+        return Edit({self._layer: vectors}, self._site, self._position)
 
     def loss_and_gradient(
         self, vectors: torch.Tensor, objective: Objective, active: Sequence[int]
@@ -91,29 +99,21 @@ class Forward(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         deltas = vectors.detach().to(self._batch.row.device).requires_grad_()
         parts = self._parts(active)
-        runs = torch.tensor(list(active))
-        if len(parts) == 1:
-            with torch.enable_grad():
-                logprobs = self._continuations(parts, [self._token_logprobs(deltas, parts[0])])
-                per_example = objective.per_example(logprobs)
-                losses = self._run_means(per_example)[runs.to(per_example.device)]
-                (gradients,) = torch.autograd.grad(losses.sum(), deltas)
-            return losses.detach(), gradients, per_example.detach()
         # The loss may couple rows (kl over options): first all log-probabilities, then the gradient part by part,
-        # weighted with the loss's derivative with respect to each log-probability.
-        with torch.no_grad():
-            logprobs = self._continuations(parts, [self._token_logprobs(deltas, part) for part in parts])
+        # weighted with the loss's derivative with respect to each log-probability. Several parts run twice, as memory
+        # holds the activations of one.
+        with torch.set_grad_enabled(len(parts) == 1):
+            scores = [self._token_logprobs(deltas, part) for part in parts]
         with torch.enable_grad():
-            logprobs.requires_grad_()
+            logprobs = self._continuations(parts, scores).detach().requires_grad_()
             per_example = objective.per_example(logprobs)
-            losses = self._run_means(per_example)[runs.to(per_example.device)]
+            losses = self._run_means(per_example)[torch.tensor(list(active), device=per_example.device)]
             (weights,) = torch.autograd.grad(losses.sum(), logprobs)
             gradients = torch.zeros_like(deltas)
-            for part in parts:
-                scores = self._token_logprobs(deltas, part)
+            for part, score in zip(parts, scores, strict=True):
+                score = score if score.requires_grad else self._token_logprobs(deltas, part)
                 continuation = self._batch.continuation[part.scored].to(weights.device)
-                weighted = (scores * weights[continuation]).sum()
-                gradients += torch.autograd.grad(weighted, deltas)[0]
+                gradients += torch.autograd.grad((score * weights[continuation]).sum(), deltas)[0]
         return losses.detach(), gradients, per_example.detach()
 
     @torch.no_grad()
@@ -235,13 +235,6 @@ class _Logprobs(torch.autograd.Function):
 
 class PlainForward(Forward):
     """Full hooked forwards: the reference for `ReplayForward`, and the only forward for all positions."""
-
-    def __init__(self, *arguments: Any, position: str = "last") -> None:
-        super().__init__(*arguments)
-        self._position = position
-
-    def _edit(self, vectors: torch.Tensor) -> Edit:
-        return Edit({self._layer: vectors}, self._site, self._position)
 
     def _first(self, lengths: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(lengths)

@@ -84,7 +84,7 @@ class Layout:
         if site != "heads":
             self.module(layer, site)
             return (self.hidden_size,)
-        return (self.num_heads, _in_features(self.module(layer, site)) // self.num_heads)
+        return (self.num_heads, _widths(self.module(layer, site))[0] // self.num_heads)
 
     def own_slice(self, vector: torch.Tensor, layer: int, site: str) -> torch.Tensor:
         """The part of a site's vector [..., D] that this process's slice of the activation takes, where tensor
@@ -244,10 +244,10 @@ def _find_projection(block: nn.Module, layer: int, heads: int, hidden: int) -> n
     ]
     if len(found) == 1:
         path, module = found[0]
-        if _out_features(module) == hidden and _in_features(module) % heads == 0:
+        width, output = _widths(module)
+        if output == hidden and width % heads == 0:
             return module
-        sizes = f"{_in_features(module)} to {_out_features(module)}"
-        reason = f"{path} maps {sizes}, expected a multiple of {heads} to {hidden}"
+        reason = f"{path} maps {width} to {output}, expected a multiple of {heads} to {hidden}"
     else:
         reason = f"{len(found)} output projections fit {_quoted(n for n, _ in found)}"
     linears = _quoted(n for n, m in block.named_modules() if _is_linear(m))
@@ -266,7 +266,7 @@ def _named_projection(model: nn.Module, path: str, layer: int, heads: int) -> nn
         module = model.get_submodule(name)
     except AttributeError:
         return f"projection={path!r}: the model has no module {name!r}"
-    if not _is_linear(module) or _in_features(module) % heads:
+    if not _is_linear(module) or _widths(module)[0] % heads:
         return f"projection={path!r}: {name} is no linear module whose input splits into {heads} heads"
     return module
 
@@ -287,19 +287,13 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) or any(all(hasattr(module, name) for name in names) for names in _WIDTHS)
 
 
-def _in_features(module: Any) -> int:
-    # A quantised layer packs its weight, so the shape of the weight says nothing; Conv1D has no in_features.
-    return _width(module, 0)
-
-
-def _out_features(module: Any) -> int:
-    return _width(module, 1)
-
-
-def _width(module: Any, end: int) -> int:
+def _widths(module: Any) -> tuple[int, int]:
+    """Widths of a linear module's input and output. A quantised layer packs its weight, whose shape says nothing."""
     if isinstance(module, Conv1D):
-        return int(module.weight.shape[end])
-    return int(next(getattr(module, names[end]) for names in _WIDTHS if hasattr(module, names[end])))
+        width, output = module.weight.shape
+        return width, output
+    first, second = next(names for names in _WIDTHS if hasattr(module, names[0]))
+    return getattr(module, first), getattr(module, second)
 
 
 def _quoted(names: Iterable[str]) -> str:

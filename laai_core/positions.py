@@ -14,8 +14,6 @@ import torch
 
 from laai_core.errors import LaaiError
 
-Hits = tuple[torch.Tensor, torch.Tensor]  # rows [n], columns [n]
-
 
 @dataclass(frozen=True)
 class Call:
@@ -24,8 +22,8 @@ class Call:
     ordinals: torch.Tensor
     prompt_lengths: torch.Tensor
 
-    def hits(self, position: str, rows: torch.Tensor) -> Hits:
-        """Rows and columns of the tokens in `rows` [n] that a `position` selects."""
+    def hits(self, position: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [m] and columns [m] of the tokens in `rows` [n] that a `position` selects."""
         ordinals = self.ordinals[rows]  # [n, T]
         ends = self.prompt_lengths[rows].unsqueeze(1)  # [n, 1]
         if position == "last":

@@ -17,9 +17,7 @@ from laai_core.words import POSITIONS, SITES, Site
 PenaltyScale = Literal["relative", "absolute"]
 PENALTY_SCALES: tuple[PenaltyScale, ...] = get_args(PenaltyScale)
 ForwardName = Literal["auto", "plain", "replay"]
-FORWARDS: tuple[ForwardName, ...] = get_args(ForwardName)
 StartName = Literal["icl", "zero"]
-STARTS: tuple[StartName, ...] = get_args(StartName)
 
 _COUNT = {"fits": lambda value: value >= 1, "expected": "at least one"}
 _WEIGHT = {"fits": lambda value: 0 <= value < math.inf, "expected": "a finite number, 0 or above"}
@@ -64,7 +62,9 @@ class Settings:
     )
     optimizer: OptimizerName = _setting("prox", "prox gives exact zeros", choices=OPTIMIZERS)
     forward: ForwardName = _setting(
-        "auto", "full forwards, or only what depends on the vector: the same result, faster", choices=FORWARDS
+        "auto",
+        "full forwards, or only what depends on the vector: the same result, faster",
+        choices=get_args(ForwardName),
     )
     whitespace: Whitespace = _setting(
         "refuse",
@@ -104,7 +104,7 @@ class Job:
         None,
         "where training begins: icl, the mean difference that the other examples as a few-shot prompt make to the "
         "activation, or zero, the paper's; default: icl where there are at least two examples",
-        choices=STARTS,
+        choices=get_args(StartName),
     )
 
     def __post_init__(self) -> None:

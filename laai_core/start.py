@@ -8,6 +8,7 @@ task vectors") and Todd et al. 2024 ("Function vectors") read a task off the sam
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from contextlib import suppress
@@ -82,17 +83,15 @@ def _prompts(
     def encoded(text: str) -> Tokens:
         return tuple(encode_text(tokenizer, text.rstrip() if whitespace == "loglikelihood" else text))
 
-    limit = layout.max_positions
+    limit = layout.max_positions or math.inf
     pairs = []
     for shuffle in range(SHUFFLES):
         draw = random.Random(shuffle)
         for number, example in enumerate(examples):
             shots = [other for index, other in enumerate(examples) if index != number]
             draw.shuffle(shots)
-            few_shot = encoded(example.behind(shots))
-            while limit is not None and len(few_shot) > limit and shots:
+            while len(few_shot := encoded(example.behind(shots))) > limit and shots:
                 shots.pop(0)
-                few_shot = encoded(example.behind(shots))
             pairs.append((few_shot, encoded(example.prompt)))
     return pairs
 

@@ -108,9 +108,11 @@ def train_many(
     at_layer: dict[int, list[int]] = {}
     for number, job in enumerate(jobs):
         at_layer.setdefault(layout.layer(job.layer), []).append(number)
-    problems = [
-        (Problem(layout, tokenizer, sets, layers, shared), layers) for sets, layers in _same_examples(jobs, at_layer)
-    ]
+    # Layers whose jobs have equal examples share a problem, so that the prefixes run once for all of them.
+    groups: dict[tuple[tuple[Example, ...], ...], list[int]] = {}
+    for layer, numbers in sorted(at_layer.items()):
+        groups.setdefault(tuple(tuple(jobs[number].examples) for number in numbers), []).append(layer)
+    problems = [(Problem(layout, tokenizer, sets, layers, shared), layers) for sets, layers in groups.items()]
     results: dict[int, TrainResult] = {}
     failed: Unfinished | None = None
     with ExitStack() as stack:
@@ -142,19 +144,6 @@ def train_many(
     if failed is not None:
         raise NotFinite(failed, in_order)
     return in_order
-
-
-def _same_examples(jobs: Sequence[Job], at_layer: dict[int, list[int]]) -> list[tuple[list[list[Example]], list[int]]]:
-    """(examples of a layer's jobs, the layers whose jobs have equal ones): their prefixes run once per such group."""
-    groups: list[tuple[list[list[Example]], list[int]]] = []
-    for layer, numbers in sorted(at_layer.items()):
-        sets = [list(jobs[number].examples) for number in numbers]
-        known = next((layers for others, layers in groups if others == sets), None)
-        if known is None:
-            groups.append((sets, [layer]))
-        else:
-            known.append(layer)
-    return groups
 
 
 def _at_layer(

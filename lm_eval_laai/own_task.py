@@ -15,9 +15,9 @@ from lm_eval.api.task import ConfigurableTask
 
 from laai_core import files
 from laai_core.data.examples import OwnData, read_examples, write_rows
-from laai_core.data.split import in_training_pool
+from laai_core.data.split import Split, in_training_pool
 from laai_core.errors import LaaiError
-from laai_core.example import Example, Split
+from laai_core.example import Example
 from lm_eval_laai import metrics
 from lm_eval_laai.tasks import include_path, read_yaml
 

@@ -62,6 +62,24 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
         ), page
 
 
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "examples/vectors/README.md", "reference_model/README.md"]
+)
+def test_links_beside_the_site_lead_somewhere(name: str) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)", (ROOT / name).read_text(encoding="utf-8"))
+    assert [one for one in targets if "://" not in one and not (ROOT / name).parent.joinpath(one).exists()] == []
+
+
+def test_the_oldest_python_that_may_install_it_is_tested() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
+    oldest, *_ = workflow["jobs"]["tests"]["strategy"]["matrix"]["python"]
+    assert f"python_requires = >={oldest}\n" in (ROOT / "setup.cfg").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_actions_are_pinned_by_sha(path: Path) -> None:
     text = path.read_text(encoding="utf-8")

@@ -1,11 +1,13 @@
 """`laai export`: each file loaded by the library it is for, whose logits are ours; and what is refused, by name.
 
-pyvene, steering-vectors and repeng pin other versions of numpy or transformers than this project runs with, so they
-are no part of the extra `test`: `pip install --no-deps pyvene steering-vectors repeng` has them run here.
+pyvene, steering-vectors and repeng pin other versions of numpy or transformers than this project runs with, and
+llama-cpp-python compiles llama.cpp, so they are no part of the extra `test`:
+`pip install --no-deps pyvene steering-vectors repeng llama-cpp-python diskcache` has them run here.
 """
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -115,6 +117,31 @@ def test_repeng_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         # repeng wants a row of positions for each row of tokens.
         given = {**tokens(other), "position_ids": torch.arange(9).expand(2, -1)}
         assert_ours(intervention, model, controlled(**given).logits)
+
+
+def test_llama_cpp_runs_it(tmp_path: Path) -> None:
+    library("gguf")
+    llama_cpp = library("llama_cpp")
+    import gguf
+    from tiny_gguf import write_tiny_gguf
+
+    intervention, model = vector("Llama", "residual", "all"), tiny_model("Llama")
+    _, path = export(intervention, "gguf", tmp_path)
+    layers = model.config.num_hidden_layers
+    directions = np.zeros((layers, HIDDEN), np.float32)  # from layer 1 on, as llama.cpp's command line passes them
+    for tensor in gguf.GGUFReader(path).tensors:
+        directions[int(tensor.name.removeprefix("direction.")) - 1] = tensor.data
+    write_tiny_gguf(tmp_path / "model.gguf")
+    precision = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+    llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=32, logits_all=True, verbose=False, **precision)
+    data = directions.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    assert llama_cpp.llama_set_adapter_cvec(llama.ctx, data, directions.size, HIDDEN, 1, layers) == 0
+    rows = []
+    for row in tokens(model)["input_ids"].tolist():
+        llama.reset()
+        llama.eval(row)
+        rows.append(llama.scores[: len(row)].copy())
+    assert_ours(intervention, model, torch.tensor(np.stack(rows)))
 
 
 # steering-vectors

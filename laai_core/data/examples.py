@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from laai_core import files
-from laai_core.data.split import check_unicode, draw, item_key, split_items
+from laai_core.data.split import Split, check_unicode, draw, item_key, split_items
 from laai_core.errors import LaaiError
-from laai_core.example import Example, Split
+from laai_core.example import Example
 
 STDIN = "-"
 DEFAULT_TEMPLATE = "Q: {input}\nA:"  # of rows with an "input", as the word tasks have it

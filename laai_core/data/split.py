@@ -6,11 +6,27 @@ import hashlib
 import random
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from laai_core.errors import LaaiError
+from laai_core.example import Example
 
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A task's examples. `train` is in the order drawn, `test` in file order; no item is in both, for any seed.
+
+    `sources` maps each file that was read (its name in its data set's folder) to the SHA-256 of its bytes.
+    """
+
+    train: list[Example]
+    test: list[Example]
+    name: str
+    seed: int = 0
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 def item_key(text: str) -> str:

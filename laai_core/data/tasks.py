@@ -14,10 +14,10 @@ from laai_core.data.opinion import Opinion
 from laai_core.data.opinionqa import load_opinionqa
 from laai_core.data.pairs import WordPair, find_set, join_pairs, pairs_file, read_pairs, word_set_names
 from laai_core.data.rules import COMPOSITIONS, LEXICON_PREFIX, RULES, WORD_RULES
-from laai_core.data.split import split_items
+from laai_core.data.split import Split, split_items
 from laai_core.data.survey import TENDENCIES, survey_opinions
 from laai_core.errors import LaaiError
-from laai_core.example import Example, Split
+from laai_core.example import Example
 
 # the paper's groups of OpinionQA -> (attribute, group)
 OPINIONQA = {

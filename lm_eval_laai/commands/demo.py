@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from laai_core import files
 from laai_core.data import load_task
+from laai_core.data.split import Split
 from laai_core.data.tasks import PAIRS
 from laai_core.errors import LaaiError
-from laai_core.example import Split
 from laai_core.files import SUFFIX
 from lm_eval_laai.commands.options import (
     add_layer_argument,

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from laai_core.data import load_task
 from laai_core.data.examples import OwnData, read_examples
-from laai_core.data.split import draw
+from laai_core.data.split import Split, draw
 from laai_core.errors import LaaiError
-from laai_core.example import Split
 from laai_core.objective import LOSSES
 from laai_core.settings import Settings
 from lm_eval_laai.commands.options import model_source

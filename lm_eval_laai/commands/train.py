@@ -9,8 +9,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from laai_core.data.split import Split
 from laai_core.errors import Interrupted, LaaiError, NotFinite, WorkFailed
-from laai_core.example import Split
 from laai_core.files import PARTIAL, SUFFIX
 from laai_core.locate import locate
 from laai_core.products import packed_bytes

@@ -88,8 +88,10 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     tasks = list(dict.fromkeys(record["task"] for record in records))
     penalties = list(dict.fromkeys((record["l1"], record["group"]) for record in records))
-    figure = Figure(figsize=(3.4 * min(len(tasks), 4), 3.1 * -(-len(tasks) // 4)), layout="constrained")
-    panels = figure.subplots(-(-len(tasks) // 4), min(len(tasks), 4), sharey=True, squeeze=False).flatten()
+    columns = min(len(tasks), 2)  # more would be too small to read on a page
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.9 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for panel, task in zip(panels, tasks, strict=False):
         for number, penalty in enumerate(penalties):
             line = [r for r in records if r["task"] == task and (r["l1"], r["group"]) == penalty]
@@ -105,7 +107,8 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set_title(task.removeprefix("laai_"), fontsize="medium")
         panel.set_xlabel("layer, from 0")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[0].set_ylabel(records[0]["metric"].replace("_", " "))
+    for panel in panels[::columns]:
+        panel.set_ylabel(records[0]["metric"].replace("_", " "))
     panels[0].legend(fontsize="small", frameon=False)
     for panel in panels[len(tasks) :]:
         panel.set_visible(False)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from laai_core.data import load_task
+from laai_core.data.split import Split
 from laai_core.errors import LaaiError
-from laai_core.example import Split
 from laai_core.record import examples_sha256
 from lm_eval_laai.experiments.cells import Cell, Fit
 from lm_eval_laai.experiments.load import ModelSource

@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from laai_core.data.split import Split
 from laai_core.errors import LaaiError
-from laai_core.example import Split
 from lm_eval_laai.methods.method import Method, Option, Training, middle_layer, third_layer
 from lm_eval_laai.tasks import recorded_task
 

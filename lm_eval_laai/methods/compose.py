@@ -186,9 +186,8 @@ class _WeightedForward(PlainForward):
         parent: Intervention,
         batch_size: int | None,
     ) -> None:
-        super().__init__(layout, batch, min(stacks), parent.site, batch_size)
+        super().__init__(layout, batch, min(stacks), parent.site, batch_size, parent.position)
         self._stacks = {layout.layer(layer): stack.flatten(1) for layer, stack in stacks.items()}
-        self._position = parent.position
 
     def _edit(self, vectors: torch.Tensor) -> Edit:
         return Edit({layer: vectors @ stack for layer, stack in self._stacks.items()}, self._site, self._position)

@@ -18,7 +18,7 @@ _NOTES = {
     "6": "In the paper the IA3 and soft-prompt rows repeat Table 5's Mistral-7B and Gemma2-2B rows figure for figure, "
     "most likely a mistake there. Nothing here was tuned to them.",
     "survey": "The bundled survey is invented and has other groups than the paper's OpinionQA: the paper's figures "
-    "stand below for their order of size only.",
+    "are there for their order of size only.",
 }
 
 
@@ -67,7 +67,7 @@ def _head(content: Content, facts: Mapping[str, Any]) -> str:
     if content.judge is not None:
         lines.append(f"- GPT-Eval (second figure of tables 1 and 2): {content.judge}, every seed's predictions.")
     else:
-        lines.append("- GPT-Eval was not run (`--judge MODEL`).")
+        lines.append("- GPT-Eval was not run (`--judge-model MODEL`).")
     return "\n".join(lines) + "\n"
 
 
@@ -144,23 +144,12 @@ def _figure_1_text(content: Content) -> str:
 
 
 def _figure_2_text(content: Content, facts: dict[str, Any]) -> str:
-    (task,) = {fit.task for fit in content.maps.values()}
-    images = [f"![{title}]({map_name(title)})" for title in content.maps]
-    counts = [
-        f"{f['zero_share']:.1%} zeros, {f['active_heads']} of {f['heads']} heads" if f else MISSING
-        for f in facts.values()
-    ]
-    seed = next(iter(content.maps.values())).seed
-    return "\n".join(
-        [
-            f"## Figure 2. Δ, heads by dimension\n\n{task}, seed {seed}\n",
-            _line(list(content.maps)),
-            _line(["---"] * len(images)),
-            _line(images),
-            _line(counts),
-            "",
-        ]
-    )
+    fit, *_ = content.maps.values()
+    lines = [f"## Figure 2. Δ, heads by dimension\n\n{fit.task}, seed {fit.seed}, on one colour scale.\n"]
+    for title, f in facts.items():
+        shares = f"{f['zero_share']:.1%} zeros, {f['active_heads']} of {f['heads']} heads" if f else MISSING
+        lines.append(f"{title}: {shares}\n\n![{title}]({map_name(title)})\n")
+    return "\n".join(lines)
 
 
 def _data_text(data: Mapping[str, Any]) -> str:
