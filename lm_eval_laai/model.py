@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch.nn.utils.rnn import pad_sequence
@@ -110,29 +109,11 @@ class HFLaai(Steered, HFLM):
         ]
         return self._score(rows, "loglikelihood", disable_tqdm)
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The prefix token is the prompt: position `last` acts on it in a text's first window only.
-
-        For `generated` and `all` every later token of the text counts, so later windows are written to throughout.
-        """
-        if self._routing is None:
-            return super().loglikelihood_rolling(requests, disable_tqdm)
-        rows: list[Row] = []
-        counts: list[int] = []
-        for request, (edit, name, _) in zip(requests, self._routed(requests), strict=True):
-            windows = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            before = len(rows)
-            for prompt, continuation in map(utils.make_disjoint_window, windows):
-                here = edit if len(rows) == before else _in_later_windows(edit)
-                rows.append(Row(prompt, continuation, here, name))
-            counts.append(len(rows) - before)
-        scores = iter(self._score(rows, "loglikelihood_rolling", disable_tqdm))
-        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+    def _window_row(self, prompt: list[int], continuation: list[int], routed: _Routed, throughout: bool) -> Row:
+        edit, name, _ = routed
+        if edit is not None and throughout:
+            edit = dataclasses.replace(edit, position="all")
+        return Row(prompt, continuation, edit, name)
 
     def _score(self, rows: list[Row], name: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
         scorer = Scorer(self.model, self._layout, self.max_length, self.softmax_dtype, self._prefixes)
@@ -266,9 +247,3 @@ def _refuse_unseen_tensor_parallel(arguments: dict[str, Any]) -> None:
     for name in ("tp_size", "distributed_config"):
         if arguments.get(name) is not None:
             raise LaaiError(f"{name} is refused with an intervention, the harness does not know it: use tp_plan=auto")
-
-
-def _in_later_windows(edit: Edit | None) -> Edit | None:
-    if edit is None or edit.position == "last":
-        return None
-    return dataclasses.replace(edit, position="all")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
@@ -26,7 +27,14 @@ class Steered:
     _routing: Routing | None
     _chats: Chats
     _routed_rows: list[Any] | None = None  # of the loglikelihood call in progress
-    _routed: Any  # (requests): what the class that runs the model must know of each
+    _window_less = 0  # by so many tokens a rolling window is shorter than max_length
+    # What the class that runs the model has.
+    _routed: Any  # (requests): what it must know of each, the intervention first
+    _window_row: Any  # (prompt, continuation, one of _routed, whether it acts on every token): what _score takes
+    _score: Any  # (rows, kind of request, disable_tqdm): log-probability and is_greedy of each
+    max_length: Any
+    prefix_token_id: Any
+    tok_encode: Any
 
     def _route(self, intervention: str | Path | Intervention | None, scale: float, unrouted: str) -> None:
         """Read the interventions: the first thing to do, before the model loads."""
@@ -66,6 +74,32 @@ class Steered:
         finally:
             self._routed_rows = None
         return scores
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The prefix token is the prompt: position `last` acts on it in a text's first window only.
+
+        For `generated` and `all` every later token of the text counts, so later windows are written to throughout.
+        """
+        if self._routing is None:
+            base: Any = super()
+            scores: list[float] = base.loglikelihood_rolling(requests, disable_tqdm)
+            return scores
+        rows, counts = [], []
+        for request, routed in zip(requests, self._routed(requests), strict=True):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length - self._window_less,
+                context_len=1,
+            )
+            parts = [*map(make_disjoint_window, windows)]
+            iv = self._routing.get(request.task_name)
+            later = (None, *routed[1:]) if iv is None or iv.position == "last" else routed
+            rows += [self._window_row(*one, routed, False) for one in parts[:1]]
+            rows += [self._window_row(*one, later, True) for one in parts[1:]]
+            counts.append(len(parts))
+        scored = iter(self._score(rows, "loglikelihood_rolling", disable_tqdm))
+        return [sum(next(scored)[0] for _ in range(count)) for count in counts]
 
     def _routed_interventions(self, requests: Sequence[Instance]) -> list[Intervention | None]:
         """The intervention of each request (by task), with a warning where its training prompts looked different.

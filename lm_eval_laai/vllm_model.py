@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from laai_core.errors import LaaiError
@@ -68,6 +67,8 @@ class VLLMLaai(Steered, VLLM):
         LaaiError: one line, before the engine starts where that is possible.
     """
 
+    _window_less = 2  # as VLLM has it: one token of context, one that it must generate
+
     def __init__(
         self,
         pretrained: str,
@@ -112,45 +113,21 @@ class VLLMLaai(Steered, VLLM):
             _Row(prompt, continuation, *routed)
             for (_, prompt, continuation), routed in zip(requests, self._routed_rows, strict=True)
         ]
-        return self._score(rows, disable_tqdm)
+        return self._score(rows, "loglikelihood", disable_tqdm)
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The prefix token is the prompt: position `last` acts on it in a text's first window only.
+    def _window_row(
+        self, prompt: list[int], continuation: list[int], routed: tuple[str | None, str], throughout: bool
+    ) -> _Row:
+        return _Row(prompt, continuation, *routed, prompt_length=1 if throughout else None)
 
-        For `generated` and `all` every later token of the text counts, so later windows are written to throughout.
-        """
-        if self._routing is None:
-            return super().loglikelihood_rolling(requests, disable_tqdm)
-        rows: list[_Row] = []
-        counts: list[int] = []
-        for request, (intervention, name) in zip(requests, self._routed(requests), strict=True):
-            iv = self._routing.get(request.task_name)
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length - 2,  # as VLLM has it: one token of context, one that it must generate
-                context_len=1,
-            )
-            before = len(rows)
-            for prompt, continuation in map(make_disjoint_window, windows):
-                if len(rows) == before:
-                    rows.append(_Row(prompt, continuation, intervention, name))
-                elif iv is None or iv.position == "last":
-                    rows.append(_Row(prompt, continuation, None, name))
-                else:
-                    rows.append(_Row(prompt, continuation, intervention, name, prompt_length=1))
-            counts.append(len(rows) - before)
-        scores = iter(self._score(rows, disable_tqdm))
-        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
-
-    def _score(self, rows: list[_Row], disable_tqdm: bool) -> list[tuple[float, bool]]:
+    def _score(self, rows: list[_Row], kind: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
         window = self.max_length - 1  # vLLM generates at least one token
         rooms = [room_for_prompt(row.continuation, window, row.name) for row in rows]
         prompts = [row.prompt[-room:] for row, room in zip(rows, rooms, strict=True)]  # as VLLM truncates
         order = sorted(range(len(rows)), key=lambda n: -len(prompts[n]) - len(rows[n].continuation))
         size = len(rows) if self.batch_size == "auto" else int(self.batch_size)
         answers: dict[int, tuple[float, bool]] = {}
-        with tqdm(total=len(rows), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
+        with tqdm(total=len(rows), disable=disable_tqdm, desc=f"Running {kind} requests") as bar:
             for start in range(0, len(order), max(size, 1)):
                 chunk = order[start : start + size]
                 texts = [prompts[n] + rows[n].continuation for n in chunk]

@@ -15,7 +15,7 @@ from tiny import REFERENCE
 
 import laai_core as laai
 from laai_core.errors import LaaiError
-from laai_core.vllm import sites, steering
+from laai_core.vllm import sites, steering, worker
 
 pytest_plugins = ["engines"]
 
@@ -117,19 +117,58 @@ def test_vectors_are_refused_in_one_line(engine: Any, tmp_path: Path) -> None:
         engine(REFERENCE, laai.Intervention({0: torch.ones(256)}, site="mlp", operation="icv"))
 
 
-def test_a_worker_refuses_what_the_engine_was_not_told(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_without_interventions_is_refused() -> None:
     """As under `vllm serve`, where no class of the harness looks at the arguments."""
     from vllm import LLM
 
     from laai_core.vllm.options import WORKER
 
-    for config, words in [
+    given = {"enable_prefix_caching": False, "distributed_executor_backend": "uni", "worker_cls": WORKER}
+    with pytest.raises(LaaiError, match="additional_config has no interventions"):
+        LLM(str(REFERENCE), enforce_eager=True, **given)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
         ({"enable_prefix_caching": True}, "prefix caching"),
-        ({"additional_config": {}}, "additional_config has no interventions"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"data_parallel_size": 2}, "data parallelism"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
+        ({"enable_lora": True}, "LoRA adapters"),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "a KV transfer"),
+        ({"enable_prompt_embeds": True}, "prompts given as embeddings"),
+        ({"runner": "pooling"}, "a model that does not generate"),
+    ],
+)
+def test_a_worker_refuses_where_a_vector_could_go_astray(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(LaaiError, match=f"interventions in vLLM are refused with {words}"):
+        worker.refuse(engine_config(**more))
+
+
+def test_a_worker_refuses_what_only_gpus_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM itself makes no such engine on a CPU."""
+    config = engine_config()
+    worker.refuse(config)
+    for name, value, words in [
+        ("enable_dbo", True, "micro-batching"),
+        ("ubatch_size", 2, "micro-batching"),
+        ("decode_context_parallel_size", 2, "context parallelism"),
+        ("prefill_context_parallel_size", 2, "context parallelism"),
     ]:
-        given = {"additional_config": {"laai": {"interventions": folder}}, "enable_prefix_caching": False, **config}
-        with pytest.raises(LaaiError, match=words):
-            LLM(str(REFERENCE), enforce_eager=True, distributed_executor_backend="uni", worker_cls=WORKER, **given)
+        with monkeypatch.context() as changed, pytest.raises(LaaiError, match=f"refused with {words}"):
+            changed.setattr(config.parallel_config, name, value)
+            worker.refuse(config)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(LaaiError, match="refused with the V2 model runner"):
+        worker.refuse(config)
+
+
+def engine_config(**more: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    given = {"dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False, **more}
+    return EngineArgs(str(REFERENCE), **given).create_engine_config()
 
 
 def test_a_changed_module_keeps_its_name_and_type() -> None:
