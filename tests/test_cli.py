@@ -21,7 +21,7 @@ import laai_core as laai
 from laai_core.data import load_task
 from lm_eval_laai.commands import cli, demo, options
 from lm_eval_laai.known_models import folder
-from lm_eval_laai.methods.select import choose
+from lm_eval_laai.methods.select import train_chosen
 from lm_eval_laai.tasks import include_path, list_tasks
 
 TASK = "lexicon_antonym"
@@ -158,13 +158,11 @@ def test_the_same_training_gives_the_same_bytes(model: Path, trained: Path, tmp_
     assert (tmp_path / FILE).read_bytes() == trained.read_bytes()
 
 
-def test_defaults_are_those_of_train(model: Path, tmp_path: Path) -> None:
+def test_defaults_are_those_of_train_chosen(model: Path, tmp_path: Path) -> None:
     assert cli.main(["train", "--model", str(model), "--task", TASK, "--output", str(tmp_path)]) == 0
     written = laai.Intervention.load(tmp_path / FILE)
     split = load_task(TASK)
-    choice = choose(tiny_model("Llama"), tiny_tokenizer(bos=True), split.train)
-    chosen = choice.layer, choice.l1, choice.group
-    direct = laai.train(tiny_model("Llama"), tiny_tokenizer(bos=True), split.train, *chosen, steps=choice.steps)
+    direct, choice = train_chosen(tiny_model("Llama"), tiny_tokenizer(bos=True), split.train)
     assert written.layers == [choice.layer]
     assert torch.equal(written.vector(choice.layer), direct.intervention.vector(choice.layer))
     assert written.metadata["training"]["start"] == "icl"
