@@ -89,6 +89,23 @@ def test_the_report_names_every_file(lm: Any) -> None:
     }
 
 
+def test_untouched_requests_are_vllms_own(lm: Any, engine: Any) -> None:
+    """Bit for bit, among requests that are touched and alone."""
+    pair, text = ("Q: hot\nA:", " cold water"), ("Q: hot\nA: cold",)
+    how = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}
+    asked = {"loglikelihood": pair, "loglikelihood_rolling": text, "generate_until": (pair[0], how)}
+
+    def answers(model: Any) -> list[Any]:
+        return [
+            getattr(model, kind)(requests(kind, [one] * len(tasks), tasks), disable_tqdm=True)[-1]
+            for kind, one in asked.items()
+            for tasks in (TASKS, ["untouched"])
+        ]
+
+    mine = answers(lm)
+    assert mine == answers(engine(REFERENCE, None, enable_prefix_caching=False))
+
+
 def table(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         name: {k: v for k, v in found.items() if "," in k and isinstance(v, float)}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alike import TASKS, TOLERANCE, hf, pairs, vectors
+from alike import TASKS, TOLERANCE, assert_same_scores, here, hf, pairs, vectors
 from test_hf_laai import requests
 from tiny import REFERENCE
 
@@ -43,7 +43,7 @@ from lm_eval_laai.vllm_model import VLLMLaai
 if __name__ == "__main__":
     model, folder, out = sys.argv[1:]
     lm = VLLMLaai(model, folder, unrouted="none", dtype="float32", max_model_len=256, block_size=32,
-                  enforce_eager=True, tensor_parallel_size=2)
+                  enforce_eager=True, tensor_parallel_size=%d)
     scores = lm.loglikelihood(requests("loglikelihood", *pairs()), disable_tqdm=True)
     how = {"until": ["\\n\\n"], "max_gen_toks": 12, "do_sample": False}
     texts = lm.generate_until(requests("generate_until", [("Q: hot\\nA:", how)] * 5, %r), disable_tqdm=True)
@@ -51,20 +51,29 @@ if __name__ == "__main__":
 """
 
 
-def test_tensor_parallel(folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("reference", 2),
+        pytest.param("smollm2-135m", 3, marks=pytest.mark.slow),  # of 9 heads
+        pytest.param("gemma-3-270m", 2, marks=pytest.mark.slow),  # one key-value head, which both have
+    ],
+)
+def test_tensor_parallel(name: str, size: int, tmp_path: Path) -> None:
+    model = str(REFERENCE) if name == "reference" else here(name)
+    folder = vectors(hf(model, None).model, tmp_path / "vectors", strength=3.0 if name == "reference" else 1.0)
     script, out = tmp_path / "parallel.py", tmp_path / "out.json"
-    script.write_text(PARALLEL % (TASKS,))
+    script.write_text(PARALLEL % (size, TASKS))
     cpus = sorted(os.sched_getaffinity(0))
-    bind = f"{cpus[0]}|{cpus[-1]}"
-    command = [sys.executable, str(script), str(REFERENCE), folder, str(out)]
+    bind = "|".join(str(cpus[rank % len(cpus)]) for rank in range(size))
+    command = [sys.executable, str(script), model, folder, str(out)]
     more = {"VLLM_CPU_OMP_THREADS_BIND": bind, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     done = subprocess.run(command, env={**environment(), **more}, capture_output=True, text=True, timeout=2 * START)
     assert done.returncode == 0, done.stderr[-4000:]
     scores, texts = json.loads(out.read_text())
-    reference = hf(REFERENCE, folder, unrouted="none")
+    reference = hf(model, folder, unrouted="none")
     want = reference.loglikelihood(requests("loglikelihood", *pairs()), disable_tqdm=True)
-    for (mine, greedy), (theirs, theirs_greedy) in zip(scores, want, strict=True):
-        assert mine == pytest.approx(theirs, abs=TOLERANCE) and greedy == theirs_greedy
+    assert_same_scores(scores, want)
     how = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
     asked = requests("generate_until", [("Q: hot\nA:", how)] * 5, TASKS)
     assert texts == reference.generate_until(asked, disable_tqdm=True)
