@@ -26,7 +26,7 @@ from laai_core.errors import LaaiError
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.experiments.run import Plan, Process, run
-from lm_eval_laai.experiments.scores import Entry, result_of
+from lm_eval_laai.experiments.scores import Entry, result_of, seconds_of
 from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.methods import LAAI, METHODS
 from measure import RESULTS, Record
@@ -60,7 +60,8 @@ class Place(NamedTuple):
         return Cell(task, EXAMPLES, seed) if row == SHOTS else Cell(task, fits=(self.fit(row, seed),))
 
 
-Scores = dict[str, dict[str, dict[str, list[Any]]]]  # cell: row: seed: [exact match, commit]
+# Cell: row: seed: [exact match, commit, and if known the CPU seconds of choosing and training].
+Scores = dict[str, dict[str, dict[str, list[Any]]]]
 
 
 def main() -> int:
@@ -84,6 +85,8 @@ def main() -> int:
                 result = result_of(place.setting, place.cell(row, seed), store)
                 if result is not None:
                     score = [result["metrics"]["exact_match"], _commit()]
+                    seconds = None if row == SHOTS else seconds_of(place.setting, place.fit(row, seed), store)
+                    score += [] if seconds is None else [seconds]
                     scores[place.title].setdefault(row, {})[str(seed)] = score
     _report(scores, arguments.quick)
     return 0
@@ -149,13 +152,22 @@ def _compared(scores: Scores, record: Record) -> None:
     for number, row in enumerate(rows):
         rank = statistics.fmean(float(one[number]) for one in ranks)
         figures = [*(f"{mean:.3f}" for mean in means[row]), f"{statistics.fmean(means[row]):.3f}", f"{rank:.1f}"]
+        figures.append(_seconds([scores[title][row][seed] for title, seeds in cells.items() for seed in seeds]))
         lines.append([row if row == SHOTS else METHODS[row].title, *figures])
     seeds = [f"{title} (seeds {', '.join(numbers)})" for title, numbers in cells.items()]
-    record.table("Methods, exact match", ["method", *seeds, "average", "average rank"], lines)
+    columns = ["method", *seeds, "average", "average rank", "CPU s to train"]
+    note = "CPU seconds are the process's, choosing included: the median over cells and seeds."
+    record.table("Methods, exact match", columns, lines, note)
 
 
 def _values(by_seed: dict[str, list[Any]]) -> list[float]:
-    return [score for score, _ in by_seed.values()]
+    return [score for score, *_ in by_seed.values()]
+
+
+def _seconds(measured: list[list[Any]]) -> str:
+    """The median of the CPU seconds, where all are known."""
+    seconds = [spent for _, _, *known in measured for spent in known]
+    return f"{statistics.median(seconds):.0f}" if len(seconds) == len(measured) else "-"
 
 
 def _text(entry: Entry) -> str:
