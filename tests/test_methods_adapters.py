@@ -24,6 +24,7 @@ from lm_eval_laai.methods import METHODS, select
 from lm_eval_laai.methods import adapters as adapters_module
 from lm_eval_laai.methods.adapters import (
     ADAPTERS,
+    LONE_RATE,
     RATES,
     VIRTUAL_TOKENS,
     _Data,
@@ -243,11 +244,11 @@ def test_the_losses_are_those_of_full_logits(method, name):
 
 
 def test_a_rate_ends_where_a_loss_is_not_finite(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(adapters_module, "RATES", (1e-2, 1e30))
-    train_adapter("lora", loaded(saved), TOKENIZER, EXAMPLES, tmp_path / "a", 1)
-    record = METHODS["lora"].record(tmp_path / "a")
+    monkeypatch.setattr(adapters_module, "RATES", (1e-2, 3e37))
+    train_adapter("ia3", loaded(saved), TOKENIZER, EXAMPLES, tmp_path / "a")
+    record = METHODS["ia3"].record(tmp_path / "a")
     assert record["lr"] == 1e-2
-    assert record["tried"][1] == {"lr": 1e30, "steps": ADAPTER_STEPS, "held_out_loss": None, "smallest_loss": None}
+    assert record["tried"][1] == {"lr": 3e37, "steps": ADAPTER_STEPS, "held_out_loss": None, "smallest_loss": None}
 
 
 @torch.no_grad()
@@ -283,7 +284,7 @@ def test_folds():
 def test_one_example_is_not_cross_validated(tmp_path):
     train_adapter("ia3", tiny_model("Llama"), TOKENIZER, EXAMPLES[:1], tmp_path / "one", None, 0, 1)
     record = METHODS["lora"].record(tmp_path / "one")
-    assert record["tried"] == [] and record["lr"] == RATES[0]
+    assert record["tried"] == [] and record["lr"] == LONE_RATE
 
 
 def test_a_soft_prompt_starts_from_the_tasks_description(saved, tmp_path):
