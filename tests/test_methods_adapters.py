@@ -24,7 +24,6 @@ from lm_eval_laai.methods import METHODS, select
 from lm_eval_laai.methods import adapters as adapters_module
 from lm_eval_laai.methods.adapters import (
     ADAPTERS,
-    LONE_RATE,
     RATES,
     VIRTUAL_TOKENS,
     _Data,
@@ -284,7 +283,7 @@ def test_folds():
 def test_one_example_is_not_cross_validated(tmp_path):
     train_adapter("ia3", tiny_model("Llama"), TOKENIZER, EXAMPLES[:1], tmp_path / "one", None, 0, 1)
     record = METHODS["lora"].record(tmp_path / "one")
-    assert record["tried"] == [] and record["lr"] == LONE_RATE
+    assert record["tried"] == [] and record["lr"] == RATES[0]
 
 
 def test_a_soft_prompt_starts_from_the_tasks_description(saved, tmp_path):
