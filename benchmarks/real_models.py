@@ -136,27 +136,37 @@ def _report(scores: Scores, quick: bool) -> None:
 
 
 def _compared(scores: Scores, record: Record) -> None:
-    """A table of all methods on the cells and seeds that all of them have, with average ranks."""
+    """A table of all methods; averages, ranks and seconds are those of the cells that every method has."""
     rows = [row for row in (SHOTS, *METHODS) if any(row in found for found in scores.values())]
-    common = {title: set.intersection(*(set(found.get(row, ())) for row in rows)) for title, found in scores.items()}
-    cells = {title: sorted(seeds) for title, seeds in common.items() if seeds}
-    if len(rows) < 3 or not cells:
+    seeds = {title: set.intersection(*map(set, found.values())) for title, found in scores.items() if found}
+    cells = [title for title, common in seeds.items() if common]
+    shared = [title for title in cells if all(row in scores[title] for row in rows)]
+    if len(rows) < 3 or not shared:
         return
-    means = {
-        row: [statistics.fmean(scores[title][row][seed][0] for seed in seeds) for title, seeds in cells.items()]
+    scored = {  # row: cell: the seeds' entries
+        row: {
+            title: [scores[title][row][seed] for seed in sorted(seeds[title])]
+            for title in cells
+            if row in scores[title]
+        }
         for row in rows
     }
+    means = {
+        row: {title: statistics.fmean(one[0] for one in of) for title, of in found.items()}
+        for row, found in scored.items()
+    }
     # Equal scores share a rank.
-    ranks = [rankdata([-mean for mean in one]) for one in zip(*means.values(), strict=True)]
+    ranks = [rankdata([-means[row][title] for row in rows]) for title in shared]
     lines = []
     for number, row in enumerate(rows):
-        rank = statistics.fmean(float(one[number]) for one in ranks)
-        figures = [*(f"{mean:.3f}" for mean in means[row]), f"{statistics.fmean(means[row]):.3f}", f"{rank:.1f}"]
-        figures.append(_seconds([scores[title][row][seed] for title, seeds in cells.items() for seed in seeds]))
+        figures = [f"{means[row][title]:.3f}" if title in means[row] else "-" for title in cells]
+        figures.append(f"{statistics.fmean(means[row][title] for title in shared):.3f}")
+        figures.append(f"{statistics.fmean(float(one[number]) for one in ranks):.1f}")
+        figures.append(_seconds([one for title in shared for one in scored[row][title]]))
         lines.append([row if row == SHOTS else METHODS[row].title, *figures])
-    seeds = [f"{title} (seeds {', '.join(numbers)})" for title, numbers in cells.items()]
-    columns = ["method", *seeds, "average", "average rank", "CPU s to train"]
-    note = "CPU seconds are the process's, choosing included: the median over cells and seeds."
+    names = [f"{title} (seeds {', '.join(sorted(seeds[title]))})" for title in cells]
+    columns = ["method", *names, "average", "average rank", "CPU s to train"]
+    note = f"Average, rank and median seconds of choosing and training: over {', '.join(shared)}."
     record.table("Methods, exact match", columns, lines, note)
 
 
