@@ -26,7 +26,7 @@ from laai_core.errors import LaaiError
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.experiments.run import Plan, Process, run
-from lm_eval_laai.experiments.scores import Entry, result_of
+from lm_eval_laai.experiments.scores import Entry, result_of, seconds_of
 from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.methods import LAAI, METHODS
 from measure import RESULTS, Record
@@ -60,7 +60,8 @@ class Place(NamedTuple):
         return Cell(task, EXAMPLES, seed) if row == SHOTS else Cell(task, fits=(self.fit(row, seed),))
 
 
-Scores = dict[str, dict[str, dict[str, list[Any]]]]  # cell: row: seed: [exact match, commit]
+# Cell: row: seed: [exact match, commit, and if known the CPU seconds of choosing and training].
+Scores = dict[str, dict[str, dict[str, list[Any]]]]
 
 
 def main() -> int:
@@ -84,6 +85,8 @@ def main() -> int:
                 result = result_of(place.setting, place.cell(row, seed), store)
                 if result is not None:
                     score = [result["metrics"]["exact_match"], _commit()]
+                    seconds = None if row == SHOTS else seconds_of(place.setting, place.fit(row, seed), store)
+                    score += [] if seconds is None else [seconds]
                     scores[place.title].setdefault(row, {})[str(seed)] = score
     _report(scores, arguments.quick)
     return 0
@@ -133,29 +136,48 @@ def _report(scores: Scores, quick: bool) -> None:
 
 
 def _compared(scores: Scores, record: Record) -> None:
-    """A table of all methods on the cells and seeds that all of them have, with average ranks."""
+    """A table of all methods; averages, ranks and seconds are those of the cells that every method has."""
     rows = [row for row in (SHOTS, *METHODS) if any(row in found for found in scores.values())]
-    common = {title: set.intersection(*(set(found.get(row, ())) for row in rows)) for title, found in scores.items()}
-    cells = {title: sorted(seeds) for title, seeds in common.items() if seeds}
-    if len(rows) < 3 or not cells:
+    seeds = {title: set.intersection(*map(set, found.values())) for title, found in scores.items() if found}
+    cells = [title for title, common in seeds.items() if common]
+    shared = [title for title in cells if all(row in scores[title] for row in rows)]
+    if len(rows) < 3 or not shared:
         return
-    means = {
-        row: [statistics.fmean(scores[title][row][seed][0] for seed in seeds) for title, seeds in cells.items()]
+    scored = {  # row: cell: the seeds' entries
+        row: {
+            title: [scores[title][row][seed] for seed in sorted(seeds[title])]
+            for title in cells
+            if row in scores[title]
+        }
         for row in rows
     }
+    means = {
+        row: {title: statistics.fmean(one[0] for one in of) for title, of in found.items()}
+        for row, found in scored.items()
+    }
     # Equal scores share a rank.
-    ranks = [rankdata([-mean for mean in one]) for one in zip(*means.values(), strict=True)]
+    ranks = [rankdata([-means[row][title] for row in rows]) for title in shared]
     lines = []
     for number, row in enumerate(rows):
-        rank = statistics.fmean(float(one[number]) for one in ranks)
-        figures = [*(f"{mean:.3f}" for mean in means[row]), f"{statistics.fmean(means[row]):.3f}", f"{rank:.1f}"]
+        figures = [f"{means[row][title]:.3f}" if title in means[row] else "-" for title in cells]
+        figures.append(f"{statistics.fmean(means[row][title] for title in shared):.3f}")
+        figures.append(f"{statistics.fmean(float(one[number]) for one in ranks):.1f}")
+        figures.append(_seconds([one for title in shared for one in scored[row][title]]))
         lines.append([row if row == SHOTS else METHODS[row].title, *figures])
-    seeds = [f"{title} (seeds {', '.join(numbers)})" for title, numbers in cells.items()]
-    record.table("Methods, exact match", ["method", *seeds, "average", "average rank"], lines)
+    names = [f"{title} (seeds {', '.join(sorted(seeds[title]))})" for title in cells]
+    columns = ["method", *names, "average", "average rank", "CPU s to train"]
+    note = f"Average, rank and median seconds of choosing and training: over {', '.join(shared)}."
+    record.table("Methods, exact match", columns, lines, note)
 
 
 def _values(by_seed: dict[str, list[Any]]) -> list[float]:
-    return [score for score, _ in by_seed.values()]
+    return [score for score, *_ in by_seed.values()]
+
+
+def _seconds(measured: list[list[Any]]) -> str:
+    """The median of the CPU seconds, where all are known."""
+    seconds = [spent for _, _, *known in measured for spent in known]
+    return f"{statistics.median(seconds):.0f}" if len(seconds) == len(measured) else "-"
 
 
 def _text(entry: Entry) -> str:

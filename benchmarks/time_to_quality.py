@@ -98,8 +98,7 @@ def adapter_curve(method: str, layout: Layout, tokenizer: Any, words: Words) -> 
         if config.is_prompt_learning:
             adapters._start_from(wrapped, tokenizer, adapters.description(words.split.name))
         trainer = adapters._Trainer(wrapped, adapters._Data(layout, tokenizer, words.split.train))
-        tried, seconds = timed(lambda: [trainer.validated(rate, None, bar) for rate in adapters.RATES])
-        best = min(tried, key=lambda one: one.validation_loss)
+        (best, _), seconds = timed(lambda: trainer.chosen(None, bar))
         points = []
         for steps in some_of(best.steps):
             _, spent = timed(lambda steps=steps: trainer.losses(best.lr, steps, bar))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 Key = TypeVar("Key")
@@ -39,6 +39,18 @@ def recorded(
 
     with attached(register(module)(recorder(key)) for key, module in modules.items()):
         yield seen
+
+
+@contextmanager
+def read_at(head: nn.Module, row: Tensor, column: Tensor) -> Iterator[None]:
+    """Within the block, a language-model head gets only the hidden states at row and column [u], as [1, u, hidden]."""
+
+    def chosen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        return (hidden[row.to(hidden.device), column.to(hidden.device)].unsqueeze(0), *args[1:])
+
+    with attached([head.register_forward_pre_hook(chosen)]):
+        yield
 
 
 # Decoder blocks return a bare tensor in transformers 5 and a tuple in 4; mixtures of experts may return a tuple.

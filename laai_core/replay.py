@@ -14,13 +14,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
 from laai_core.apply import Edit, hooked
 from laai_core.cache import REFUSALS, model_inputs, padded, read_only, selected
 from laai_core.encode import Batch
 from laai_core.forward import Forward, Part
-from laai_core.hooks import attached, recorded, shadowed, with_hidden
+from laai_core.hooks import read_at, recorded, shadowed, with_hidden
 from laai_core.locate import Layout
 from laai_core.products import Products, Rows
 
@@ -135,7 +134,7 @@ class ReplayForward(Forward):
         with (
             self._prefixes.products.used(rows, read),
             _replayed(self._layout, self._layer, entering),
-            _read_at(self._layout, part),
+            read_at(self._layout.model.get_output_embeddings(), part.row, part.column),
             hooked(self._layout, edit, part.lengths),
         ):
             logits = self._layout.model(**inputs).logits
@@ -186,18 +185,6 @@ def _taken(output: Any, rows: torch.Tensor) -> Any:
     if isinstance(output, tuple):
         return tuple(_taken(part, rows) for part in output)
     return output[rows.to(output.device)] if isinstance(output, torch.Tensor) else output
-
-
-@contextmanager
-def _read_at(layout: Layout, part: Part) -> Iterator[None]:
-    """The language-model head gets only the hidden states whose logits are read, as one row [1, u, hidden]."""
-
-    def chosen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0]
-        return (hidden[part.row.to(hidden.device), part.column.to(hidden.device)].unsqueeze(0), *args[1:])
-
-    with attached([layout.model.get_output_embeddings().register_forward_pre_hook(chosen)]):
-        yield
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
+from itertools import islice
 from pathlib import Path
 
 import peft
@@ -18,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import laai_core as laai
 from laai_core.locate import locate
-from lm_eval_laai.methods import METHODS
+from lm_eval_laai.methods import METHODS, select
 from lm_eval_laai.methods import adapters as adapters_module
 from lm_eval_laai.methods.adapters import (
     ADAPTERS,
@@ -26,11 +28,13 @@ from lm_eval_laai.methods.adapters import (
     VIRTUAL_TOKENS,
     _Data,
     _start_from,
+    _Trainer,
     _wrapped,
     description,
     train_adapter,
 )
-from lm_eval_laai.methods.method import ADAPTER_CONFIG, is_adapter
+from lm_eval_laai.methods.method import ADAPTER_CONFIG, ADAPTER_STEPS, is_adapter
+from lm_eval_laai.methods.select import HEAD_START, PATIENCE, last_good
 
 TOKENIZER = tiny_tokenizer(bos=True)
 EXAMPLES = [laai.Example(f"Q: {x}\nA:", f" {y}") for x, y in [("hot", "cold"), ("the wall", "a floor"), ("in", "out")]]
@@ -156,48 +160,94 @@ def loss_by_hand(wrapped, examples) -> torch.Tensor:
     return sum(losses) / len(losses)
 
 
-def trained_by_hand(saved: Path, examples, rate: float, steps: int):
+def training_by_hand(saved: Path, examples, rate: float):
+    """The model under IA3 before the first step, after one, after two, ..."""
     wrapped = peft.get_peft_model(loaded(saved), ADAPTERS["ia3"](locate(loaded(saved)), None))
     learnt = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, weight_decay=0.0, lr=rate)
-    for _ in range(steps):
+    while True:
+        yield wrapped
         optimizer.zero_grad()
         loss_by_hand(wrapped, examples).backward()
         optimizer.step()
-    return wrapped
 
 
-def validation_loss_by_hand(saved: Path, rate: float, steps: int) -> float:
-    """Every example is held out once: up to three folds."""
-    total = 0.0
-    for left_out in range(3):
-        others = [example for number, example in enumerate(EXAMPLES) if number != left_out]
-        wrapped = trained_by_hand(saved, others, rate, steps)
-        total += float(loss_by_hand(wrapped, [EXAMPLES[left_out]]).detach())
-    return total / 3
+def held_out_by_hand(saved: Path, rate: float):
+    """Every example is held out once: the bounded losses after one step, two, ... of a training on the others."""
+    trainings = [training_by_hand(saved, [e for e in EXAMPLES if e is not out], rate) for out in EXAMPLES]
+    for models in islice(zip(*trainings, strict=True), 1, None):
+        with torch.no_grad():
+            losses = [float(loss_by_hand(model, [out])) for model, out in zip(models, EXAMPLES, strict=True)]
+        yield [-math.log((1 - select.FLOOR) * math.exp(-loss) + select.FLOOR) for loss in losses]
 
 
-def test_training_and_cross_validation_by_hand(saved, adapters):
-    record = METHODS["lora"].record(adapters["ia3"])
+@pytest.fixture
+def unbounded(monkeypatch) -> None:
+    """The tiny model gives every answer less than the usual bound."""
+    monkeypatch.setattr(select, "FLOOR", 1e-12)
+
+
+def test_training_and_cross_validation_by_hand(saved, tmp_path, unbounded):
+    train_adapter("ia3", loaded(saved), TOKENIZER, EXAMPLES, tmp_path / "a", None, 0, STEPS)
+    record = METHODS["ia3"].record(tmp_path / "a")
     for one in record["tried"]:
         assert one["steps"] == STEPS
-        assert one["validation_loss"] == pytest.approx(validation_loss_by_hand(saved, one["lr"], STEPS), rel=1e-3)
-    best = min(record["tried"], key=lambda one: one["validation_loss"])
+        expected = statistics.fmean(next(islice(held_out_by_hand(saved, one["lr"]), STEPS - 1, None)))
+        assert one["held_out_loss"] == one["smallest_loss"] == pytest.approx(expected, rel=1e-3)
+    best = min(record["tried"], key=lambda one: one["smallest_loss"])
     assert [one["lr"] for one in record["tried"]] == list(RATES) and record["lr"] == best["lr"]
-    whole = trained_by_hand(saved, EXAMPLES, record["lr"], STEPS)
+    whole = next(islice(training_by_hand(saved, EXAMPLES, record["lr"]), STEPS, None))
     assert record["task_loss"] == pytest.approx(float(loss_by_hand(whole, EXAMPLES).detach()), rel=1e-3)
 
 
-def test_the_number_of_steps_is_chosen_by_held_out_loss(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(adapters_module, "RATES", (3e-1,))  # overshoots soon
-    monkeypatch.setattr(adapters_module, "PATIENCE", 3)
+def test_rates_and_steps_are_chosen_by_the_rules_of_a_vector(saved, tmp_path, monkeypatch, unbounded):
+    """Against every fold trained alone."""
+    monkeypatch.setattr(adapters_module, "RATES", (1e-1, 3e-1, 1e-3))
     train_adapter("ia3", loaded(saved), TOKENIZER, EXAMPLES, tmp_path / "a")
     record = METHODS["ia3"].record(tmp_path / "a")
-    (one,) = record["tried"]
-    assert record["steps"] == one["steps"]
-    curve = {steps: validation_loss_by_hand(saved, 3e-1, steps) for steps in range(1, one["steps"] + 4)}
-    assert one["steps"] == min(curve, key=curve.get)
-    assert one["validation_loss"] == pytest.approx(curve[one["steps"]], rel=1e-3)
+    tried, rival, ends = [], [], []
+    for rate in adapters_module.RATES:
+        held_out, losses = [], []
+        for found in islice(held_out_by_hand(saved, rate), ADAPTER_STEPS):
+            held_out.append(found)
+            losses.append(statistics.fmean(found))
+            behind = len(losses) >= HEAD_START and min(losses) > min(rival[: len(losses)], default=math.inf)
+            flat = len(losses) > PATIENCE and min(losses[-PATIENCE:]) > min(losses)
+            if behind or flat:
+                break
+        ends.append("behind" if behind else "flat" if flat else "limit")
+        steps = last_good(torch.tensor(held_out))
+        tried.append({"lr": rate, "steps": steps, "held_out_loss": losses[steps - 1], "smallest_loss": min(losses)})
+        rival = min(losses, rival, key=lambda curve: min(curve, default=math.inf))
+    assert {"behind", "flat"} <= {*ends}  # these rates show both
+    assert record["tried"] == [pytest.approx(one, rel=2e-3) for one in tried]
+    best = min(tried, key=lambda one: one["smallest_loss"])
+    assert (record["lr"], record["steps"]) == (best["lr"], best["steps"])
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("method", ["lora", "soft_prompt"])
+def test_the_losses_are_those_of_full_logits(method, name):
+    """Of surveys, where options share logits."""
+    layout = locate(tiny_model(name))
+    with _wrapped(layout, ADAPTERS[method](layout, 1), 0) as wrapped:
+        trainer = _Trainer(wrapped, _Data(layout, TOKENIZER, OPINIONS))
+        batch = trainer._data.batch(None)
+        with torch.no_grad():
+            found = trainer._per_example(batch)
+            logits = wrapped(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits = logits[:, -batch.input_ids.shape[1] :]
+        scores = logits[batch.row, batch.column].log_softmax(-1).gather(1, batch.token.unsqueeze(1)).squeeze(1)
+        logprobs = torch.zeros(len(batch.example)).index_add(0, batch.continuation, scores)
+        torch.testing.assert_close(found, trainer._data.objective.per_example(logprobs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_rate_ends_where_a_loss_is_not_finite(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapters_module, "RATES", (1e-2, 3e37))
+    train_adapter("ia3", loaded(saved), TOKENIZER, EXAMPLES, tmp_path / "a")
+    record = METHODS["ia3"].record(tmp_path / "a")
+    assert record["lr"] == 1e-2
+    assert record["tried"][1] == {"lr": 3e37, "steps": ADAPTER_STEPS, "held_out_loss": None, "smallest_loss": None}
 
 
 @torch.no_grad()
@@ -233,7 +283,7 @@ def test_folds():
 def test_one_example_is_not_cross_validated(tmp_path):
     train_adapter("ia3", tiny_model("Llama"), TOKENIZER, EXAMPLES[:1], tmp_path / "one", None, 0, 1)
     record = METHODS["lora"].record(tmp_path / "one")
-    assert record["tried"] == [] and record["lr"] == RATES[len(RATES) // 2]
+    assert record["tried"] == [] and record["lr"] == RATES[0]
 
 
 def test_a_soft_prompt_starts_from_the_tasks_description(saved, tmp_path):

@@ -9,6 +9,7 @@ import math
 import re
 import shlex
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -34,6 +35,7 @@ from lm_eval_laai.experiments import harness, setting
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.experiments.run import Plan, Process, run
+from lm_eval_laai.experiments.scores import seconds_of
 from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.inspection.plot import heat_map, largest
 from lm_eval_laai.judge import Cache, Judge
@@ -409,6 +411,16 @@ def test_what_fails_leaves_the_others(tmp_path: Path, caplog: pytest.LogCaptureF
     assert facts["missing"] == [f"{TASK} + fv of {TASK} seed 0 N 10"]
     assert [row["columns"][TASK]["exact_match"] is None for row in facts["tables"]["6"]] == [True, False]
     assert "| a | ours | missing |" in (tmp_path / "report.md").read_text()
+
+
+def test_what_a_training_took_is_kept_beside_it(bundled: Setting, tmp_path: Path) -> None:
+    """The rows of one batch share the time."""
+    rows = tuple(Fit(TASK, "laai", seed, 4, 3, 2, 0.0, 0.0, "relative") for seed in range(2))
+    fits, store, start = (*rows, Fit(TASK, "icv", 0, 4)), Store(tmp_path), time.process_time()
+    run([Plan(bundled, (), fits)], store, Process())
+    took = [seconds_of(bundled, fit, store) for fit in fits]
+    assert all(took) and took[0] == took[1] and sum(took) < time.process_time() - start
+    assert seconds_of(bundled, Fit(TASK, "icv", 1, 4), store) is None
 
 
 def test_what_another_process_is_at_is_left_to_it(

@@ -47,7 +47,7 @@ class Cell:
 
 
 class Store:
-    """Finished work in a folder: a small JSON for each cell, a vector or an adapter for each fit.
+    """Finished work in a folder: a small JSON for each cell, a vector or an adapter for each fit and its CPU seconds.
 
     A name ends in the hash of the identity: everything the result depends on. Another model, data set or release of a
     library is another identity, never an old result.
@@ -55,6 +55,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self._cells, self._fits, self._locks = folder / "cells", folder / "fits", folder / "locks"
+        self._seconds = folder / "seconds"  # not with the fits, whose bytes are the same every time
 
     def get(self, cell: Cell, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         """The cell's result, None when it has not been computed. LaaiError for a file of another kind."""
@@ -73,6 +74,17 @@ class Store:
         """Store a result, whole or not at all."""
         text = json.dumps({"identity": identity, "result": result}, indent=1, sort_keys=True, ensure_ascii=False)
         files.write(self._path(cell, identity), text.encode())
+
+    def seconds(self, fit: Fit, identity: Mapping[str, Any]) -> float | None:
+        """The CPU seconds that the fit took, choosing included; None where its process ended before they were put."""
+        try:
+            return float(self._seconds_path(fit, identity).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    def put_seconds(self, fit: Fit, identity: Mapping[str, Any], seconds: float) -> None:
+        """Store what the fit took."""
+        files.write(self._seconds_path(fit, identity), f"{seconds:.3f}\n".encode())
 
     @contextmanager
     def claimed(self, piece: Cell | Fit, identity: Mapping[str, Any]) -> Iterator[bool]:
@@ -96,6 +108,9 @@ class Store:
         """The path of a fit, whether or not it is stored."""
         name = f"{fit.task.partition(':')[0]}-{fit.method}-{key(identity)}"
         return self._fits / f"{name}{METHODS[fit.method].suffix}"
+
+    def _seconds_path(self, fit: Fit, identity: Mapping[str, Any]) -> Path:
+        return self._seconds / f"{self.fit_path(fit, identity).stem}.txt"
 
     def _path(self, cell: Cell, identity: Mapping[str, Any]) -> Path:
         return self._cells / f"{cell.task.partition(':')[0]}-{key(identity)}.json"

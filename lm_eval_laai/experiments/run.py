@@ -20,7 +20,6 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from laai_core.errors import LaaiError, NotFinite
-from laai_core.intervention import Intervention
 from laai_core.settings import Job, StartName
 from laai_core.train import train_many
 from lm_eval_laai import methods
@@ -169,8 +168,9 @@ class _Worker:
             yield "busy" if not mine else "mine" if self._store.get(cell, identity) is None else "done"
 
     def fit(self, batch: list[Fit]) -> Write:
-        """Train a batch; the returned function saves those of its fits that are not stored yet."""
+        """Train a batch; the returned function saves those of its fits that are not stored yet, and what they took."""
         model, tokenizer = self._model()
+        start = time.process_time()
         paths = [self._plan.path(fit, self._store) for fit in batch]
         if _is_job(batch[0]):
             shared: dict[str, Any] = {"penalty_scale": batch[0].penalty_scale, "steps": batch[0].steps}
@@ -183,8 +183,15 @@ class _Worker:
                 if not result.finished:
                     logger.error("%s: %s", named(fit), result.stopped)
                 elif not path.exists():
-                    new.append((path, result.intervention))
-            return lambda: _save(new)
+                    new.append((fit, path, result.intervention))
+            seconds = (time.process_time() - start) / len(batch)
+
+            def save() -> None:
+                for fit, path, intervention in new:
+                    intervention.save(path)
+                    self._put_seconds(fit, seconds)
+
+            return save
         (fit,) = batch
         methods.fit(
             fit.method,
@@ -201,7 +208,11 @@ class _Worker:
             output=paths[0],
             progress=False,
         )
-        return lambda: None  # methods.fit has written the output
+        seconds = time.process_time() - start
+        return lambda: self._put_seconds(fit, seconds)  # methods.fit has written the output
+
+    def _put_seconds(self, fit: Fit, seconds: float) -> None:
+        self._store.put_seconds(fit, self._setting.fit_identity(fit), seconds)
 
     def _job(self, fit: Fit) -> Job:
         split = self._setting.split(fit.task, fit.seed, fit.n_train)
@@ -238,8 +249,3 @@ def _is_job(fit: Fit) -> bool:
 def _kind(fit: Fit) -> Fit:
     """Equal for the fits that are rows of one batch."""
     return replace(fit, seed=0, l1=None, group=None) if _is_job(fit) else fit
-
-
-def _save(made: Sequence[tuple[Path, Intervention]]) -> None:
-    for path, intervention in made:
-        intervention.save(path)

@@ -6,13 +6,18 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from lm_eval_laai.experiments.cells import Cell, Store
+from lm_eval_laai.experiments.cells import Cell, Fit, Store
 from lm_eval_laai.experiments.setting import Setting
 
 
 def result_of(setting: Setting, cell: Cell, store: Store) -> dict[str, Any] | None:
     """A cell's result, if there is one."""
     return store.get(cell, setting.cell_identity(cell))
+
+
+def seconds_of(setting: Setting, fit: Fit, store: Store) -> float | None:
+    """The CPU seconds that a fit took, if they are known."""
+    return store.seconds(fit, setting.fit_identity(fit))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """LoRA, IA3 and soft prompts: PEFT's own, trained on the same examples, tokens and loss as a vector.
 
 Learning rate and number of steps, which depend on model and method, are chosen by cross-validation on the training
-examples alone. A fold's examples take part in the forward pass of its training with weight zero, so that every step
-gives their loss.
+examples alone, with a vector's folds, held-out loss and rules (lm_eval_laai/methods/select.py). A fold's examples take
+part in the forward pass of its training with weight zero, so that every step gives their loss.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,21 +27,20 @@ from laai_core.data.rules import WORD_RULES, rule_named
 from laai_core.encode import Batch, encode_examples
 from laai_core.errors import LaaiError, WorkFailed
 from laai_core.example import Example
-from laai_core.hooks import frozen
+from laai_core.hooks import frozen, read_at
 from laai_core.locate import Layout, locate
 from laai_core.objective import Objective
 from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.linear_modules import attention_inputs, down_projection, first_attention, is_transposed
 from lm_eval_laai.methods.method import ADAPTER_FACTS, ADAPTER_STEPS
-from lm_eval_laai.methods.select import held_out_by_fold
+from lm_eval_laai.methods.select import bounded, ended, held_out_by_fold, last_good
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RANK = 4  # LoRA's
 VIRTUAL_TOKENS = 8
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-PATIENCE = 10  # steps without a smaller held-out loss
+RATES = (1e-2, 3e-3, 3e-2, 1e-1)  # the usual one first, so that the others end early
 
 ANY_TASK = "the answer to this question"
 
@@ -79,10 +79,8 @@ def train_adapter(
             _start_from(wrapped, tokenizer, description(task))
         trainer = _Trainer(wrapped, data)
         with tqdm(desc=method, unit=" steps", disable=not progress, leave=False) as bar:
-            tried = [trainer.validated(rate, steps, bar) for rate in RATES] if data.folds else []
-            usual = _Tried(RATES[len(RATES) // 2], steps or ADAPTER_STEPS, math.inf)
-            best = min(tried, key=lambda one: one.validation_loss, default=usual)
-            losses = [trained_on for trained_on, _ in trainer.losses(best.lr, best.steps, bar)]
+            best, tried = trainer.chosen(steps, bar)
+            losses = trainer.losses(best.lr, best.steps, bar)
         if not math.isfinite(losses[-1]):
             raise WorkFailed(f"{method}: the loss is not finite after {best.steps} steps at learning rate {best.lr}")
         training = {
@@ -156,15 +154,16 @@ class _Data:
 
 @dataclass(frozen=True)
 class _Tried:
-    """A learning rate: the smallest mean loss of held-out examples, and after how many steps."""
+    """A learning rate, its number of steps, and the means of the bounded held-out losses there and at the lowest."""
 
     lr: float
     steps: int
-    validation_loss: float  # infinite where a training failed
+    held_out_loss: float  # infinite where the first losses were not finite
+    smallest_loss: float
 
     def facts(self) -> dict[str, Any]:
         """For the record; JSON has no infinity."""
-        return vars(self) | ({} if math.isfinite(self.validation_loss) else {"validation_loss": None})
+        return {name: value if math.isfinite(value) else None for name, value in vars(self).items()}
 
 
 class _Trainer:
@@ -172,60 +171,84 @@ class _Trainer:
 
     def __init__(self, wrapped: Any, data: _Data) -> None:
         self._wrapped, self._data = wrapped, data
+        self._head = wrapped.get_base_model().get_output_embeddings()
+        prompt = wrapped.active_peft_config
+        self._before = prompt.num_virtual_tokens if prompt.is_prompt_learning else 0  # columns of every row
         self.parameters = [p for p in wrapped.parameters() if p.requires_grad]
         self._start = [p.detach().clone() for p in self.parameters]
 
-    def losses(
-        self, rate: float, steps: int, bar: Any, held_out: Sequence[bool] | None = None, patience: int | None = None
-    ) -> list[tuple[float, float]]:
-        """Train, and return the mean losses after 0, 1, ... steps: of the examples trained on, of those held out.
+    def chosen(self, steps: int | None, bar: Any) -> tuple[_Tried, list[_Tried]]:
+        """The rate and number of steps with the smallest held-out loss, and all rates that were tried."""
+        tried: list[_Tried] = []
+        best: list[float] = []  # held-out losses by steps, of the rate that reached the lowest
+        for rate in RATES if self._data.folds else ():
+            one, losses = self._validated(rate, steps, best, bar)
+            if one.smallest_loss < min(best, default=math.inf):
+                best = losses
+            tried.append(one)
+        usual = _Tried(RATES[0], steps or ADAPTER_STEPS, math.inf, math.inf)
+        return min(tried, key=lambda one: one.smallest_loss, default=usual), tried
 
-        With `patience`, training ends when the held-out loss has not fallen for as many steps.
-        """
-        with torch.no_grad():
-            for parameter, start in zip(self.parameters, self._start, strict=True):
-                parameter.copy_(start)
-        batch = self._data.batch(held_out)
-        optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
-        found: list[tuple[float, float]] = []
-        while True:
-            last = len(found) == steps
-            with torch.set_grad_enabled(not last):
-                losses = self._per_example(batch)
-                loss = (losses * batch.share).sum()
-            # The mean of no example is NaN, which nothing reads.
-            found.append((loss.item(), losses.detach()[batch.share == 0].mean().item()))
-            if last or (patience is not None and _ended([out for _, out in found], patience)):
-                return found
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    def losses(self, rate: float, steps: int, bar: Any) -> list[float]:
+        """Train on all examples, and return the mean losses after 0, 1, ..., `steps` steps."""
+        found = []
+        for losses in islice(self._training(rate), steps + 1):
+            found.append(losses.mean().item())
             bar.update()
+        return found
 
-    def validated(self, rate: float, steps: int | None, bar: Any) -> _Tried:
-        """Train on every fold's other examples; without `steps`, as long as a fold's own loss falls."""
-        limit, patience = (ADAPTER_STEPS, PATIENCE) if steps is None else (steps, None)
-        curves = []
-        for fold in self._data.folds:
-            curve = [held_out for _, held_out in self.losses(rate, limit, bar, fold, patience)]
-            curves.append([sum(fold) * loss for loss in curve + curve[-1:] * (limit + 1 - len(curve))])
-        means = [sum(losses) / len(self._data.folds[0]) for losses in zip(*curves, strict=True)]
-        numbers = range(1, limit + 1) if steps is None else [steps]
-        loss, number = min((means[number] if math.isfinite(means[number]) else math.inf, number) for number in numbers)
-        return _Tried(rate, number, loss)
+    def _validated(
+        self, rate: float, steps: int | None, rival: Sequence[float], bar: Any
+    ) -> tuple[_Tried, list[float]]:
+        """Train every fold, one step of each in turn; with `steps`, only the loss after so many counts."""
+        counted = range(1, ADAPTER_STEPS + 1) if steps is None else [steps]
+        trainings = [self._training(rate, fold) for fold in self._data.folds]
+        mask = torch.tensor(self._data.folds)
+        held_out: list[torch.Tensor] = []  # [N]: every example is held out by one fold
+        means: list[float] = []
+        for number in range(counted[-1] + 1):
+            losses = torch.stack([next(training) for training in trainings]).cpu()
+            bar.update()
+            if not losses.isfinite().all():
+                break
+            if number in counted:
+                held_out.append(bounded(losses[mask]))
+                means.append(held_out[-1].mean().item())
+                if ended(means, rival):
+                    break
+        if not means:
+            return _Tried(rate, counted[-1], math.inf, math.inf), means
+        best = last_good(torch.stack(held_out))
+        return _Tried(rate, counted[best - 1], means[best - 1], min(means)), means
+
+    def _training(self, rate: float, held_out: Sequence[bool] | None = None) -> Iterator[torch.Tensor]:
+        """The losses [N] of all examples after 0, 1, ... steps on those that are not held out.
+
+        Trainings that take turns disturb each other in nothing: each has its own copy of the parameters.
+        """
+        batch = self._data.batch(held_out)
+        own = [start.clone().requires_grad_() for start in self._start]
+        optimizer = torch.optim.AdamW(own, lr=rate, weight_decay=0.0)
+        while True:
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, own, strict=True):
+                    parameter.copy_(value)
+            losses = self._per_example(batch)
+            (losses * batch.share).sum().backward()
+            for parameter, value in zip(self.parameters, own, strict=True):
+                value.grad, parameter.grad = parameter.grad, None
+            yield losses.detach()
+            optimizer.step()
 
     def _per_example(self, batch: Batch) -> torch.Tensor:
-        logits = self._wrapped(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        logits = logits[:, logits.shape[1] - batch.input_ids.shape[1] :]  # a soft prompt's columns come first
-        chosen = logits[batch.row, batch.column].float().log_softmax(-1)
-        scores = chosen.gather(1, batch.token.unsqueeze(1)).squeeze(1)
+        # One logit predicts all one-token options of an example.
+        (row, column), logit = torch.stack([batch.row, batch.column]).unique(dim=1, return_inverse=True)
+        with read_at(self._head, row, column + self._before):
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            logits = self._wrapped(**inputs, use_cache=False).logits.squeeze(0)
+        scores = logits.float().log_softmax(-1)[logit, batch.token]
         logprobs = scores.new_zeros(len(batch.example)).index_add(0, batch.continuation, scores)
         return self._data.objective.per_example(logprobs)
-
-
-def _ended(losses: Sequence[float], patience: int) -> bool:
-    """Whether the smallest of the losses is not among the last `patience`, or the last is not finite."""
-    return not math.isfinite(losses[-1]) or min(losses) not in losses[-patience:]
 
 
 @contextmanager

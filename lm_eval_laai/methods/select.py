@@ -288,6 +288,13 @@ def bounded(losses: torch.Tensor) -> torch.Tensor:
     return -torch.log((1 - FLOOR) * torch.exp(-losses) + FLOOR)
 
 
+def ended(losses: Sequence[float], rival: Sequence[float]) -> bool:
+    """Whether a setting with these mean held-out losses has stopped falling, or is behind the best setting's."""
+    count, lowest = len(losses), min(losses)
+    behind = count >= HEAD_START and lowest > min(rival[:count], default=math.inf)
+    return behind or lowest not in losses[-PATIENCE:]
+
+
 class _Curve:
     """The mean loss of held-out examples by evaluations, every fold at the best objective it has seen."""
 
@@ -311,6 +318,4 @@ class _Curve:
         self.held_out.append(self._best[self._mask])
         self.losses.append(float(self.held_out[-1].mean()))
         self._bar.update()
-        count, lowest = len(self.losses), min(self.losses)
-        behind = count >= HEAD_START and lowest > min(self._rival[:count], default=math.inf)
-        return behind or lowest not in self.losses[-PATIENCE:]
+        return ended(self.losses, self._rival)
