@@ -136,37 +136,37 @@ def _report(scores: Scores, quick: bool) -> None:
 
 
 def _compared(scores: Scores, record: Record) -> None:
-    """A table of all methods; averages, ranks and seconds are those of the cells that every method has."""
+    """A table of all methods; averages and ranks are those of the methods that have every cell."""
     rows = [row for row in (SHOTS, *METHODS) if any(row in found for found in scores.values())]
     seeds = {title: set.intersection(*map(set, found.values())) for title, found in scores.items() if found}
-    cells = [title for title, common in seeds.items() if common]
-    shared = [title for title in cells if all(row in scores[title] for row in rows)]
-    if len(rows) < 3 or not shared:
+    cells = {title: sorted(common) for title, common in seeds.items() if common}
+    whole = [row for row in rows if all(row in scores[title] for title in cells)]
+    if len(rows) < 3 or not cells:
         return
-    scored = {  # row: cell: the seeds' entries
-        row: {
-            title: [scores[title][row][seed] for seed in sorted(seeds[title])]
-            for title in cells
-            if row in scores[title]
-        }
+    entries = {  # row: cell: one for each seed
+        row: {title: [scores[title][row][seed] for seed in cells[title]] for title in cells if row in scores[title]}
         for row in rows
     }
     means = {
-        row: {title: statistics.fmean(one[0] for one in of) for title, of in found.items()}
-        for row, found in scored.items()
+        row: {title: statistics.fmean(score for score, *_ in of) for title, of in found.items()}
+        for row, found in entries.items()
     }
     # Equal scores share a rank.
-    ranks = [rankdata([-means[row][title] for row in rows]) for title in shared]
+    ranks = [rankdata([-means[row][title] for row in whole]) for title in cells]
     lines = []
-    for number, row in enumerate(rows):
+    for row in rows:
         figures = [f"{means[row][title]:.3f}" if title in means[row] else "-" for title in cells]
-        figures.append(f"{statistics.fmean(means[row][title] for title in shared):.3f}")
-        figures.append(f"{statistics.fmean(float(one[number]) for one in ranks):.1f}")
-        figures.append(_seconds([one for title in shared for one in scored[row][title]]))
+        if row in whole:
+            rank = statistics.fmean(float(one[whole.index(row)]) for one in ranks)
+            seconds = _seconds([entry for of in entries[row].values() for entry in of])
+            figures += [f"{statistics.fmean(means[row].values()):.3f}", f"{rank:.1f}", seconds]
+        else:
+            figures += ["-"] * 3
         lines.append([row if row == SHOTS else METHODS[row].title, *figures])
-    names = [f"{title} (seeds {', '.join(sorted(seeds[title]))})" for title in cells]
+    names = [f"{title} (seeds {', '.join(numbers)})" for title, numbers in cells.items()]
     columns = ["method", *names, "average", "average rank", "CPU s to train"]
-    note = f"Average, rank and median seconds of choosing and training: over {', '.join(shared)}."
+    note = "CPU seconds are the process's, choosing included: the median over cells and seeds. A method that has not "
+    note += "been measured in every cell has no average, and the ranks are those among the others."
     record.table("Methods, exact match", columns, lines, note)
 
 
