@@ -483,6 +483,8 @@ def _well_formed(name: str) -> Callable[[bytes], bool]:
         return lambda content: content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82")
     if name.endswith(".sqlite"):
         return lambda content: content.startswith(b"SQLite format 3\0")
+    if name.endswith(".txt"):  # seconds
+        return lambda content: re.fullmatch(rb"\d+\.\d{3}\n", content) is not None
     assert name.endswith(".md"), name
     return lambda content: content.endswith(b"\n")
 
