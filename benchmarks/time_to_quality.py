@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,8 @@ def laai_curve(layout: Layout, tokenizer: Any, words: Words) -> Curve:
     choice, seconds = timed(lambda: select.choose(layout.model, tokenizer, train))
     points = []
     for steps in some_of(choice.steps):
-        run = lambda steps=steps: laai_core.train(  # noqa: E731
-            layout.model, tokenizer, train, choice.layer, choice.l1, choice.group, steps=steps
-        )
-        result, spent = timed(run)
+        cut = replace(choice, steps=steps)
+        result, spent = timed(lambda cut=cut: select.trained(layout.model, tokenizer, train, cut))
         points.append([spent, words.exact_match(layout.model, result.intervention)])
     return {"choice": seconds, "points": points}
 

@@ -147,13 +147,29 @@ def train_chosen(
     on_step: Callable[[Step], None] = lambda step: None,
     **options: Any,
 ) -> tuple[TrainResult, Choice]:
-    """Train with the setting that `choose(..., layer, **options)` chooses.
+    """`trained` with the setting that `choose(..., layer, **options)` chooses."""
+    choice = choose(model, tokenizer, examples, layer, **options)
+    result = trained(model, tokenizer, examples, choice, seed=seed, task=task, on_step=on_step, **options)
+    return result, choice
+
+
+def trained(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    choice: Choice,
+    *,
+    seed: int = 0,
+    task: str | None = None,
+    on_step: Callable[[Step], None] = lambda step: None,
+    **options: Any,
+) -> TrainResult:
+    """Train with a choice that was made with the same `options`.
 
     Returns the mean of the vectors of all examples and of the folds; with nothing to choose, or from start zero,
     `laai_core.train.train` on all examples. The result's objective and stationarity are those of its vector, over all
     examples; its history, and what `on_step` is called with, is the training on all examples.
     """
-    choice = choose(model, tokenizer, examples, layer, **options)
     start = options.get("start")
     parts = trained_on(examples) if choice.tried and start != "zero" else []
     own = {one.name: options[one.name] for one in fields(Job) if one.name in options}
@@ -171,10 +187,10 @@ def train_chosen(
         **shared,
     )
     if not others:
-        return whole, choice
+        return whole
     mean = sum((one.intervention for one in others), whole.intervention) * (1 / (1 + len(others)))
     (result,) = train_many(model, tokenizer, [Job(examples, **own | {"start": mean})], **shared | {"steps": 1})
-    return _with_history(result, whole, mean_of=1 + len(others)), choice
+    return _with_history(result, whole, mean_of=1 + len(others))
 
 
 def _with_history(result: TrainResult, whole: TrainResult, mean_of: int) -> TrainResult:
