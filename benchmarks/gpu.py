@@ -17,6 +17,7 @@ from laai_core.encode import encode_examples
 from laai_core.hooks import frozen
 from laai_core.locate import locate
 from laai_core.objective import Objective
+from laai_core.products import Products
 from laai_core.replay import ReplayForward
 from measure import Record, interleaved, median, parser
 from models import WORDS, parameters, random_llama, word_examples, word_tokenizer
@@ -53,7 +54,8 @@ def measure(device: torch.device, dtype: torch.dtype, shape: dict[str, int], rou
     torch.set_default_dtype(torch.float32)
     tokenizer, examples = word_tokenizer(), word_examples(EXAMPLES, 20, 2)
     layout, objective = locate(model), Objective(examples)
-    forward = ReplayForward(layout, encode_examples(tokenizer, examples, stop=""), LAYER, "heads")
+    batch = encode_examples(tokenizer, examples, stop="")
+    forward = ReplayForward(layout, batch, LAYER, "heads", products=Products(layout, LAYER))
     vectors = 0.01 * torch.randn(1, math.prod(layout.shape(LAYER, "heads")))
 
     def step() -> None:

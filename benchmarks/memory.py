@@ -20,6 +20,7 @@ from laai_core.encode import encode_examples
 from laai_core.hooks import frozen
 from laai_core.locate import locate
 from laai_core.objective import Objective
+from laai_core.products import Products
 from laai_core.replay import ReplayForward
 from laai_core.start import ROWS, SHUFFLES, in_context_starts
 from measure import Record, parser
@@ -67,7 +68,7 @@ def measured(model: Any, layer: int, prompt: int) -> list[float]:
     batch = encode_examples(tokenizer, examples, stop="")
     vectors = 0.01 * torch.randn(1, math.prod(layout.shape(layer, "heads")))
     with frozen(model):
-        forward = ReplayForward(layout, batch, layer, "heads")
+        forward = ReplayForward(layout, batch, layer, "heads", products=Products(layout, layer))
         # Makes the prefixes, and their views of this batch.
         kept, _, _ = allocated(lambda: forward._parts([0]))
         _, step, _ = allocated(lambda: forward.loss_and_gradient(vectors, Objective(examples), [0]))

@@ -8,9 +8,8 @@ A step calls the model's own forward; the blocks below l return their recorded o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,11 +61,6 @@ class Prefixes:
         ]
         self._kept: dict[tuple[int, int], _Suffixes] = {}
 
-    @cached_property
-    def products(self) -> Products:
-        """The packed weights of all blocks that are replayed."""
-        return Products(self._layout, min(self._layers))
-
     def suffixes(self, rows: Sequence[int], layer: int, batch_size: int) -> tuple[dict[str, Any], Any]:
         """The model's arguments for some rows (ascending), and the hidden states that enter `layer`.
 
@@ -86,7 +80,12 @@ class Prefixes:
 
 
 class ReplayForward(Forward):
-    """Forwards over the tokens from the last prompt token on; `prefixes` may be shared by the layers of one batch."""
+    """Forwards over the tokens from the last prompt token on.
+
+    Args:
+        prefixes: may be shared by the layers of one batch; default: this layer's own.
+        products: of the blocks from this layer on; default: the modules' own.
+    """
 
     def __init__(
         self,
@@ -96,9 +95,11 @@ class ReplayForward(Forward):
         site: str,
         batch_size: int | None = None,
         prefixes: Prefixes | None = None,
+        products: Products | None = None,
     ) -> None:
         super().__init__(layout, batch, layer, site, batch_size)
         self._prefixes = prefixes or Prefixes(layout, batch, [layer])
+        self._products = products
 
     def difference_from(self, plain: Forward) -> float | str:
         """Largest difference from `plain` in a token's log-probability over two rows under a random vector, or, where
@@ -132,7 +133,7 @@ class ReplayForward(Forward):
         inputs, entering, rows, learnt = part.inputs
         read = Rows((1, len(part.row)), None, _indices(learnt[part.row]))
         with (
-            self._prefixes.products.used(rows, read),
+            self._products.used(rows, read) if self._products else nullcontext(),
             _replayed(self._layout, self._layer, entering),
             read_at(self._layout.model.get_output_embeddings(), part.row, part.column),
             hooked(self._layout, edit, part.lengths),

@@ -16,6 +16,7 @@ from laai_core.forward import PlainForward
 from laai_core.hooks import frozen
 from laai_core.locate import locate
 from laai_core.objective import Objective
+from laai_core.products import Products
 from laai_core.replay import ReplayForward
 
 TOKENIZER = tiny_tokenizer(bos=False)
@@ -238,7 +239,8 @@ def test_products_of_some_rows_equal_the_plain_path(name, fits, monkeypatch):
     assert bool(products.packed_bytes(layout, 1)) is fits
     deltas, objective = vectors(name, 3), Objective(examples * 3)
     for size in (None, 2, 1):
-        plain, replay = (kind(layout, batch, 1, "heads", size) for kind in (PlainForward, ReplayForward))
+        arguments = layout, batch, 1, "heads", size
+        plain, replay = PlainForward(*arguments), ReplayForward(*arguments, products=Products(layout, 1))
         with frozen(layout.model):
             (loss, gradient, every), (fast_loss, fast_gradient, fast_every) = (
                 forward.loss_and_gradient(deltas, objective, [0, 1, 2]) for forward in (plain, replay)
@@ -246,6 +248,23 @@ def test_products_of_some_rows_equal_the_plain_path(name, fits, monkeypatch):
         torch.testing.assert_close(fast_loss, loss, rtol=1e-5, atol=0)
         torch.testing.assert_close(fast_every, every, rtol=1e-5, atol=0)
         assert (fast_gradient - gradient).norm() <= 1e-4 * gradient.norm()
+
+
+@pytest.mark.skipif(not products._packable(torch.bfloat16), reason="this CPU does not multiply bfloat16")
+@pytest.mark.parametrize("name", PACKED)
+def test_rounded_products_are_near_the_plain_path(name, monkeypatch):
+    """bfloat16 has 8 bits: errors of 2^-9 a weight and input, which partly cancel in sums."""
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    examples, layout = rules(RAGGED), locate(tiny_model(name))
+    batch, delta, objective = encode_examples(TOKENIZER, examples), vectors(name, 1), Objective(examples)
+    rounded = Products(layout, 1, torch.bfloat16)
+    assert all(weight.dtype == torch.bfloat16 for pair in rounded.weights.values() for weight in pair)
+    plain = PlainForward(layout, batch, 1, "heads")
+    replay = ReplayForward(layout, batch, 1, "heads", products=rounded)
+    with frozen(layout.model):
+        (loss, gradient, _), (near, slope, _) = (f.loss_and_gradient(delta, objective, [0]) for f in (plain, replay))
+    assert 1e-6 < (slope - gradient).norm() / gradient.norm() < 0.03
+    torch.testing.assert_close(near, loss, rtol=0.01, atol=0)
 
 
 def test_products_leave_the_model_as_it_was(monkeypatch):
@@ -265,7 +284,7 @@ def test_padding_and_held_out_rows_are_not_multiplied(monkeypatch):
     examples = rules([("q", " a long answer"), ("w", " c"), ("r", " of"), ("t", " b")])
     layout = locate(tiny_model("Llama"))
     batch = encode_examples(TOKENIZER, examples, held_out=[False, False, True, False])
-    replay = ReplayForward(layout, batch, 0, "heads")
+    replay = ReplayForward(layout, batch, 0, "heads", products=Products(layout, 0))
     with frozen(layout.model):
         replay.loss_and_gradient(vectors("Llama", 1), Objective(examples), [0])
         with FlopCounterMode(display=False) as counter:
