@@ -318,6 +318,34 @@ def test_again_nothing_is_computed(made: Path, line: list[str], facts_of: Callab
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_table_3_of_other_groups(small: Path, public_data: Path, tmp_path: Path) -> None:
+    flags = ["--model", str(small), "--data", str(public_data), "--tables", "3", "--figures", "", "--layer", "1"]
+    words = ["paper", *flags, "--seeds", "1", "--limit", "2", "--quick", "--output", str(tmp_path)]
+    assert cli.main([*words, "--group", "SEX=Female", "--group", "SEX=Male"]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "| method |  | SEX=Female | SEX=Male | average |" in text
+    assert "| LAAI | 0.283 | 0.260 | 0.260 | 0.288 | 0.273 |" in text and "groups are others" in text
+    assert "--group SEX=Female --group SEX=Male" in text and "SEX_data.json" in text
+    cells = [json.loads(path.read_text()) for path in tmp_path.glob("cells/*")]
+    (women, men) = ([c for c in cells if c["identity"]["test_sha256"] == digest] for digest in tests_of(public_data))
+    assert len(women) == len(men) == 4  # 0-shot, 10-shot, the paper's setting, the chosen one
+    scores = [cell["result"]["metrics"]["kl"] for cell in cells]
+    assert len(set(scores)) == len(scores)
+
+
+def tests_of(data: Path) -> list[str]:
+    """SHA-256 of the test items of women and of men."""
+    setting = Setting(ModelSource(str(REFERENCE)), str(data))
+    return [setting.test_sha256(f"laai_opinionqa_group:SEX={group}") for group in ("Female", "Male")]
+
+
+def test_the_lexicon_has_groups_of_its_own(capsys: Any) -> None:
+    assert cli.main(["paper", "--data", "lexicon", "--group", "SEX=Female"]) == 2
+    assert capsys.readouterr().err == (
+        "laai: error: --group: --data lexicon has groups of its own; expected public sets\n"
+    )
+
+
 @pytest.mark.parametrize("number", [1, 2, 4, 5, 6])
 def test_the_papers_figures_are_beside_ours(number: int, recipe: Recipe, tmp_path: Path) -> None:
     """The cells here are written by hand, not computed: the n-th seed scores n / 10."""

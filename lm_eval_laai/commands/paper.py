@@ -55,6 +55,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples", type=numbers, default=[], metavar="N[,N]", help="and a table of these numbers of examples"
     )
+    parser.add_argument(
+        "--group",
+        action="append",
+        dest="groups",
+        metavar="ATTRIBUTE=GROUP",
+        help="of OpinionQA, for Table 3, as in SEX=Female; may be repeated (default: the paper's four)",
+    )
     parser.add_argument("--seeds", type=int, default=5, help="draws of examples: 0, 1, ... (default: %(default)s)")
     add_layer_argument(parser, more=f"; on public sets layer {PAPER_LAYER}, the paper's")
     parser.add_argument("--limit", type=int, help="test items a task (default: all)")
@@ -98,6 +105,8 @@ def _check_choices(arguments: argparse.Namespace) -> None:
             raise LaaiError(f"--{name} {unknown[0]}: expected some of {', '.join(map(str, known))}")
     if not (arguments.tables or arguments.figures or arguments.examples):
         raise LaaiError("nothing to do: expected --tables, --figures or --examples")
+    if arguments.groups and arguments.data == LEXICON:
+        raise LaaiError(f"--group: --data {LEXICON} has groups of its own; expected public sets")
 
 
 def _content(arguments: argparse.Namespace, process: Process, judge: Judge | None) -> Content:
@@ -144,7 +153,8 @@ def _recipe(arguments: argparse.Namespace, model: str, process: Process) -> Reci
     steps = QUICK_STEPS if arguments.quick else None
     if lexicon:
         return Recipe(setting, lexicon, layer, Job.l1, Job.group, "relative", steps)
-    return Recipe(setting, lexicon, layer, PAPER_PENALTY, PAPER_PENALTY, "absolute", steps)
+    groups = tuple(dict.fromkeys(arguments.groups or ()))
+    return Recipe(setting, lexicon, layer, PAPER_PENALTY, PAPER_PENALTY, "absolute", steps, groups)
 
 
 def _data_folder(arguments: argparse.Namespace) -> str | None:
@@ -229,6 +239,7 @@ def _command_line(arguments: argparse.Namespace) -> str:
         ("--tables", ",".join(map(str, arguments.tables))),
         ("--figures", ",".join(map(str, arguments.figures))),
         ("--examples", ",".join(map(str, arguments.examples)) or None),
+        *(("--group", group) for group in arguments.groups or []),
         ("--seeds", arguments.seeds),
         ("--layer", arguments.layer),
         ("--limit", arguments.limit),

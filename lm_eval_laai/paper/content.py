@@ -35,7 +35,7 @@ class Content:
 
     def other_groups(self, table: Table) -> bool:
         """Whether the columns are other groups of people than the paper's."""
-        return table.name == "3" and self.recipes[0].lexicon
+        return table.name == "3" and (self.recipes[0].lexicon or bool(self.recipes[0].groups))
 
     def published(self, table: Table, row: Row) -> list[Published] | None:
         """The paper's figures of a row, column by column."""

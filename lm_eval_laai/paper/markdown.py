@@ -19,6 +19,7 @@ _NOTES = {
     "most likely a mistake there. Nothing here was tuned to them.",
     "survey": "The bundled survey is invented and has other groups than the paper's OpinionQA: the paper's figures "
     "are there for their order of size only.",
+    "groups": "The groups are others than the paper's: its figures are there for their order of size only.",
 }
 
 
@@ -123,7 +124,7 @@ def _notes(table: Table, content: Content) -> list[str]:
     if table.name in _NOTES:
         notes.append(_NOTES[table.name])
     if content.other_groups(table):
-        notes.append(_NOTES["survey"])
+        notes.append(_NOTES["survey" if content.recipes[0].lexicon else "groups"])
     if table.name == "4":
         recipe = content.recipes[0]
         notes.append(

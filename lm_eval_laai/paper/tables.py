@@ -8,13 +8,13 @@ from typing import Any
 
 from laai_core.data.rules import COMPOSITIONS, LEXICON_PREFIX, WORD_RULES
 from laai_core.data.survey import TENDENCIES
-from laai_core.data.tasks import OPINIONQA, SURVEY_PREFIX
+from laai_core.data.tasks import OPINIONQA, OPINIONQA_GROUP, SURVEY_PREFIX
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
 from lm_eval_laai.experiments.scores import Entry, result_of
 from lm_eval_laai.experiments.setting import Setting, task_info
 from lm_eval_laai.methods import METHODS
 from lm_eval_laai.paper.published import PUBLISHED, Published
-from lm_eval_laai.tasks import harness_task
+from lm_eval_laai.tasks import harness_task, recorded_task
 
 EXAMPLES = 10  # of every method, and the shots: the paper's N
 STEPS = 100  # evaluations of LAAI at the paper's settings
@@ -41,6 +41,7 @@ class Recipe:
     group: float
     penalty_scale: str
     adapter_steps: int | None = None  # None: each method's own number
+    groups: tuple[str, ...] = ()  # ATTRIBUTE=GROUP, of Table 3; default: the paper's
 
     def task(self, name: str) -> str:
         """The harness task of a word task."""
@@ -175,6 +176,8 @@ def _baselines(recipe: Recipe) -> list[Row]:
 def _opinion_columns(recipe: Recipe) -> dict[str, str]:
     if recipe.lexicon:
         return {harness_task(SURVEY_PREFIX + group): group for group in TENDENCIES}
+    if recipe.groups:
+        return {recorded_task(f"{OPINIONQA_GROUP}:{group}"): group for group in recipe.groups}
     return {harness_task(name): group for name, (_, group) in OPINIONQA.items()}
 
 
