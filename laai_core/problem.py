@@ -37,7 +37,6 @@ class Problem:
         layers: all layers that `minimise` will be called with.
         held_out: for each example of each set, True if its loss is reported but not minimised; default: none.
         settings: `steps`, `optimizer`, `tolerance` and `projection` are not read here but by the caller.
-        products: the type of a replay's products with the weights; default: the model's.
 
     Raises:
         LaaiError: on bad data, before anything runs.
@@ -51,7 +50,6 @@ class Problem:
         layers: Sequence[int],
         settings: Settings,
         held_out: Sequence[Sequence[bool]] | None = None,
-        products: torch.dtype | None = None,
     ) -> None:
         for layer in layers:
             layout.shape(layer, settings.site)
@@ -67,7 +65,7 @@ class Problem:
             None if held_out is None else [watched for part in held_out for watched in part],
         )
         self.objective = Objective(examples)
-        self.layout, self._settings, self._layers, self._dtype = layout, settings, layers, products
+        self.layout, self._settings, self._layers = layout, settings, layers
         self._prefixes = Prefixes(layout, self._batch, layers)
         self._replay: bool | None = True if settings.forward == "replay" else None  # None: not tested yet
         if settings.forward == "plain" or settings.position != "last" or layout.virtual_tokens:
@@ -110,15 +108,6 @@ class Problem:
 
         return minimise(evaluate, start, penalty, budget, *options)
 
-    @torch.no_grad()
-    def rounding(self, layer: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Losses [N] of all examples at x [R, H, d] of all runs: with the modules' own products, and as `minimise`."""
-        rounded, unit = self._at(layer)
-        exact = self._forward(layer, packed=False)
-        vectors = (unit * x).flatten(1)
-        one, other = (self.objective.per_example(each.continuation_logprobs(vectors)) for each in (exact, rounded))
-        return one, other
-
     def _at(self, layer: int) -> tuple[Forward, torch.Tensor]:
         if layer not in self._known:
             forward, relative = self._forward(layer), self._settings.penalty_scale == "relative"
@@ -129,15 +118,15 @@ class Problem:
     @cached_property
     def _products(self) -> Products:
         """The packed weights of all blocks that are replayed."""
-        return Products(self.layout, min(self._layers), self._dtype)
+        return Products(self.layout, min(self._layers))
 
-    def _forward(self, layer: int, packed: bool = True) -> Forward:
+    def _forward(self, layer: int) -> Forward:
         """ReplayForward where it gives PlainForward's numbers on this model, else PlainForward."""
         if self._replay is None:
             self._replay = self._replayable()
         arguments = self.layout, self._batch, layer, self._settings.site, self._settings.batch_size
         if self._replay:
-            return ReplayForward(*arguments, self._prefixes, self._products if packed else None)
+            return ReplayForward(*arguments, self._prefixes, self._products)
         return PlainForward(*arguments, position=self._settings.position)
 
     def _replayable(self) -> bool:
@@ -146,7 +135,7 @@ class Problem:
         replay = ReplayForward(*arguments, self._prefixes, self._products)
         difference = replay.difference_from(PlainForward(*arguments))
         if not isinstance(difference, str):
-            if difference <= (1e-3 if (self._dtype or self.layout.model.dtype) == torch.float32 else 0.2):
+            if difference <= (1e-3 if self.layout.model.dtype == torch.float32 else 0.2):
                 return True
             difference = f"log-probabilities differ by {difference:.2g}"
         name = type(self.layout.model).__name__

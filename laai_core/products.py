@@ -4,9 +4,6 @@ torch hands a float32 product to a library that rearranges the weight in every c
 longer than the product. Here the weights are packed once for oneDNN: W for the forward, its transpose for the
 backward, the head first and then the blocks from the last down, as far as the memory goes. Rows of padding are left
 out of every product, and rows whose loss is only watched out of every backward.
-
-Products in bfloat16 round a float32 model's weights, and what they are multiplied with, to 8 bits; sums, results and
-everything between the products stay float32.
 """
 
 from __future__ import annotations
@@ -27,7 +24,6 @@ from laai_core.locate import Layout
 
 LIBRARIES = 256 << 20  # bytes that a process has taken for Python, torch and transformers alone
 SMALLEST = 1 << 17  # a weight of at most so many elements is multiplied by torch: calling anything else costs as much
-ROUNDED = 1 << 24  # products of fewer weights than these, together, take less time than what is between them
 
 
 @dataclass(frozen=True)
@@ -40,19 +36,11 @@ class Rows:
 
 
 def packed_bytes(layout: Layout, lowest: int) -> int:
-    """Memory that `Products(layout, lowest)` takes at most."""
-    return sum(2 * weight.nbytes for _, weight, fits in _planned(layout, lowest, None) if fits)
+    """Memory that `Products(layout, lowest)` takes."""
+    return sum(2 * weight.nbytes for _, weight, fits in _planned(layout, lowest) if fits)
 
 
-def bfloat16_is_faster(layout: Layout, lowest: int) -> bool:
-    """Whether `Products(layout, lowest, torch.bfloat16)` are faster than those of the model's own type."""
-    able = torch.cpu.get_capabilities()
-    if layout.model.dtype != torch.float32 or not any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")):
-        return False
-    return sum(weight.numel() for _, weight, fits in _planned(layout, lowest, torch.bfloat16) if fits) >= ROUNDED
-
-
-def _planned(layout: Layout, lowest: int, dtype: torch.dtype | None) -> Iterator[tuple[nn.Module, torch.Tensor, bool]]:
+def _planned(layout: Layout, lowest: int) -> Iterator[tuple[nn.Module, torch.Tensor, bool]]:
     """The modules, their W [n, k], and whether its packed copies fit: they take as much as the process held before."""
     left = LIBRARIES + sum(weight.nbytes for weight in layout.model.parameters())
     blocks = (module for block in layout.blocks[lowest:][::-1] for module in block.modules())
@@ -62,24 +50,19 @@ def _planned(layout: Layout, lowest: int, dtype: torch.dtype | None) -> Iterator
             continue
         weight: Any = module.weight
         if type(weight) is nn.Parameter and weight.numel() > SMALLEST and weight.device.type == "cpu":
-            kind = dtype or weight.dtype
-            size = 2 * weight.numel() * kind.itemsize
-            fits = _packable(kind) and size <= left
-            left -= size * fits
+            fits = _packable(weight.dtype) and 2 * weight.nbytes <= left
+            left -= 2 * weight.nbytes * fits
             yield module, weight.detach().T if isinstance(module, Conv1D) else weight.detach(), fits
 
 
 class Products:
-    """The large linear modules of the blocks from `lowest` on and of the head, each with W [n, k] and W^T [k, n].
+    """The large linear modules of the blocks from `lowest` on and of the head, each with W [n, k] and W^T [k, n]."""
 
-    Packed weights are of type `dtype`; default: as they are.
-    """
-
-    def __init__(self, layout: Layout, lowest: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, layout: Layout, lowest: int) -> None:
         self._head = layout.model.get_output_embeddings()
         self.weights: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {
-            module: (_packed(weight, dtype), _packed(weight.T, dtype)) if fits else (weight, weight.T)
-            for module, weight, fits in _planned(layout, lowest, dtype)
+            module: (_packed(weight), _packed(weight.T)) if fits else (weight, weight.T)
+            for module, weight, fits in _planned(layout, lowest)
         }
 
     @contextmanager
@@ -117,9 +100,7 @@ def _product(x: torch.Tensor, bias: Any, weight: torch.Tensor, rows: torch.Tenso
     flat = x.flatten(0, -2)
     chosen = flat if rows is None else flat[rows]
     if weight.is_mkldnn:
-        kind = weight.dtype
-        bias = None if bias is None else bias.to(kind)
-        found = torch.ops.mkldnn._linear_pointwise(chosen.to(kind), weight, bias, "none", [], "").to(x.dtype)
+        found = torch.ops.mkldnn._linear_pointwise(chosen, weight, bias, "none", [], "")
     else:
         found = nn.functional.linear(chosen, weight, bias)
     if rows is not None:
@@ -133,6 +114,6 @@ def _packable(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _packed(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype or weight.dtype).contiguous())
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     return packed

@@ -13,12 +13,8 @@ from tiny import MAX_POSITIONS, PROJECTION_PATHS, VOCABULARY, tiny_model
 from tqdm.auto import tqdm
 
 import laai_core as laai
-from laai_core import products
 from laai_core.encode import encode_pair
-from laai_core.locate import locate
 from laai_core.optimize import Step
-from laai_core.products import bfloat16_is_faster
-from lm_eval_laai.methods import select
 from lm_eval_laai.methods.evaluate import task_losses
 from lm_eval_laai.methods.select import (
     EVALUATIONS,
@@ -31,7 +27,6 @@ from lm_eval_laai.methods.select import (
     choose,
     last_good,
     train_chosen,
-    trained,
 )
 
 EXAMPLES = rules([*RAGGED, ("over there", " no"), ("w", " wx")])
@@ -338,52 +333,3 @@ def test_the_critical_penalty_is_where_zero_begins():
 
 def test_folds():
     assert FOLDS == 3  # `held_out_by_hand` has the same
-
-
-# Rounded products
-
-
-@pytest.fixture
-def rounded(monkeypatch):
-    """Products of a tiny model's weights are rounded to bfloat16, as those of a large one."""
-    if not products._packable(torch.bfloat16):
-        pytest.skip("this CPU does not multiply bfloat16")
-    monkeypatch.setattr(products, "SMALLEST", 0)
-    monkeypatch.setattr(products, "ROUNDED", 0)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-
-
-def test_cross_validation_with_rounded_products(rounded, monkeypatch):
-    """The losses are those of float32 but for the rounding; the vector of a setting is the same, bit by bit."""
-    model = tiny_model("Llama")
-    found, near = train_chosen(model, TOKENIZER, EXAMPLES, 1, l1=USUAL, group=USUAL)
-    monkeypatch.setattr(products, "ROUNDED", math.inf)
-    exact = choose(model, TOKENIZER, EXAMPLES, 1, USUAL, USUAL)
-    assert (near.rounded, exact.rounded) == (True, False)
-    difference = abs(near.tried[0].smallest_loss - exact.tried[0].smallest_loss)
-    assert 0 < difference < select.ROUNDING
-    again = trained(model, TOKENIZER, EXAMPLES, near)
-    assert torch.equal(again.intervention.vector(1), found.intervention.vector(1))
-    assert found.intervention.metadata["training"]["chosen_in"] == "bfloat16"
-
-
-def test_rounding_that_moves_the_losses_is_not_used(rounded, monkeypatch):
-    model = tiny_model("Llama")
-    monkeypatch.setattr(select, "ROUNDING", 0)
-    careful = choose(model, TOKENIZER, EXAMPLES, 1)
-    monkeypatch.setattr(products, "ROUNDED", math.inf)
-    assert careful == choose(model, TOKENIZER, EXAMPLES, 1) and not careful.rounded
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "able"),
-    [("float32", torch.float32, True), ("bfloat16", torch.bfloat16, False), ("no instruction", torch.float32, False)],
-)
-def test_products_are_rounded_where_that_is_faster(rounded, monkeypatch, name, dtype, able):
-    if name == "no instruction":
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
-    assert bfloat16_is_faster(locate(tiny_model("Llama").to(dtype)), 0) is able
-
-
-def test_full_forwards_round_nothing(rounded):
-    assert not choose(tiny_model("Llama"), TOKENIZER, EXAMPLES, 1, steps=3, forward="plain").rounded

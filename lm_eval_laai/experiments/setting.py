@@ -19,9 +19,8 @@ from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.tasks import TaskInfo, harness_metadata, list_tasks
 
 # Incremented when a change of the code changes the results of finished cells.
-# 6: rounded products in the folds; 5: a mean with the folds; 2 to 4: other choices of the number of evaluations;
-# 1: stopped trainings were stored
-CELLS_VERSION = 6
+# 5: a mean with the folds; 2 to 4: other choices of the number of evaluations; 1: stopped trainings were stored
+CELLS_VERSION = 5
 _LIBRARIES = ("torch", "transformers", "lm_eval", "peft")
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model")  # of a folder: weights, configuration, tokenizer
 

@@ -15,9 +15,6 @@ The vector is the mean of those that this setting gives on all examples and on e
 examples fits their accidents; those of other subsets are different ones, and a mean has less of them (bagging: Breiman
 1996). Start zero is the paper's training, and its vector that of all examples alone.
 
-Where a CPU multiplies bfloat16 faster, the folds' products with the weights are rounded to it, if that moves the
-losses that the first setting ends with by at most ROUNDING. The vector itself is never trained so.
-
 The held-out loss is -log((1 - FLOOR) p + FLOOR), p = exp(-loss) of the example: under the plain mean, one held-out
 answer that is wrong anyway and gets more so ends a training that is still making others right.
 """
@@ -27,8 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,10 +35,9 @@ from laai_core.example import Example
 from laai_core.hooks import frozen
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate, verify_causal
-from laai_core.optimize import Solution, Step
+from laai_core.optimize import Step
 from laai_core.penalty import Penalty
 from laai_core.problem import Problem
-from laai_core.products import bfloat16_is_faster
 from laai_core.settings import Job, Settings, check
 from laai_core.start import in_context_starts
 from laai_core.train import TrainResult, train_many
@@ -58,7 +53,6 @@ PATIENCE = 8  # evaluations without a smaller held-out loss
 FLOOR = 0.01  # probability of an answer that is wrong anyway
 HEAD_START = 6  # evaluations of a setting before it is compared with the best one
 PENALTIES = (3e-3, 1e-3)  # values of l1 and group, relative to the activation; layers are compared under the last
-ROUNDING = 0.05  # root mean square over examples; settings' losses differ by several times as much from one to another
 LONE_DEPTH = 0.4  # share of the depth for a single example, of which nothing can be held out
 
 
@@ -76,14 +70,17 @@ class Tried:
 
 @dataclass(frozen=True)
 class Choice:
-    """The setting with the smallest held-out loss, all that were tried, and whether they were in bfloat16."""
+    """The setting with the smallest held-out loss, and all that were tried.
+
+    starts: the in-context starts at `layer` of all examples and of each fold; none from zero, or with nothing tried.
+    """
 
     layer: int
     l1: float
     group: float
     steps: int
     tried: list[Tried]
-    rounded: bool = False
+    starts: Sequence[Intervention] = field(default=(), compare=False, repr=False)
 
 
 def choose(
@@ -140,7 +137,8 @@ def choose(
         best = try_all([(at, usual) for at in middle_first])
         best = try_all([(at, usual) for at in fine if abs(at - best.layer) == gap])
         best = try_all([(best.layer, penalties) for penalties in others])
-    return Choice(best.layer, best.l1, best.group, steps or best.steps, tried, folds.rounded)
+    starts = folds.starts(best.layer)
+    return Choice(best.layer, best.l1, best.group, steps or best.steps, tried, starts)
 
 
 def train_chosen(
@@ -177,18 +175,16 @@ def trained(
     `laai_core.train.train` on all examples. The result's objective and stationarity are those of its vector, over all
     examples; its history, and what `on_step` is called with, is the training on all examples.
     """
-    start = options.get("start")
-    parts = trained_on(examples) if choice.tried and start != "zero" else []
     own = {one.name: options[one.name] for one in fields(Job) if one.name in options}
     own |= {"layer": choice.layer, "l1": choice.l1, "group": choice.group, "seed": seed, "task": task}
     shared = {one.name: options[one.name] for one in fields(Settings) if one.name in options}
     shared |= {"steps": choice.steps}
-    # A fold of a single example has no few-shot prompt: it begins where Job's default says.
-    other = own | {"start": None if start == "icl" else start}
+    sets = [examples, *trained_on(examples)]
+    jobs = [Job(part, **own | {"start": start}) for part, start in zip(sets, choice.starts, strict=False)]
     whole, *others = train_many(
         model,
         tokenizer,
-        [Job(examples, **own), *(Job(part, **other) for part in parts)],
+        jobs or [Job(examples, **own)],
         progress=options.get("progress", False),
         on_steps=lambda steps: on_step(steps[0]) if 0 in steps else None,
         **shared,
@@ -197,14 +193,13 @@ def trained(
         return whole
     mean = sum((one.intervention for one in others), whole.intervention) * (1 / (1 + len(others)))
     (result,) = train_many(model, tokenizer, [Job(examples, **own | {"start": mean})], **shared | {"steps": 1})
-    chosen_in = "bfloat16" if choice.rounded else whole.intervention.metadata["training"]["dtype"]
-    return _with_history(result, whole, mean_of=1 + len(others), chosen_in=chosen_in)
+    return _with_history(result, whole, start="icl", mean_of=1 + len(others))
 
 
 def _with_history(result: TrainResult, whole: TrainResult, **facts: Any) -> TrainResult:
-    """`result`, measured at a mean, with the history and the start of the training on all examples, and more facts."""
+    """`result`, measured at a mean, with the history of the training on all examples, and more facts."""
     at_mean = result.intervention
-    facts |= {name: whole.intervention.metadata["training"][name] for name in ("steps", "start", "stopped")}
+    facts |= {name: whole.intervention.metadata["training"][name] for name in ("steps", "stopped")}
     training = at_mean.metadata["training"] | facts
     return replace(
         result,
@@ -253,34 +248,41 @@ class _Folds:
     ) -> None:
         masks = held_out_by_fold(len(examples))
         self._held_out = torch.tensor(masks)
-        self._trained_on = trained_on(examples)
+        self._sets = [examples, *trained_on(examples)]
         self._layout, self._tokenizer, self._layers, self._settings = layout, tokenizer, layers, settings
         self._lr, self._start = lr, start
         self._best: list[float] = []  # held-out losses by evaluations, of the setting that reached the lowest
-        self.rounded = bfloat16_is_faster(layout, min(layers))
-        self._with_products = partial(Problem, layout, tokenizer, [examples] * len(masks), layers, settings, masks)
-        self._problem = self._with_products(torch.bfloat16 if self.rounded else None)
+        self._problem = Problem(layout, tokenizer, [examples] * len(masks), layers, settings, masks)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Within the block, the model is frozen and every fold has its start at every layer."""
         with frozen(self._layout.model):
             verify_causal(self._layout)
-            shape = len(self._trained_on), *self._problem.shape(self._layers[0])
-            # With two examples a fold is left with one, from which no few-shot prompt can be made.
-            in_context = self._start != "zero" and min(map(len, self._trained_on)) > 1
+            shape = len(self._sets), *self._problem.shape(self._layers[0])
             self._starts = {layer: torch.zeros(shape) for layer in self._layers}
-            if in_context:
+            if self._start != "zero":
+                # With two examples a fold is left with one, from which no few-shot prompt can be made.
+                numbers = [number for number, part in enumerate(self._sets) if len(part) > 1]
                 options = self._settings.site, self._settings.whitespace, self._settings.batch_size
-                found = in_context_starts(self._layout, self._tokenizer, self._trained_on, self._layers, *options)
-                self._starts = {layer: found[layer].view(shape) for layer in self._layers}
+                sets = [self._sets[number] for number in numbers]
+                found = in_context_starts(self._layout, self._tokenizer, sets, self._layers, *options)
+                for layer in self._layers:
+                    self._starts[layer][numbers] = found[layer].view(-1, *shape[1:])
             yield
+
+    def starts(self, layer: int) -> list[Intervention]:
+        """The in-context starts of all examples and of each fold."""
+        if self._start == "zero":
+            return []
+        vectors = self._starts[layer].view(-1, *self._layout.shape(layer, self._settings.site))
+        return [Intervention({layer: one}, self._settings.site, self._settings.position) for one in vectors]
 
     def tried(self, layer: int, l1: float, group: float, bar: Any) -> Tried:
         """Train every fold in one setting."""
         curve = _Curve(self._held_out, self._best, bar)
-        start = self._starts[layer] / self._problem.unit(layer)
-        solutions = self._problem.minimise(
+        start = self._starts[layer][1:] / self._problem.unit(layer)
+        self._problem.minimise(
             layer,
             start,
             Penalty(l1, group),
@@ -292,19 +294,10 @@ class _Folds:
             curve.add,
             on_losses=curve.see,
         )
-        if self.rounded and not self._best and not self._within_rounding(layer, solutions):
-            self.rounded, self._problem = False, self._with_products(None)
-            return self.tried(layer, l1, group, bar)
         if min(curve.losses) < min(self._best, default=math.inf):
             self._best = curve.losses
         steps = last_good(torch.stack(curve.held_out))
         return Tried(layer, l1, group, steps, curve.losses[steps - 1], min(curve.losses))
-
-    def _within_rounding(self, layer: int, solutions: Sequence[Solution]) -> bool:
-        """Whether rounded products change the losses of all examples at some points, and by at most ROUNDING."""
-        points = torch.stack([solution.x for solution in solutions])
-        exact, rounded = map(bounded, self._problem.rounding(layer, points))
-        return 0 < float((rounded - exact).square().mean().sqrt()) <= ROUNDING
 
 
 def last_good(losses: torch.Tensor) -> int:
