@@ -7,8 +7,8 @@ the bandwidth and the product rate measured in the same rounds: a sum over 512 M
 the weights were packed; `bf16` is the replay with torch's float32 products rounded to bfloat16, which training does
 not use: its line search needs exact losses; `plain` is full hooked forwards. Cases: the random Llama of `training.py`,
 and SmolLM2-135M on ten pairs of the public antonyms (`laai models fetch smollm2-135m`, $LAAI_DATA), alone and as the
-three folds of the cross-validation. The gradients of all paths are compared before anything is timed: they may differ by
-1e-4, those of `bf16` by 1e-2.
+three folds of the cross-validation. The gradients of all paths are compared before anything is timed: they may differ
+by 1e-4, those of `bf16` by 1e-2.
 """
 
 from __future__ import annotations
