@@ -19,8 +19,8 @@ from laai_core.penalty import Penalty
 
 OptimizerName = Literal["prox", "adam"]
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
-RECENT = 3  # `prox` accepts a trial below the largest of this many accepted objectives
-GROWTH = 4.0  # largest ratio of a step of `prox` to the step before
+RECENT = 5  # `prox` accepts a trial below the largest of this many accepted objectives
+GROWTH = 4.0  # factor of a step of `prox` along which the loss was not convex
 FIRST_SHARE = 0.1  # length of the first step of `prox`, as a share of the start's
 
 
@@ -185,11 +185,11 @@ def _facts(points: Points, penalties: torch.Tensor, runs: list[int]) -> list[tup
 
 
 def _prox(penalty: Penalty, point: Points) -> Optimizer:
-    """Proximal gradient with short Barzilai-Borwein steps and a line search over the last RECENT objectives (SpaRSA:
+    """Proximal gradient with long Barzilai-Borwein steps and a line search over the last RECENT objectives (SpaRSA:
     Wright, Nowak & Figueiredo 2009). Every iterate is the output of the proximal operator, so zeros are exact.
 
-    The short step <s, y> / <y, y> (Barzilai & Borwein 1988, eq. 6) and the bound on its growth keep a run from the
-    jumps that the long step makes where the curvature changes.
+    On real models the long step <s, s> / <s, y> (Barzilai & Borwein 1988, eq. 5) goes lower in the objective, and in
+    the loss of other words, than the short one <s, y> / <y, y>: `benchmarks/real_optimisers.py`.
     """
     # The first step has length one, or a share of the start's length. After it the curvature sets the size.
     length = (FIRST_SHARE * point.x.norm(dim=(1, 2)).double()).clamp_min(1)
@@ -202,12 +202,8 @@ def _prox(penalty: Penalty, point: Points) -> Optimizer:
         moved, change = trial.x - point.x, trial.gradient - point.gradient
         square, curvature = moved.square().sum((1, 2)).double(), (moved * change).sum((1, 2)).double()
         accepted = trial.objective <= recent.amax(1) - 1e-4 / (2 * step) * square
-        short = curvature / change.square().sum((1, 2)).double().clamp_min(1e-30)
-        grown = GROWTH * step
-        spectral = torch.where(curvature > 1e-12 * square, torch.minimum(short, grown), grown).clamp(1e-8, 1e8)
-        # After a rejected trial, the curvature along the trial estimates by how much the step was too long.
-        shorter = torch.where(curvature > 0, short.clamp(step / 10, step / 2), step / 2)
-        step = torch.where(accepted, spectral, shorter)
+        long = torch.where(curvature > 1e-12 * square, square / curvature.clamp_min(1e-30), GROWTH * step)
+        step = torch.where(accepted, long.clamp(1e-8, 1e8), step / 2)
         later = torch.cat([recent[:, 1:], trial.objective.unsqueeze(1)], 1)
         recent = torch.where(accepted.unsqueeze(1), later, recent)
         point = trial.where(accepted, point)

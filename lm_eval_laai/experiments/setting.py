@@ -19,8 +19,9 @@ from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.tasks import TaskInfo, harness_metadata, list_tasks
 
 # Incremented when a change of the code changes the results of finished cells.
-# 5: a mean with the folds; 2 to 4: other choices of the number of evaluations; 1: stopped trainings were stored
-CELLS_VERSION = 5
+# 6: long steps of prox; 5: a mean with the folds; 2 to 4: other choices of the number of evaluations; 1: stopped
+# trainings were stored
+CELLS_VERSION = 6
 _LIBRARIES = ("torch", "transformers", "lm_eval", "peft")
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model")  # of a folder: weights, configuration, tokenizer
 
