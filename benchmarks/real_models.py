@@ -114,13 +114,14 @@ def _commit() -> str:
 
 
 def _report(scores: Scores, quick: bool) -> None:
-    """Δ against ten shots over all seeds; every method on the seeds that all of them have."""
+    """Δ against ten shots on the seeds that both have; every method on the seeds that all of them have."""
     record = Record("real_models", __doc__ or "", {"examples": EXAMPLES})
     lines, averages = [], dict[str, list[float]]()
     for title, found in scores.items():
-        entries = [Entry(_values(found[row])) for row in (SHOTS, LAAI.name) if row in found]
-        if len(entries) == 2:
-            shots, ours = entries
+        pair = found.get(SHOTS, {}), found.get(LAAI.name, {})
+        seeds = sorted(set.intersection(*map(set, pair)))
+        if seeds:
+            shots, ours = (Entry([of[seed][0] for seed in seeds]) for of in pair)
             ratio = f"{ours.mean / shots.mean:.2f}" if shots.mean else "-"
             lines.append([title, str(len(ours.values)), _text(shots), _text(ours), ratio])
             averages.setdefault(SHOTS, []).append(shots.mean)
@@ -173,10 +174,6 @@ def _compared(scores: Scores, record: Record) -> None:
         "as the rule in words (docs/methods.md), which no other method is told, and adds eight tokens to a request."
     )
     record.table("Methods, exact match", columns, lines, note)
-
-
-def _values(by_seed: dict[str, list[Any]]) -> list[float]:
-    return [score for score, *_ in by_seed.values()]
 
 
 def _seconds(measured: list[list[Any]]) -> str:
