@@ -327,13 +327,13 @@ def test_table_3_of_other_groups(small: Path, public_data: Path, tmp_path: Path)
     assert "| LAAI | 0.283 | 0.260 | 0.260 | 0.288 | 0.273 |" in text and "groups are others" in text
     assert "--group SEX=Female --group SEX=Male" in text and "SEX_data.json" in text
     cells = [json.loads(path.read_text()) for path in tmp_path.glob("cells/*")]
-    (women, men) = ([c for c in cells if c["identity"]["test_sha256"] == digest] for digest in tests_of(public_data))
+    (women, men) = ([c for c in cells if c["identity"]["test_sha256"] == digest] for digest in digests_of(public_data))
     assert len(women) == len(men) == 4  # 0-shot, 10-shot, the paper's setting, the chosen one
     scores = [cell["result"]["metrics"]["kl"] for cell in cells]
     assert len(set(scores)) == len(scores)
 
 
-def tests_of(data: Path) -> list[str]:
+def digests_of(data: Path) -> list[str]:
     """SHA-256 of the test items of women and of men."""
     setting = Setting(ModelSource(str(REFERENCE)), str(data))
     return [setting.test_sha256(f"laai_opinionqa_group:SEX={group}") for group in ("Female", "Male")]

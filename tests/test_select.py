@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 import laai_core as laai
 from laai_core.encode import encode_pair
 from laai_core.optimize import Step
+from lm_eval_laai.methods import select
 from lm_eval_laai.methods.evaluate import task_losses
 from lm_eval_laai.methods.select import (
     EVALUATIONS,
@@ -143,8 +144,12 @@ def test_two_examples_are_folds_that_begin_at_zero():
     assert one.held_out_loss == pytest.approx(expected, rel=2e-3)
 
 
-def test_surveys():
-    """Loss kl: the reference is the training's own loss, of a vector that has not seen the examples."""
+def test_surveys(monkeypatch):
+    """Loss kl: the reference is the training's own loss, of a vector that has not seen the examples.
+
+    After 20 evaluations the last bits of a batch of another size have grown to a different path.
+    """
+    monkeypatch.setattr(select, "EVALUATIONS", 20)
     from test_train import SURVEY
 
     model = tiny_model("Llama")
@@ -154,7 +159,7 @@ def test_surveys():
         rest = [example for example in SURVEY if example is not left_out]
         iv = laai.train(model, TOKENIZER, rest, 1, USUAL, USUAL, steps=one.steps).intervention
         losses += map(bounded, task_losses(model, TOKENIZER, [(iv, [left_out])])[0])
-    assert one.held_out_loss == pytest.approx(sum(losses) / 3, rel=0.02)
+    assert one.held_out_loss == pytest.approx(sum(losses) / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize(
