@@ -167,12 +167,9 @@ def _compared(scores: Scores, record: Record) -> None:
     names = [f"{title} (seeds {', '.join(numbers)})" for title, numbers in cells.items()]
     columns = ["method", *names, "average", "average rank", "CPU s to train"]
     note = "CPU seconds are the process's, choosing included: the median over cells and seeds. A method that has not "
-    note += (
-        "been measured in every cell has no average, and the ranks are those among the others. A soft prompt begins "
-    )
-    note += (
-        "as the rule in words (docs/methods.md), which no other method is told, and adds eight tokens to a request."
-    )
+    note += "been measured in every cell has no average, and the ranks are those among the others. "
+    note += "A soft prompt begins as the rule in words (docs/methods.md), which no other method is told, and adds "
+    note += "eight tokens to a request."
     record.table("Methods, exact match", columns, lines, note)
 
 
