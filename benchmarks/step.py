@@ -5,7 +5,8 @@ the tokens that are not padding: two operations a weight and token, each way. Th
 the bandwidth and the product rate measured in the same rounds: a sum over 512 MB, and a product of 2,048 x 2,048.
 `linear` is the replay with torch's own `linear` on all rows, padding and held-out examples with them, as it was before
 the weights were packed; `bf16` is the replay with torch's float32 products rounded to bfloat16, which training does
-not use: its line search needs exact losses; `plain` is full hooked forwards. Cases: the random Llama of `training.py`,
+not use: its line search needs exact losses; `compiled` is `linear` with every block's norms and feed-forward through
+torch.compile (where there is g++); `plain` is full hooked forwards. Cases: the random Llama of `training.py`,
 and SmolLM2-135M on ten pairs of the public antonyms (`laai models fetch smollm2-135m`, $LAAI_DATA), alone and as the
 three folds of the cross-validation. The gradients of all paths are compared before anything is timed: they may differ
 by 1e-4, those of `bf16` by 1e-2.
@@ -15,9 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from shutil import which
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import Linear
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,8 +30,8 @@ import laai_core as laai
 from laai_core.encode import encode_examples
 from laai_core.example import Example
 from laai_core.forward import Forward, PlainForward
-from laai_core.hooks import frozen
-from laai_core.locate import locate
+from laai_core.hooks import frozen, shadowed
+from laai_core.locate import Layout, locate
 from laai_core.objective import Objective
 from laai_core.products import Products
 from laai_core.replay import ReplayForward
@@ -37,8 +41,9 @@ from models import random_llama, small_llama, word_examples, word_tokenizer
 
 FOLDS = 3
 ROWS = (10, 20, 40, 80)
-COLUMNS = ["step", "tokens", "floor: read", "multiply", "replay", "bf16", "linear", "plain", "replay / floor"]
-COLUMNS += ["linear / floor", "linear / replay", "linear / bf16", "plain / replay", "replay, GB/s", "GFLOP/s"]
+PATHS = ("replay", "bf16", "linear", "compiled", "plain")
+COLUMNS = ["step", "tokens", "floor: read", "multiply", *PATHS, "replay / floor", "linear / floor", "linear / replay"]
+COLUMNS += ["linear / bf16", "linear / compiled", "plain / replay", "replay, GB/s", "GFLOP/s"]
 
 
 def timed(
@@ -66,6 +71,9 @@ def timed(
         for name, forward in forwards.items()
     }
     cases["bf16"] = lambda: rounded(cases["replay"])
+    if which("g++"):
+        parts = compiled(layout, layer)
+        cases["compiled"] = lambda: shadowing(parts, cases["linear"])
     with frozen(model):
         found = {name: case() for name, case in cases.items()}
         loss, gradient, _ = found["linear"]
@@ -90,6 +98,22 @@ def timed(
     return timings, 8.0 * weights, 2.0 * weights * (tokens + backward), tokens
 
 
+def compiled(layout: Layout, layer: int) -> dict[nn.Module, Any]:
+    """{norm or feed-forward: its compiled forward} of the replayed blocks; an attention's would be another for every
+    layer's cache."""
+    attentions = set(layout.projections)
+    parts = (part for block in layout.blocks[layer:] for part in block.children())
+    return {part: torch.compile(part.forward, dynamic=False) for part in parts if not attentions & set(part.modules())}
+
+
+def shadowing(forwards: dict[nn.Module, Any], call: Callable[[], Any]) -> Any:
+    """What a call returns while the modules have these forwards."""
+    with ExitStack() as stack:
+        for module, forward in forwards.items():
+            stack.enter_context(shadowed(module, "forward", forward))
+        return call()
+
+
 def rounded(call: Callable[[], Any]) -> Any:
     """What a call returns whose float32 products are rounded to bfloat16."""
     flags: Any = torch.backends.mkldnn.matmul
@@ -106,15 +130,15 @@ def row(title: str, timings: Timings, moved: float, operations: float, tokens: i
     multiply = operations / (2 * 2048**3 / median(timings, "product"))
     replay = median(timings, "replay")
     floor = max(read, multiply)
-    timings = {"plain": [math.nan] * len(timings["replay"]), **timings}
+    timings = {name: timings.get(name, [math.nan] * len(timings["replay"])) for name in (*PATHS, "product", "read")}
     cells = [
         title,
         str(tokens),
-        *map(milliseconds, (read, multiply, replay, *(median(timings, name) for name in ("bf16", "linear", "plain")))),
+        *map(milliseconds, (read, multiply, *(median(timings, name) for name in PATHS))),
         *(f"{median(timings, name) / floor:.1f}×" for name in ("replay", "linear")),
         *(
             f"{ratio(timings, *names):.1f}×"
-            for names in (("linear", "replay"), ("linear", "bf16"), ("plain", "replay"))
+            for names in (("linear", "replay"), ("linear", "bf16"), ("linear", "compiled"), ("plain", "replay"))
         ),
         f"{moved / replay / 1e9:.1f}",
         f"{operations / replay / 1e9:.0f}",
@@ -131,10 +155,14 @@ def products_timed(rounds: int, weights: int) -> dict[int, Timings]:
     onednn, packed = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
     mkl, mkl_packed = torch.ops.mkl._mkl_linear, torch.ops.mkl._mkl_reorder_linear_weight
     there, back, pairs, half = ([packed(w) for w in part] for part in (ws, turned, joined, halves))
+    high = [w.float() for w in halves]
+    coarse, fine = [packed(w) for w in high], [packed(w - h) for w, h in zip(ws, high, strict=True)]
     found = {}
     for rows in ROWS:
         x, g, fixed = torch.randn(rows, 576), torch.randn(rows, 1536), [mkl_packed(w, rows) for w in ws]
         narrow = x.bfloat16()
+        upper = narrow.float()
+        both = torch.cat([upper, x - upper])
         calls: dict[str, Callable[[], Any]] = {
             "linear": lambda x=x: [linear(x, w) for w in ws],
             "oneDNN, packed": lambda x=x: [onednn(x, w, None, "none", [], "") for w in there],
@@ -146,6 +174,12 @@ def products_timed(rounds: int, weights: int) -> dict[int, Timings]:
             "W^T as x": lambda x=x: [onednn(w, x, None, "none", [], "") for w in ws],
             "bf16 linear": lambda x=narrow: [linear(x, w) for w in halves],
             "bf16 packed": lambda x=narrow: [onednn(x, w, None, "none", [], "") for w in half],
+            "float32 as bf16 + bf16": lambda both=both, upper=upper: rounded(
+                lambda: [
+                    (onednn(both, h, None, "none", [], ""), onednn(upper, f, None, "none", [], ""))
+                    for h, f in zip(coarse, fine, strict=True)
+                ]
+            ),
             "backward: g W": lambda g=g: [g @ w for w in ws],
             "on a copied W^T": lambda g=g: [linear(g, w) for w in turned],
             "oneDNN, W^T packed": lambda g=g: [onednn(g, w, None, "none", [], "") for w in back],
@@ -194,7 +228,8 @@ def main() -> None:
             [way, *(f"{2e-9 * rows * 1536 * 576 * weights / median(times, way):.0f}" for rows, times in tried.items())]
             for way in tried[ROWS[0]]
         ],
-        "Not tried: torch.compile with frozen weights, which needs a C++ compiler where the training runs.",
+        "float32 as bf16 + bf16: both parts of x times the upper part of W, and the upper of x times the lower of "
+        "W, in bfloat16 products with float32 sums.",
     )
     record.save(quick)
 
