@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import Linear
-from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import laai_core as laai
@@ -38,9 +37,9 @@ from laai_core.replay import ReplayForward
 from lm_eval_laai.known_models.folder import pretrained
 from measure import Record, Timings, interleaved, median, milliseconds, parser, ratio
 from models import random_llama, small_llama, word_examples, word_tokenizer
+from products import rounded
 
 FOLDS = 3
-ROWS = (10, 20, 40, 80)
 PATHS = ("replay", "bf16", "linear", "compiled", "plain")
 COLUMNS = ["step", "tokens", "floor: read", "multiply", *PATHS, "replay / floor", "linear / floor", "linear / replay"]
 COLUMNS += ["linear / bf16", "linear / compiled", "plain / replay", "replay, GB/s", "GFLOP/s"]
@@ -114,16 +113,6 @@ def shadowing(forwards: dict[nn.Module, Any], call: Callable[[], Any]) -> Any:
         return call()
 
 
-def rounded(call: Callable[[], Any]) -> Any:
-    """What a call returns whose float32 products are rounded to bfloat16."""
-    flags: Any = torch.backends.mkldnn.matmul
-    before, flags.fp32_precision = flags.fp32_precision, "bf16"
-    try:
-        return call()
-    finally:
-        flags.fp32_precision = before
-
-
 def row(title: str, timings: Timings, moved: float, operations: float, tokens: int) -> list[str]:
     """A table row."""
     read = moved / ((1 << 29) / median(timings, "read"))
@@ -144,49 +133,6 @@ def row(title: str, timings: Timings, moved: float, operations: float, tokens: i
         f"{operations / replay / 1e9:.0f}",
     ]
     return ["-" if cell.startswith("nan") else cell for cell in cells]
-
-
-def products_timed(rounds: int, weights: int) -> dict[int, Timings]:
-    """{rows: seconds of `weights` products x W^T or g W, by each way}; W [1536, 576], too many for a cache."""
-    ws = [torch.randn(1536, 576) for _ in range(weights)]
-    turned = [w.T.contiguous() for w in ws]
-    joined = [torch.cat(pair) for pair in zip(ws[::2], ws[1::2], strict=True)]
-    halves = [w.bfloat16() for w in ws]
-    onednn, packed = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
-    mkl, mkl_packed = torch.ops.mkl._mkl_linear, torch.ops.mkl._mkl_reorder_linear_weight
-    there, back, pairs, half = ([packed(w) for w in part] for part in (ws, turned, joined, halves))
-    high = [w.float() for w in halves]
-    coarse, fine = [packed(w) for w in high], [packed(w - h) for w, h in zip(ws, high, strict=True)]
-    found = {}
-    for rows in ROWS:
-        x, g, fixed = torch.randn(rows, 576), torch.randn(rows, 1536), [mkl_packed(w, rows) for w in ws]
-        narrow = x.bfloat16()
-        upper = narrow.float()
-        both = torch.cat([upper, x - upper])
-        calls: dict[str, Callable[[], Any]] = {
-            "linear": lambda x=x: [linear(x, w) for w in ws],
-            "oneDNN, packed": lambda x=x: [onednn(x, w, None, "none", [], "") for w in there],
-            "two joined": lambda x=x: [onednn(x, w, None, "none", [], "") for w in pairs],
-            "oneDNN, not packed": lambda x=x: [onednn(x, w, None, "none", [], "") for w in ws],
-            "MKL, packed": lambda x=x, fixed=fixed, rows=rows: [
-                mkl(x, p, w, None, rows) for p, w in zip(fixed, ws, strict=True)
-            ],
-            "W^T as x": lambda x=x: [onednn(w, x, None, "none", [], "") for w in ws],
-            "bf16 linear": lambda x=narrow: [linear(x, w) for w in halves],
-            "bf16 packed": lambda x=narrow: [onednn(x, w, None, "none", [], "") for w in half],
-            "float32 as bf16 + bf16": lambda both=both, upper=upper: rounded(
-                lambda: [
-                    (onednn(both, h, None, "none", [], ""), onednn(upper, f, None, "none", [], ""))
-                    for h, f in zip(coarse, fine, strict=True)
-                ]
-            ),
-            "backward: g W": lambda g=g: [g @ w for w in ws],
-            "on a copied W^T": lambda g=g: [linear(g, w) for w in turned],
-            "oneDNN, W^T packed": lambda g=g: [onednn(g, w, None, "none", [], "") for w in back],
-        }
-        with torch.no_grad():
-            found[rows] = interleaved(calls, rounds, at_least=0)
-    return found
 
 
 def main() -> None:
@@ -217,20 +163,6 @@ def main() -> None:
         rows.append(row(title, *found))
     record.keep("seconds per call", kept)
     record.table("Milliseconds a step, and the floor", COLUMNS, rows)
-    record.save(quick)
-    weights = 4 if quick else 32
-    tried = products_timed(rounds, weights)
-    record.keep("seconds per product", tried)
-    record.table(
-        "Tried: GFLOP/s of rows times W^T, W [1536, 576] in float32, by rows",
-        ["way", *map(str, ROWS)],
-        [
-            [way, *(f"{2e-9 * rows * 1536 * 576 * weights / median(times, way):.0f}" for rows, times in tried.items())]
-            for way in tried[ROWS[0]]
-        ],
-        "float32 as bf16 + bf16: both parts of x times the upper part of W, and the upper of x times the lower of "
-        "W, in bfloat16 products with float32 sums.",
-    )
     record.save(quick)
 
 
