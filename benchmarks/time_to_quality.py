@@ -171,7 +171,13 @@ def main() -> None:
             record.keep(f"{name} {rule} {method}", found)
     columns = ["cell", "method", "choice, s", "training, s", "exact match", "ten-shot", "as good after, s"]
     columns.append("as good after, s, setting known")
-    record.table("CPU seconds in one thread, and exact match of words that were not drawn", columns, lines)
+    record.table(
+        "CPU seconds in one thread, and exact match of words that were not drawn",
+        columns,
+        lines,
+        "As good after: the first of the steps at which exact match was measured. Exact match is that of the "
+        "training's end, and may be lower again.",
+    )
     record.save(arguments.quick)
 
 
