@@ -9,7 +9,7 @@ not use: its line search needs exact losses; `compiled` is `linear` with every b
 torch.compile (where there is g++); `plain` is full hooked forwards. Cases: the random Llama of `training.py`,
 and SmolLM2-135M on ten pairs of the public antonyms (`laai models fetch smollm2-135m`, $LAAI_DATA), alone and as the
 three folds of the cross-validation. The gradients of all paths are compared before anything is timed: they may differ
-by 1e-4, those of `bf16` by 1e-1.
+by 1e-4, those of `bf16` by 1e-2.
 
 The gain depends on the processor: on an AMD EPYC (`git show 0de8005:docs/benchmarks.md`) linear / replay
 was 1.3 to 1.9 and plain / replay 3.3 to 46, replay at 2.3 to 5.7 times the floor.
@@ -80,9 +80,9 @@ def timed(
         found = {name: case() for name, case in cases.items()}
         loss, gradient, _ = found["linear"]
         for name, (other, slope, _) in found.items():
-            loose = name == "bf16"
-            assert torch.allclose(other, loss, rtol=1e-2 if loose else 1e-5), (name, other, loss)
-            assert (slope - gradient).norm() <= (1e-1 if loose else 1e-4) * gradient.norm(), name
+            of_loss, of_gradient = (2e-3, 1e-2) if name == "bf16" else (1e-5, 1e-4)
+            assert torch.allclose(other, loss, rtol=of_loss), (name, other, loss)
+            assert (slope - gradient).norm() <= of_gradient * gradient.norm(), name
         cases["read"] = table.sum
         cases["product"] = lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
         timings = interleaved(cases, rounds)
