@@ -8,6 +8,7 @@ names the folder of the public word sets. Finished trainings and scores are kept
 
     python benchmarks/real_models.py                       # Δ and ten shots, five seeds
     python benchmarks/real_models.py --methods laai,fv,icv,lora,ia3,soft_prompt --seeds 1
+    python benchmarks/real_models.py --models gemma-3-270m --rules synonym --items 500  # where scores are near zero
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Place(NamedTuple):
 
     @property
     def title(self) -> str:
-        return f"{self.setting.source.name} {self.rule}"
+        items, _ = CELLS[self.setting.source.name]
+        more = "" if self.setting.limit == items else f", {self.setting.limit} items"
+        return f"{self.setting.source.name} {self.rule}{more}"
 
     def fit(self, method: str, seed: int) -> Fit:
         """What `laai train --method METHOD` learns without further flags."""
@@ -67,18 +70,25 @@ Scores = dict[str, dict[str, dict[str, list[Any]]]]
 def main() -> int:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--models", default=",".join(CELLS), help="default: %(default)s")
+    flags.add_argument("--rules", help="default: all of each model's cells")
+    flags.add_argument("--items", type=int, help="test items a cell (default: 200, 100 on Gemma)")
     flags.add_argument("--methods", default=LAAI.name, help=f"of {','.join(METHODS)} (default: %(default)s)")
     flags.add_argument("--seeds", type=int, default=5, help="0, 1, ... (default: %(default)s)")
     flags.add_argument("--store", type=Path, default=Path("runs/real_models"), help="default: %(default)s")
     flags.add_argument("--quick", action="store_true", help="train and evaluate nothing, save nothing")
     arguments = flags.parse_args()
     rows = [SHOTS, *arguments.methods.split(",")]
-    places = [place for place in all_places() if place.setting.source.name in arguments.models.split(",")]
+    places = [
+        place
+        for place in all_places(arguments.items)
+        if place.setting.source.name in arguments.models.split(",")
+        and (arguments.rules is None or place.rule in arguments.rules.split(","))
+    ]
     store, scores = Store(arguments.store), _known()
     for setting in dict.fromkeys(place.setting for place in places):
         here = [place for place in places if place.setting == setting]
         for seed in range(arguments.seeds):  # a run that is stopped has whole seeds
-            missing = [(p, row) for row in rows for p in here if str(seed) not in scores[p.title].get(row, {})]
+            missing = [(p, row) for row in rows for p in here if str(seed) not in scores.get(p.title, {}).get(row, {})]
             if missing and not arguments.quick:
                 run([Plan(setting, tuple(place.cell(row, seed) for place, row in missing))], store, Process())
             for place, row in missing:
@@ -87,15 +97,15 @@ def main() -> int:
                     score = [result["metrics"]["exact_match"], _commit()]
                     seconds = None if row == SHOTS else seconds_of(place.setting, place.fit(row, seed), store)
                     score += [] if seconds is None else [seconds]
-                    scores[place.title].setdefault(row, {})[str(seed)] = score
+                    scores.setdefault(place.title, {}).setdefault(row, {})[str(seed)] = score
     _report(scores, arguments.quick)
     return 0
 
 
-def all_places() -> list[Place]:
-    """The six cells."""
+def all_places(items: int | None = None) -> list[Place]:
+    """The six cells, with `items` test items each if given."""
     return [
-        Place(Setting(ModelSource(name, dtype="float32"), None, limit), rule)
+        Place(Setting(ModelSource(name, dtype="float32"), None, items or limit), rule)
         for name, (limit, rules) in CELLS.items()
         for rule in rules
     ]
@@ -105,7 +115,7 @@ def _known() -> Scores:
     """The scores of earlier runs."""
     path = RESULTS / "real_models.json"
     found = json.loads(path.read_text(encoding="utf-8"))["measured"]["scores"] if path.exists() else {}
-    return {place.title: found.get(place.title, {}) for place in all_places()}
+    return {place.title: {} for place in all_places()} | found
 
 
 def _commit() -> str:
@@ -116,22 +126,27 @@ def _commit() -> str:
 def _report(scores: Scores, quick: bool) -> None:
     """Δ against ten shots on the seeds that both have; every method on the seeds that all of them have."""
     record = Record("real_models", __doc__ or "", {"examples": EXAMPLES})
-    lines, averages = [], dict[str, list[float]]()
+    six = [place.title for place in all_places()]
+    lines, averages, more = [], dict[str, list[float]](), []
     for title, found in scores.items():
         pair = found.get(SHOTS, {}), found.get(LAAI.name, {})
         seeds = sorted(set.intersection(*map(set, pair)))
         if seeds:
             shots, ours = (Entry([of[seed][0] for seed in seeds]) for of in pair)
             ratio = f"{ours.mean / shots.mean:.2f}" if shots.mean else "-"
-            lines.append([title, str(len(ours.values)), _text(shots), _text(ours), ratio])
+            line = [title, str(len(ours.values)), _text(shots), _text(ours), ratio]
+            if title not in six:
+                more.append(line)
+                continue
+            lines.append(line)
             averages.setdefault(SHOTS, []).append(shots.mean)
             averages.setdefault(LAAI.name, []).append(ours.mean)
     if lines:
         shots_mean, ours_mean = (statistics.fmean(averages[row]) for row in (SHOTS, LAAI.name))
         lines.append(["average", "", f"{shots_mean:.3f}", f"{ours_mean:.3f}", f"{ours_mean / shots_mean:.2f}"])
     columns = ["cell", "seeds", SHOTS, LAAI.title, "ratio"]
-    record.table("Exact match, mean ± standard deviation over seeds, default flags", columns, lines)
-    _compared(scores, record)
+    record.table("Exact match, mean ± standard deviation over seeds, default flags", columns, lines + more)
+    _compared({title: scores[title] for title in six}, record)
     record.keep("scores", scores)
     record.save(quick)
 
