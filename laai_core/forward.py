@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from laai_core.apply import Edit, hooked
+from laai_core.capture import Captured
 from laai_core.encode import Batch
 from laai_core.errors import LaaiError
 from laai_core.hooks import hidden_of, recorded
@@ -44,6 +45,7 @@ class Forward(ABC):
     Args:
         batch: the rows of all runs' examples.
         batch_size: rows per forward; default all. Halved when memory runs out; never changes the result.
+        captured: record a step's operations, and play them as long as the same runs are evaluated.
     """
 
     def __init__(
@@ -54,11 +56,14 @@ class Forward(ABC):
         site: str,
         batch_size: int | None = None,
         position: str = "last",
+        captured: bool = False,
     ) -> None:
         self._layout, self._layer, self._site, self._position = layout, layer, site, position
         self._batch = batch.to(layout.device)
         self._batch_size = batch_size or len(batch.prompt_lengths)
         self._last: tuple[Any, list[Part]] = (None, [])
+        self._captures = captured
+        self._recorded: tuple[Objective, Captured] | None = None  # a step over the parts of `_last`
 
     @abstractmethod
     def _first(self, lengths: torch.Tensor) -> torch.Tensor:
@@ -97,21 +102,34 @@ class Forward(ABC):
     def _evaluate(
         self, vectors: torch.Tensor, objective: Objective, active: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        deltas = vectors.detach().to(self._batch.row.device).requires_grad_()
-        parts = self._parts(active)
+        deltas, parts = vectors.detach().to(self._batch.row.device), self._parts(active)
+        if not self._captures:
+            return self._step(deltas, parts, objective, active)
+        if self._recorded is None or self._recorded[0] is not objective:
+            self._recorded = objective, Captured(lambda x: self._step(x, parts, objective, active), deltas)
+        losses, gradients, per_example = self._recorded[1](deltas)
+        return losses, gradients, per_example
+
+    def _step(
+        self, vectors: torch.Tensor, parts: Sequence[Part], objective: Objective, active: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`loss_and_gradient` over the parts of the active runs."""
+        deltas = vectors.detach().requires_grad_()
         # The loss may couple rows (kl over options): first all log-probabilities, then the gradient part by part,
         # weighted with the loss's derivative with respect to each log-probability. Several parts run twice, as memory
         # holds the activations of one.
+        with torch.enable_grad():
+            by_row = [deltas[part.owner] for part in parts]
         with torch.set_grad_enabled(len(parts) == 1):
-            scores = [self._token_logprobs(deltas, part) for part in parts]
+            scores = [self._token_logprobs(*each) for each in zip(by_row, parts, strict=True)]
         with torch.enable_grad():
             logprobs = self._continuations(parts, scores).detach().requires_grad_()
             per_example = objective.per_example(logprobs)
             losses = self._run_means(per_example)[torch.tensor(list(active), device=per_example.device)]
             (weights,) = torch.autograd.grad(losses.sum(), logprobs)
             gradients = torch.zeros_like(deltas)
-            for part, score in zip(parts, scores, strict=True):
-                score = score if score.requires_grad else self._token_logprobs(deltas, part)
+            for vectors_of_rows, part, score in zip(by_row, parts, scores, strict=True):
+                score = score if score.requires_grad else self._token_logprobs(vectors_of_rows, part)
                 continuation = self._batch.continuation[part.scored].to(weights.device)
                 gradients += torch.autograd.grad((score * weights[continuation]).sum(), deltas)[0]
         return losses.detach(), gradients, per_example.detach()
@@ -123,7 +141,7 @@ class Forward(ABC):
 
         def evaluate() -> torch.Tensor:
             parts = self._parts(range(len(vectors)))
-            return self._continuations(parts, [self._token_logprobs(deltas, part) for part in parts])
+            return self._continuations(parts, [self._token_logprobs(deltas[part.owner], part) for part in parts])
 
         return self._split_until_it_fits(evaluate)
 
@@ -131,7 +149,12 @@ class Forward(ABC):
     def token_logprobs(self, vectors: torch.Tensor, rows: list[int], runs: Sequence[int]) -> torch.Tensor:
         """Log-probabilities [m] of the scored tokens of `rows`, which belong to `runs`, under `vectors` [runs, D]."""
         deltas = vectors.to(self._batch.row.device)
-        return self._split_until_it_fits(lambda: self._token_logprobs(deltas, self._part(rows, runs)))
+
+        def evaluate() -> torch.Tensor:
+            part = self._part(rows, runs)
+            return self._token_logprobs(deltas[part.owner], part)
+
+        return self._split_until_it_fits(evaluate)
 
     @torch.no_grad()
     def activation_rms(self) -> list[float]:
@@ -154,7 +177,7 @@ class Forward(ABC):
         """The rows of the active runs, `batch_size` at a time. Cached until the runs or the batch size change."""
         key = (tuple(active), self._batch_size)
         if self._last[0] != key:
-            self._last = (None, [])  # frees the old inputs before new ones are made
+            self._last, self._recorded = (None, []), None  # frees the old inputs before new ones are made
             wanted = set(active)
             rows = [row for row, run in enumerate(self._batch.run_of_row) if run in wanted]
             size = self._batch_size
@@ -179,9 +202,9 @@ class Forward(ABC):
         tensors = [t.to(batch.row.device) for t in (lengths - 1 - first, owner, *logits, scored, logit)]
         return Part(self._inputs(rows), lengths.tolist(), *tensors)
 
-    def _token_logprobs(self, deltas: torch.Tensor, part: Part) -> torch.Tensor:
-        """Log-probabilities of a part's scored tokens [m], float32."""
-        logits = self._logits(part, self._edit(deltas[part.owner]))
+    def _token_logprobs(self, vectors: torch.Tensor, part: Part) -> torch.Tensor:
+        """Log-probabilities of a part's scored tokens [m], float32, with vectors [rows, D] applied."""
+        logits = self._logits(part, self._edit(vectors))
         token = self._batch.token[part.scored]
         logprobs: torch.Tensor = _Logprobs.apply(logits, part.logit.to(logits.device), token.to(logits.device))
         return logprobs

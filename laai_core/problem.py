@@ -67,7 +67,8 @@ class Problem:
         self.objective = Objective(examples)
         self.layout, self._settings, self._layers = layout, settings, layers
         self._prefixes = Prefixes(layout, self._batch, layers)
-        self._replay: bool | None = True if settings.forward == "replay" else None  # None: not tested yet
+        replays = settings.forward in ("replay", "captured")
+        self._replay: bool | None = True if replays else None  # None: not tested yet
         if settings.forward == "plain" or settings.position != "last" or layout.virtual_tokens:
             self._replay = False
         self._known: dict[int, tuple[Forward, torch.Tensor]] = {}
@@ -126,7 +127,8 @@ class Problem:
             self._replay = self._replayable()
         arguments = self.layout, self._batch, layer, self._settings.site, self._settings.batch_size
         if self._replay:
-            return ReplayForward(*arguments, self._prefixes, self._products)
+            captured = self._settings.forward == "captured"
+            return ReplayForward(*arguments, self._prefixes, self._products, captured)
         return PlainForward(*arguments, position=self._settings.position)
 
     def _replayable(self) -> bool:

@@ -85,6 +85,7 @@ class ReplayForward(Forward):
     Args:
         prefixes: may be shared by the layers of one batch; default: this layer's own.
         products: of the blocks from this layer on; default: the modules' own.
+        captured: as for `Forward`.
     """
 
     def __init__(
@@ -96,8 +97,9 @@ class ReplayForward(Forward):
         batch_size: int | None = None,
         prefixes: Prefixes | None = None,
         products: Products | None = None,
+        captured: bool = False,
     ) -> None:
-        super().__init__(layout, batch, layer, site, batch_size)
+        super().__init__(layout, batch, layer, site, batch_size, captured=captured)
         self._prefixes = prefixes or Prefixes(layout, batch, [layer])
         self._products = products
 

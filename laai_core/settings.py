@@ -16,7 +16,7 @@ from laai_core.words import POSITIONS, SITES, Site
 
 PenaltyScale = Literal["relative", "absolute"]
 PENALTY_SCALES: tuple[PenaltyScale, ...] = get_args(PenaltyScale)
-ForwardName = Literal["auto", "plain", "replay"]
+ForwardName = Literal["auto", "plain", "replay", "captured"]
 StartName = Literal["icl", "zero"]
 
 _COUNT = {"fits": lambda value: value >= 1, "expected": "at least one"}
@@ -63,7 +63,8 @@ class Settings:
     optimizer: OptimizerName = _setting("prox", "prox gives exact zeros", choices=OPTIMIZERS)
     forward: ForwardName = _setting(
         "auto",
-        "full forwards, or only what depends on the vector: the same result, faster",
+        "plain: full forwards; replay: only what depends on the vector, the same result faster; captured: a replay "
+        "whose operations are recorded once, on a GPU as a CUDA graph; auto: a replay where the model allows one",
         choices=get_args(ForwardName),
     )
     whitespace: Whitespace = _setting(
@@ -81,7 +82,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(Settings, **vars(self))
-        if self.position != "last" and self.forward == "replay":
+        if self.position != "last" and self.forward in ("replay", "captured"):
             raise LaaiError(f"position {self.position} cannot be replayed: expected forward auto or plain")
 
 
