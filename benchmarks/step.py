@@ -6,7 +6,8 @@ the bandwidth and the product rate measured in the same rounds: a sum over 512 M
 `linear` is the replay with torch's own `linear` on all rows, padding and held-out examples with them, as it was before
 the weights were packed; `bf16` is the replay with torch's float32 products rounded to bfloat16, which training does
 not use: its line search needs exact losses; `compiled` is `linear` with every block's norms and feed-forward through
-torch.compile (where there is g++); `plain` is full hooked forwards. Cases: the random Llama of `training.py`,
+torch.compile (where there is g++); `captured` plays the replay's recorded operations without the model's Python code;
+`plain` is full hooked forwards. Cases: the random Llama of `training.py`,
 and SmolLM2-135M on ten pairs of the public antonyms (`laai models fetch smollm2-135m`, $LAAI_DATA), alone and as the
 three folds of the cross-validation. The gradients of all paths are compared before anything is timed: they may differ
 by 1e-4, those of `bf16` by 1e-2.
@@ -43,9 +44,9 @@ from models import random_llama, small_llama, word_examples, word_tokenizer
 from products import rounded
 
 FOLDS = 3
-PATHS = ("replay", "bf16", "linear", "compiled", "plain")
+PATHS = ("replay", "bf16", "linear", "compiled", "captured", "plain")
 COLUMNS = ["step", "tokens", "floor: read", "multiply", *PATHS, "replay / floor", "linear / floor", "linear / replay"]
-COLUMNS += ["linear / bf16", "linear / compiled", "plain / replay", "replay, GB/s", "GFLOP/s"]
+COLUMNS += ["linear / bf16", "linear / compiled", "replay / captured", "plain / replay", "replay, GB/s", "GFLOP/s"]
 
 
 def timed(
@@ -60,9 +61,11 @@ def timed(
     objective = Objective(examples)
     torch.manual_seed(0)
     vectors = 0.01 * torch.randn(len(sets), math.prod(layout.shape(layer, "heads")))
+    packed_weights = Products(layout, layer)
     forwards: dict[str, Forward] = {
-        name: ReplayForward(layout, batch, layer, "heads", products=products)
-        for name, products in (("replay", Products(layout, layer)), ("linear", None))
+        "replay": ReplayForward(layout, batch, layer, "heads", products=packed_weights),
+        "captured": ReplayForward(layout, batch, layer, "heads", products=packed_weights, captured=True),
+        "linear": ReplayForward(layout, batch, layer, "heads"),
     }
     if not folds:
         forwards["plain"] = PlainForward(layout, batch, layer, "heads")
@@ -130,7 +133,13 @@ def row(title: str, timings: Timings, moved: float, operations: float, tokens: i
         *(f"{median(timings, name) / floor:.1f}×" for name in ("replay", "linear")),
         *(
             f"{ratio(timings, *names):.1f}×"
-            for names in (("linear", "replay"), ("linear", "bf16"), ("linear", "compiled"), ("plain", "replay"))
+            for names in (
+                ("linear", "replay"),
+                ("linear", "bf16"),
+                ("linear", "compiled"),
+                ("replay", "captured"),
+                ("plain", "replay"),
+            )
         ),
         f"{moved / replay / 1e9:.1f}",
         f"{operations / replay / 1e9:.0f}",

@@ -13,6 +13,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import laai_core as laai
 from laai_core.data import load_task
 from laai_core.errors import Interrupted, NotFinite
 from laai_core.forward import Forward
+from laai_core.optimize import Step
 from lm_eval_laai.commands import cli, entry
 from lm_eval_laai.methods import METHODS, fit, select
 from lm_eval_laai.methods.compose import compose
@@ -138,6 +140,21 @@ def test_train_keeps_its_best_so_far_in_another_file(change, code, why, small, f
     Path("x.safetensors").unlink()
     assert cli.main(line) == 0
     assert Path("x.safetensors").read_bytes() == again
+
+
+def test_the_best_so_far_of_a_chosen_training_says_where_it_began():
+    """The choice is made before; its training gets the in-context starts as vectors."""
+    model, choice = tiny_model("Llama"), select.choose(tiny_model("Llama"), TOKENIZER, examples())
+
+    def interrupt(step: Step) -> None:
+        if step.evaluation == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as stopped:
+        select.trained(model, TOKENIZER, examples(), replace(choice, steps=5), on_step=interrupt)
+    assert len(choice.starts) == len(stopped.value.results) > 1
+    training = stopped.value.results[0].intervention.metadata["training"]
+    assert (training["start"], training["steps"], "mean_of" in training) == ("icl", 2, False)
 
 
 def test_the_log_of_an_interrupted_training_has_what_it_came_to(small, folder):

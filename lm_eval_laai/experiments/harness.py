@@ -72,7 +72,7 @@ def score(
     with (
         redirect_stderr(io.StringIO()),
         warnings_off(),
-        _language_model(model, tokenizer, setting.batch_size, paths) as lm,
+        _language_model(model, tokenizer, setting.rows(cell), paths) as lm,
     ):
         found = evaluated(lm, [cell.task], cell.shots, setting.metadata(cell), setting.limit)
     metrics = {

@@ -33,7 +33,7 @@ class Setting:
     Args:
         data: folder of the public data sets; None is $LAAI_DATA.
         limit: test items a task; None is all.
-        batch_size: prompts at once. Not part of any identity: it moves results by rounding only.
+        batch_size: zero-shot prompts at once. Not part of any identity: it moves results by rounding only.
     """
 
     source: ModelSource
@@ -44,6 +44,11 @@ class Setting:
     def split(self, task: str, seed: int = 0, n_train: int = 1) -> Split:
         """The data of a harness task."""
         return _split(task_info(task).data_set, seed, n_train, self.data)
+
+    def rows(self, cell: Cell) -> int:
+        """Prompts at once. The harness keeps the logits of all tokens for log-likelihoods: of solved examples too."""
+        generated = task_info(cell.task).metric == "exact_match"
+        return self.batch_size if generated else max(1, self.batch_size // (1 + cell.shots))
 
     def metadata(self, cell: Cell) -> dict[str, Any]:
         """The harness's --metadata for a cell."""

@@ -181,14 +181,19 @@ def trained(
     shared |= {"steps": choice.steps}
     sets = [examples, *trained_on(examples)]
     jobs = [Job(part, **own | {"start": start}) for part, start in zip(sets, choice.starts, strict=False)]
-    whole, *others = train_many(
-        model,
-        tokenizer,
-        jobs or [Job(examples, **own)],
-        progress=options.get("progress", False),
-        on_steps=lambda steps: on_step(steps[0]) if 0 in steps else None,
-        **shared,
-    )
+    try:
+        whole, *others = train_many(
+            model,
+            tokenizer,
+            jobs or [Job(examples, **own)],
+            progress=options.get("progress", False),
+            on_steps=lambda steps: on_step(steps[0]) if 0 in steps else None,
+            **shared,
+        )
+    except Unfinished as error:
+        if jobs:  # these had their starts as vectors
+            error.results = [_with_history(one, one, start="icl") for one in error.results]
+        raise
     if not others:
         return whole
     mean = sum((one.intervention for one in others), whole.intervention) * (1 / (1 + len(others)))

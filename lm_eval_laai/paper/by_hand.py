@@ -32,7 +32,7 @@ def by_hand(setting: Setting, cell: Cell) -> list[str]:
     if setting.limit is not None:
         words += ["--limit", str(setting.limit)]
     soft_prompt = any(fit.method == "soft_prompt" for fit in cell.fits)
-    words += ["--batch_size", "1" if soft_prompt else str(setting.batch_size)]
+    words += ["--batch_size", "1" if soft_prompt else str(setting.rows(cell))]
     line = shlex.join(words)
     if setting.source.name != setting.source.pretrained:  # a known model, whose name only `laai` knows
         (model_args,) = (word for word in words if word.startswith("pretrained="))
