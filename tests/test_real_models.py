@@ -97,7 +97,7 @@ def test_training_harness_and_reference_score_alike(name):
 
 @pytest.mark.parametrize("site", ["heads", "residual", "mlp"])
 @pytest.mark.parametrize("name", ANY_MODEL)
-def test_replay_equals_the_plain_path(name, site):
+def test_replay_and_its_recording_equal_the_plain_path(name, site):
     model, tokenizer = loaded(name)
     layout, examples = locate(model), words()[0]
     batch = encode_examples(tokenizer, examples, STOP)
@@ -105,12 +105,15 @@ def test_replay_equals_the_plain_path(name, site):
         width = torch.Size(layout.shape(layer, site)).numel()
         vector = 0.1 * torch.randn(1, width, generator=torch.Generator().manual_seed(layer))
         with frozen(model):
-            plain, replayed = (
-                forward(layout, batch, layer, site).loss_and_gradient(vector, Objective(examples), [0])
-                for forward in (PlainForward, ReplayForward)
+            plain, *others = (
+                forward(layout, batch, layer, site, captured=captured).loss_and_gradient(
+                    vector, Objective(examples), [0]
+                )
+                for forward, captured in ((PlainForward, False), (ReplayForward, False), (ReplayForward, True))
             )
-        torch.testing.assert_close(replayed[0], plain[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(replayed[1], plain[1], rtol=1e-3, atol=1e-4 * float(plain[1].abs().max()))
+        for loss, gradient, _ in others:
+            torch.testing.assert_close(loss, plain[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(gradient, plain[1], rtol=1e-3, atol=1e-4 * float(plain[1].abs().max()))
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
