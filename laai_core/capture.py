@@ -53,7 +53,8 @@ class Captured:
             self._capture(x)
         other = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
         for mine, theirs in zip(self(other), function(other), strict=True):
-            if not torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()), equal_nan=True):
+            # Attention on a GPU sums in another order every time, in bfloat16 with errors of a thousandth.
+            if not torch.allclose(mine, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max()), equal_nan=True):
                 raise LaaiError(f"forward captured gives other numbers than the model's code: {_AUTO}")
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
