@@ -67,8 +67,7 @@ class Problem:
         self.objective = Objective(examples)
         self.layout, self._settings, self._layers = layout, settings, layers
         self._prefixes = Prefixes(layout, self._batch, layers)
-        replays = settings.forward in ("replay", "captured")
-        self._replay: bool | None = True if replays else None  # None: not tested yet
+        self._replay: bool | None = True if settings.must_replay else None  # None: not tested yet
         if settings.forward == "plain" or settings.position != "last" or layout.virtual_tokens:
             self._replay = False
         self._known: dict[int, tuple[Forward, torch.Tensor]] = {}

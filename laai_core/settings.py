@@ -82,8 +82,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(Settings, **vars(self))
-        if self.position != "last" and self.forward in ("replay", "captured"):
+        if self.position != "last" and self.must_replay:
             raise LaaiError(f"position {self.position} cannot be replayed: expected forward auto or plain")
+
+    @property
+    def must_replay(self) -> bool:
+        """Whether full forwards are no way out for a model that cannot be replayed."""
+        return self.forward in ("replay", "captured")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,11 @@ class TaskInfo(NamedTuple):
     source: str
     metric: str
 
+    @property
+    def generates(self) -> bool:
+        """Whether answers are generated; else the options' log-likelihoods are computed."""
+        return self.metric == "exact_match"
+
 
 def include_path() -> Path:
     """The folder to give to the harness's --include_path."""

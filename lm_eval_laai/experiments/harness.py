@@ -82,7 +82,7 @@ def score(
     }
     samples = found["samples"][task.name]
     result: dict[str, Any] = {"metrics": metrics, "n": len(samples)}
-    if task.metric == "exact_match":
+    if task.generates:
         result["answers"] = [[sample["doc"]["prompt"], sample["filtered_resps"][0]] for sample in samples]
     return result
 

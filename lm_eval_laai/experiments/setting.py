@@ -47,8 +47,8 @@ class Setting:
 
     def rows(self, cell: Cell) -> int:
         """Prompts at once. The harness keeps the logits of all tokens for log-likelihoods: of solved examples too."""
-        generated = task_info(cell.task).metric == "exact_match"
-        return self.batch_size if generated else max(1, self.batch_size // (1 + cell.shots))
+        few = max(1, self.batch_size // (1 + cell.shots))
+        return self.batch_size if task_info(cell.task).generates else few
 
     def metadata(self, cell: Cell) -> dict[str, Any]:
         """The harness's --metadata for a cell."""
