@@ -125,7 +125,12 @@ def test_what_the_tables_compare(recipe: Recipe) -> None:
         ("laai", "laai_lexicon_synonym", 1, 10, 3, 0.1, 0.2),
         ("laai", "laai_lexicon_en_fr", 1, 10, 3, 0.1, 0.2),
     ]
+    assert fits(2, "Add, chosen", composed) == [
+        ("laai", "laai_lexicon_synonym", 1, 10, None, None, None),
+        ("laai", "laai_lexicon_en_fr", 1, 10, None, None, None),
+    ]
     assert fits(2, "Re-optimized", composed) == [("laai", composed, 1, 10, 3, 0.1, 0.2)]
+    assert fits(2, "LAAI, chosen", composed) == [("laai", composed, 1, 10, None, None, None)]
     assert fits(1, "10-shot + function vector", TASK) == [("fv", TASK, 1, 10, None, None, None)]
     assert fits(6, "LoRA", TASK) == [("lora", TASK, 1, 10, 3, None, None)]
     assert fits(6, "IA3", TASK) == [("ia3", TASK, 1, 10, None, None, None)]

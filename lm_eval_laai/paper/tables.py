@@ -117,7 +117,7 @@ def paper_table(number: int, recipes: Sequence[Recipe]) -> Table:
         rows = _prompted(recipe, function_vectors=True)
     elif number == 2:
         columns = _columns(recipe, COMPOSITIONS)
-        rows = [Row("Add", recipe.setting, _added(recipe)), Row("Re-optimized", recipe.setting, _steered(recipe))]
+        rows = _composed(recipe)
     elif number == 3:
         columns = _opinion_columns(recipe)
         rows = _prompted(recipe, function_vectors=False)
@@ -156,6 +156,18 @@ def _prompted(recipe: Recipe, function_vectors: bool) -> list[Row]:
             Row("10-shot + function vector", setting, _learnt(recipe, "fv", EXAMPLES)),
         ]
     return [*rows, Row("LAAI", setting, _steered(recipe)), Row(CHOSEN, setting, _chosen(recipe))]
+
+
+def _composed(recipe: Recipe) -> list[Row]:
+    """Sums of the two rules' vectors, and vectors trained on the composition."""
+    setting = recipe.setting
+    return [
+        Row("10-shot", setting, _shots(EXAMPLES)),
+        Row("Add", setting, _added(recipe.laai, recipe)),
+        Row("Add, chosen", setting, _added(recipe.chosen, recipe)),
+        Row("Re-optimized", setting, _steered(recipe)),
+        Row(CHOSEN, setting, _chosen(recipe)),
+    ]
 
 
 def _models(recipes: Sequence[Recipe]) -> list[Row]:
@@ -200,6 +212,6 @@ def _chosen(recipe: Recipe, **options: Any) -> MakeCell:
     return lambda task, seed: Cell(task, fits=(recipe.chosen(task, seed, **options),))
 
 
-def _added(recipe: Recipe) -> MakeCell:
+def _added(fit: Callable[[str, int], Fit], recipe: Recipe) -> MakeCell:
     parts = {recipe.task(name): [recipe.task(part) for part in rule.parts] for name, rule in COMPOSITIONS.items()}
-    return lambda task, seed: Cell(task, fits=tuple(recipe.laai(part, seed) for part in parts[task]))
+    return lambda task, seed: Cell(task, fits=tuple(fit(part, seed) for part in parts[task]))
