@@ -402,9 +402,8 @@ def test_commands_by_hand_are_commands(recipe: Recipe) -> None:
     evaluations = [shlex.split(line) for line in lines if line.startswith("lm_eval")]
     assert len(evaluations) == sum(len(paper_table(number, [recipe]).rows) for number in range(1, 7))
     assert sum("peft=" in word for words in evaluations for word in words) == 3
-    assert (
-        sum("seed=1,n_train=10" in words for words in evaluations) == 3
-    )  # 10-shot twice, and under a function vector
+    # 10-shot three times, and under a function vector
+    assert sum("seed=1,n_train=10" in words for words in evaluations) == 4
 
 
 def test_dry_run_lists_without_computing(small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]) -> None:

@@ -147,9 +147,9 @@ def test_two_examples_are_folds_that_begin_at_zero():
 def test_surveys(monkeypatch):
     """Loss kl: the reference is the training's own loss, of a vector that has not seen the examples.
 
-    After 20 evaluations the last bits of a batch of another size have grown to a different path.
+    After 12 evaluations the last bits of a batch of another size have grown to a different path.
     """
-    monkeypatch.setattr(select, "EVALUATIONS", 20)
+    monkeypatch.setattr(select, "EVALUATIONS", 12)
     from test_train import SURVEY
 
     model = tiny_model("Llama")

@@ -16,6 +16,8 @@ from laai_core.errors import LaaiError
 from laai_core.record import examples_sha256
 from lm_eval_laai.experiments.cells import Cell, Fit
 from lm_eval_laai.experiments.load import ModelSource
+from lm_eval_laai.methods import LAAI
+from lm_eval_laai.methods.select import PENALTIES
 from lm_eval_laai.tasks import TaskInfo, harness_metadata, list_tasks
 
 # Incremented when a change of the code changes the results of finished cells.
@@ -58,9 +60,11 @@ class Setting:
     def fit_identity(self, fit: Fit) -> dict[str, Any]:
         """Everything a fit depends on."""
         examples = self.split(fit.task, fit.seed, fit.n_train).train
+        chosen = fit.method == LAAI.name and None in (fit.l1, fit.group)
         # By its name alone, without the folder: the SHA-256 sums identify the examples.
         return {
             **asdict(fit),
+            **({"chosen_from": [*PENALTIES]} if chosen else {}),
             "task": task_info(fit.task).name,
             "examples_sha256": examples_sha256(examples),
             **self._shared,

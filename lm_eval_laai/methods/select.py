@@ -52,7 +52,7 @@ EVALUATIONS = 30  # at most, of a setting
 PATIENCE = 8  # evaluations without a smaller held-out loss
 FLOOR = 0.01  # probability of an answer that is wrong anyway
 HEAD_START = 6  # evaluations of a setting before it is compared with the best one
-PENALTIES = (3e-3, 1e-3)  # values of l1 and group, relative to the activation; layers are compared under the last
+PENALTIES = (1e-3, 1e-4)  # values of l1 and group, relative to the activation; layers are compared under the last
 LONE_DEPTH = 0.4  # share of the depth for a single example, of which nothing can be held out
 
 
