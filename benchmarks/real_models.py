@@ -9,6 +9,7 @@ names the folder of the public word sets. Finished trainings and scores are kept
     python benchmarks/real_models.py                       # Δ and ten shots, five seeds
     python benchmarks/real_models.py --methods laai,fv,icv,lora,ia3,soft_prompt --seeds 1
     python benchmarks/real_models.py --models gemma-3-270m --rules synonym --items 500  # where scores are near zero
+    python benchmarks/real_models.py --rules pairs:laai_core/data/word_sets/past_tense.json  # any word pairs
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,9 +50,10 @@ class Place(NamedTuple):
 
     @property
     def title(self) -> str:
-        items, _ = CELLS[self.setting.source.name]
-        more = "" if self.setting.limit == items else f", {self.setting.limit} items"
-        return f"{self.setting.source.name} {self.rule}{more}"
+        items, rules = CELLS[self.setting.source.name]
+        usual = self.rule in rules and self.setting.limit == items
+        more = "" if usual else f", {self.setting.limit} items"
+        return f"{self.setting.source.name} {Path(self.rule).stem}{more}"
 
     def fit(self, method: str, seed: int) -> Fit:
         """What `laai train --method METHOD` learns without further flags."""
@@ -70,7 +73,7 @@ Scores = dict[str, dict[str, dict[str, list[Any]]]]
 def main() -> int:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--models", default=",".join(CELLS), help="default: %(default)s")
-    flags.add_argument("--rules", help="default: all of each model's cells")
+    flags.add_argument("--rules", help="tasks, or pairs:FILE.json; default: each model's cells")
     flags.add_argument("--items", type=int, help="test items a cell (default: 200, 100 on Gemma)")
     flags.add_argument("--methods", default=LAAI.name, help=f"of {','.join(METHODS)} (default: %(default)s)")
     flags.add_argument("--seeds", type=int, default=5, help="0, 1, ... (default: %(default)s)")
@@ -78,12 +81,8 @@ def main() -> int:
     flags.add_argument("--quick", action="store_true", help="train and evaluate nothing, save nothing")
     arguments = flags.parse_args()
     rows = [SHOTS, *arguments.methods.split(",")]
-    places = [
-        place
-        for place in all_places(arguments.items)
-        if place.setting.source.name in arguments.models.split(",")
-        and (arguments.rules is None or place.rule in arguments.rules.split(","))
-    ]
+    rules = None if arguments.rules is None else arguments.rules.split(",")
+    places = places_of(arguments.models.split(","), rules, arguments.items)
     store, scores = Store(arguments.store), _known()
     for setting in dict.fromkeys(place.setting for place in places):
         here = [place for place in places if place.setting == setting]
@@ -102,12 +101,14 @@ def main() -> int:
     return 0
 
 
-def all_places(items: int | None = None) -> list[Place]:
-    """The six cells, with `items` test items each if given."""
+def places_of(
+    models: Iterable[str] = CELLS, rules: Sequence[str] | None = None, items: int | None = None
+) -> list[Place]:
+    """The six cells; or those of other models, rules or numbers of test items."""
     return [
-        Place(Setting(ModelSource(name, dtype="float32"), None, items or limit), rule)
-        for name, (limit, rules) in CELLS.items()
-        for rule in rules
+        Place(Setting(ModelSource(name, dtype="float32"), None, items or CELLS[name][0]), rule)
+        for name in models
+        for rule in rules or CELLS[name][1]
     ]
 
 
@@ -115,7 +116,7 @@ def _known() -> Scores:
     """The scores of earlier runs."""
     path = RESULTS / "real_models.json"
     found = json.loads(path.read_text(encoding="utf-8"))["measured"]["scores"] if path.exists() else {}
-    return {place.title: {} for place in all_places()} | found
+    return {place.title: {} for place in places_of()} | found
 
 
 def _commit() -> str:
@@ -126,7 +127,7 @@ def _commit() -> str:
 def _report(scores: Scores, quick: bool) -> None:
     """Δ against ten shots on the seeds that both have; every method on the seeds that all of them have."""
     record = Record("real_models", __doc__ or "", {"examples": EXAMPLES})
-    six = [place.title for place in all_places()]
+    six = [place.title for place in places_of()]
     lines, averages, more = [], dict[str, list[float]](), []
     for title, found in scores.items():
         pair = found.get(SHOTS, {}), found.get(LAAI.name, {})
