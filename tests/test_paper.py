@@ -101,6 +101,17 @@ def test_identity_follows_the_data(public_data: Path, tmp_path: Path) -> None:
     setting._test_sha256.cache_clear()
 
 
+def test_only_a_choice_depends_on_the_penalties_to_choose_from(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits = recipe.chosen(TASK, 0), recipe.laai(TASK, 0), recipe.baseline("icv", TASK, 0)
+    before = [recipe.setting.fit_identity(fit) for fit in fits]
+    monkeypatch.setattr(setting, "PENALTIES", (0.5, 0.25))
+    after = [recipe.setting.fit_identity(fit) for fit in fits]
+    assert after[0] == before[0] | {"chosen_from": [0.5, 0.25]} != before[0]
+    assert after[1:] == before[1:]
+
+
 def test_zero_shot_is_one_cell_for_all_seeds(recipe: Recipe) -> None:
     table = paper_table(1, [recipe])
     (row,) = (row for row in table.rows if row.title == "0-shot")
