@@ -9,7 +9,8 @@ names the folder of the public word sets. Finished trainings and scores are kept
     python benchmarks/real_models.py                       # Δ and ten shots, five seeds
     python benchmarks/real_models.py --methods laai,fv,icv,lora,ia3,soft_prompt --seeds 1
     python benchmarks/real_models.py --models gemma-3-270m --rules synonym --items 500  # where scores are near zero
-    python benchmarks/real_models.py --rules pairs:laai_core/data/word_sets/past_tense.json  # any word pairs
+    python benchmarks/real_models.py --items 100 --seeds 3 \\
+        --rules pairs:laai_core/data/word_sets/past_tense.json  # any word pairs, here for both models
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Place(NamedTuple):
         items, rules = CELLS[self.setting.source.name]
         usual = self.rule in rules and self.setting.limit == items
         more = "" if usual else f", {self.setting.limit} items"
-        return f"{self.setting.source.name} {Path(self.rule).stem}{more}"
+        return f"{self.setting.source.name} {self.rule}{more}"
 
     def fit(self, method: str, seed: int) -> Fit:
         """What `laai train --method METHOD` learns without further flags."""
@@ -81,8 +82,10 @@ def main() -> int:
     flags.add_argument("--quick", action="store_true", help="train and evaluate nothing, save nothing")
     arguments = flags.parse_args()
     rows = [SHOTS, *arguments.methods.split(",")]
-    rules = None if arguments.rules is None else arguments.rules.split(",")
-    places = places_of(arguments.models.split(","), rules, arguments.items)
+    models = arguments.models.split(",")
+    if unknown := sorted({*models} - {*CELLS}):
+        flags.error(f"--models: no model {unknown[0]!r}, expected some of {', '.join(CELLS)}")
+    places = places_of(models, arguments.rules and arguments.rules.split(","), arguments.items)
     store, scores = Store(arguments.store), _known()
     for setting in dict.fromkeys(place.setting for place in places):
         here = [place for place in places if place.setting == setting]
