@@ -190,6 +190,7 @@ def _train(
         "l1": choice.l1,
         "group": choice.group,
         "tried": [asdict(one) for one in choice.tried],
+        "pseudo_labels": [[one.prompt, one.target] for one in choice.further],
     }
 
 
@@ -214,6 +215,7 @@ def _text(facts: dict[str, Any]) -> str:
             ("file", facts["file"]),
             ("sha256", facts["sha256"]),
             ("layer", facts["layer"]),
+            ("pseudo-labels", len(facts["pseudo_labels"])),
             ("l1, group", f"{facts['l1']:.3g}, {facts['group']:.3g}"),
             ("objective", f"{facts['objective']:.4f}"),
             ("task loss", f"{facts['task_loss']:.4f} (before: {facts['task_loss_before']:.4f})"),

@@ -14,12 +14,14 @@ from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
 
 from laai_core.intervention import Intervention
+from laai_core.locate import locate
 from lm_eval_laai.experiments.cells import Cell
 from lm_eval_laai.experiments.setting import Setting, task_info
 from lm_eval_laai.model import HFLaai
@@ -91,7 +93,7 @@ def score(
 def _language_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, paths: Sequence[Path]
 ) -> Iterator[HFLM]:
-    """`hf`, `hf,peft=` or `hf-laai` around the loaded model, which is left as it was."""
+    """`hf,peft=` or `hf-laai` around the loaded model, which is left as it was."""
     if any(path.is_dir() for path in paths):
         (folder,) = paths
         adapted = PeftModel.from_pretrained(model, str(folder)).eval()
@@ -102,11 +104,14 @@ def _language_model(
         finally:
             if not soft_prompt:  # a soft prompt replaces no module of the model
                 adapted.unload()
-    elif paths:
-        total = reduce(add, map(Intervention.load, paths)) if len(paths) > 1 else Intervention.load(paths[0])
-        yield HFLaai(model, total, tokenizer=tokenizer, batch_size=batch_size)
     else:
-        yield HFLM(model, tokenizer=tokenizer, batch_size=batch_size)
+        total = reduce(add, map(Intervention.load, paths)) if paths else _zero(model)
+        yield HFLaai(model, total, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _zero(model: PreTrainedModel) -> Intervention:
+    """A vector that adds nothing: `hf` runs the solved examples anew for every request, `hf-laai` once a task."""
+    return Intervention({0: torch.zeros(locate(model).shape(0, "heads"))})
 
 
 @contextmanager

@@ -11,9 +11,10 @@ PATIENCE evaluations. The setting with the smallest mean held-out loss is chosen
 whose mean is within one standard error of the smallest, of the paired differences between the examples' losses: the
 minimum over ten examples is noisy, and some evaluations too many cost less than too few.
 
-The vector is the mean of those that this setting gives on all examples and on each fold's. A vector trained on ten
-examples fits their accidents; those of other subsets are different ones, and a mean has less of them (bagging: Breiman
-1996). Start zero is the paper's training, and its vector that of all examples alone.
+A vector trained on ten examples fits their accidents. Where the model can follow the rule behind ten shots, the vector
+is trained on its own further examples too (`lm_eval_laai.methods.pseudo_labels`). Elsewhere it is the mean of those
+that the setting gives on all examples and on each fold's: their accidents are different ones, and a mean has less of
+them (bagging: Breiman 1996). Start zero is the paper's training, and its vector that of the examples alone.
 
 The held-out loss is -log((1 - FLOOR) p + FLOOR), p = exp(-loss) of the example: under the plain mean, one held-out
 answer that is wrong anyway and gets more so ends a training that is still making others right.
@@ -25,6 +26,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +44,7 @@ from laai_core.problem import Problem
 from laai_core.settings import Job, Settings, check
 from laai_core.start import in_context_starts
 from laai_core.train import TrainResult, train_many
+from lm_eval_laai.methods.pseudo_labels import pseudo_labelled
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +77,7 @@ class Choice:
     """The setting with the smallest held-out loss, and all that were tried.
 
     starts: the in-context starts at `layer` of all examples and of each fold; none from zero, or with nothing tried.
+    further: examples by the model itself.
     """
 
     layer: int
@@ -81,6 +86,7 @@ class Choice:
     steps: int
     tried: list[Tried]
     starts: Sequence[Intervention] = field(default=(), compare=False, repr=False)
+    further: Sequence[Example] = ()
 
 
 def choose(
@@ -137,8 +143,12 @@ def choose(
         best = try_all([(at, usual) for at in middle_first])
         best = try_all([(at, usual) for at in fine if abs(at - best.layer) == gap])
         best = try_all([(best.layer, penalties) for penalties in others])
-    starts = folds.starts(best.layer)
-    return Choice(best.layer, best.l1, best.group, steps or best.steps, tried, starts)
+        starts, further = folds.starts(best.layer), []
+        if starts:
+            bar.set_description("label further inputs")
+            options = shared.stop, shared.whitespace, shared.batch_size
+            further = pseudo_labelled(layout, tokenizer, examples, *options)
+    return Choice(best.layer, best.l1, best.group, steps or best.steps, tried, starts, further)
 
 
 def train_chosen(
@@ -171,18 +181,19 @@ def trained(
 ) -> TrainResult:
     """Train with a choice that was made with the same `options`.
 
-    Returns the mean of the vectors of all examples and of the folds; with nothing to choose, or from start zero,
-    `laai_core.train.train` on all examples. The result's objective and stationarity are those of its vector, over all
-    examples; its history, and what `on_step` is called with, is the training on all examples.
+    Returns the vector of all examples and the further ones, or without further ones the mean of those of all examples
+    and of the folds; with nothing to choose, or from start zero, `laai_core.train.train` on all examples. The result's
+    objective and stationarity are those of its vector, over `examples`; its history, and what `on_step` is called
+    with, is the training on all.
     """
     own = {one.name: options[one.name] for one in fields(Job) if one.name in options}
     own |= {"layer": choice.layer, "l1": choice.l1, "group": choice.group, "seed": seed, "task": task}
     shared = {one.name: options[one.name] for one in fields(Settings) if one.name in options}
     shared |= {"steps": choice.steps}
-    sets = [examples, *trained_on(examples)]
+    sets = [[*examples, *choice.further]] if choice.further else [examples, *trained_on(examples)]
     jobs = [Job(part, **own | {"start": start}) for part, start in zip(sets, choice.starts, strict=False)]
     try:
-        whole, *others = train_many(
+        found = train_many(
             model,
             tokenizer,
             jobs or [Job(examples, **own)],
@@ -194,15 +205,16 @@ def trained(
         if jobs:  # these had their starts as vectors
             error.results = [_with_history(one, one, start="icl") for one in error.results]
         raise
-    if not others:
-        return whole
-    mean = sum((one.intervention for one in others), whole.intervention) * (1 / (1 + len(others)))
+    if not jobs:
+        return found[0]
+    mean = reduce(add, (one.intervention for one in found)) * (1 / len(found))
     (result,) = train_many(model, tokenizer, [Job(examples, **own | {"start": mean})], **shared | {"steps": 1})
-    return _with_history(result, whole, start="icl", mean_of=1 + len(others))
+    further = [[one.prompt, one.target] for one in choice.further]
+    return _with_history(result, found[0], start="icl", mean_of=len(found), pseudo_labels=further)
 
 
 def _with_history(result: TrainResult, whole: TrainResult, **facts: Any) -> TrainResult:
-    """`result`, measured at a mean, with the history of the training on all examples, and more facts."""
+    """`result`, measured at the final vector, with the history of the training that gave it, and more facts."""
     at_mean = result.intervention
     facts |= {name: whole.intervention.metadata["training"][name] for name in ("steps", "stopped")}
     training = at_mean.metadata["training"] | facts

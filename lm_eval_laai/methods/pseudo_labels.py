@@ -1,0 +1,180 @@
+"""Further training examples by the model itself: inputs that it proposes behind the examples, and its own answers.
+
+Ten examples leave open how a rule goes on with other inputs. Where the model follows the rule behind ten shots, its
+answers say so, and a vector that is trained on them too replaces the shots better (context distillation: Snell, Klein
+& Zhong 2022; pseudo-labels: Lee 2013). Nothing but the model and the examples is used, and nothing is drawn: inputs
+begin with the likeliest first tokens behind the solved examples and go on greedily.
+
+Wrong labels do harm, so there are none unless the model, behind the others, answers at least TRUSTED of the examples
+rightly; and of its answers those are kept to which it gives a probability of at least CONFIDENCE.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from laai_core.cache import model_inputs, padded
+from laai_core.encode import Whitespace, encode_text
+from laai_core.example import Example
+from laai_core.locate import Layout
+from laai_core.memory import until_it_fits
+from laai_core.start import ROWS
+from lm_eval_laai.prefixes import SharedPrefixes
+
+if TYPE_CHECKING:  # importing transformers takes a second
+    from transformers import PreTrainedTokenizerBase
+
+INPUTS = 40  # proposed at most
+TRUSTED = 0.5  # share of the examples
+CONFIDENCE = 0.5  # probability of an answer and its end
+SPARE = 4  # tokens that an input or an answer may have beyond the longest of the examples
+
+
+def pseudo_labelled(
+    layout: Layout,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    stop: str,
+    whitespace: Whitespace = "refuse",
+    batch_size: int | None = None,
+) -> list[Example]:
+    """Up to INPUTS further examples, most of them right where the model can follow the rule; none where it cannot.
+
+    None either for examples with options instead of targets, for prompts that do not end alike (the end of a proposed
+    input could not be told), for prompts too long for the model, and behind a soft prompt.
+
+    Args:
+        stop: ends an answer, as `laai_core.settings.Settings.stop`; the model's end of text does, too.
+        whitespace, batch_size: as `laai_core.settings.Settings` has them.
+    """
+    if layout.virtual_tokens or any(example.target is None for example in examples):
+        return []
+    writer = _Writer(layout, tokenizer, stop, whitespace, batch_size or ROWS)
+    head, tail = _frame([example.prompt for example in examples])
+    input_room = writer.longest(example.prompt.removeprefix(head) for example in examples)
+    answer_room = writer.longest(example.answer for example in examples)
+    whole = len(writer.encoded(examples[0].behind(examples))) + input_room + answer_room
+    if not tail.strip() or whole > (layout.max_positions or whole):
+        return []
+    left_out = [one.behind([other for other in examples if other is not one]) for one in examples]
+    answers = writer.answers(left_out, answer_room)
+    right = [a is not None and a.text == e.answer.strip() for a, e in zip(answers, examples, strict=True)]
+    if sum(right) < TRUSTED * len(examples):
+        return []
+    shots = examples[0].behind(examples).removesuffix(examples[0].prompt)
+    known = {example.prompt for example in examples}
+    inputs = writer.inputs(shots + head.rstrip(), tail, input_room)
+    asked = [prompt for prompt in (head + text + tail for text in inputs) if prompt not in known]
+    answers = writer.answers([shots + prompt for prompt in asked], answer_room)
+    space = examples[0].answer.removesuffix(examples[0].answer.lstrip())
+    return [
+        replace(examples[0], prompt=prompt, target=space + answer.text)
+        for prompt, answer in zip(asked, answers, strict=True)
+        if answer is not None and answer.text and answer.probability >= CONFIDENCE
+    ]
+
+
+def _frame(prompts: Sequence[str]) -> tuple[str, str]:
+    """The texts that all prompts have before and behind their inputs."""
+    head = os.path.commonprefix(prompts)
+    backwards = [prompt.removeprefix(head)[::-1] for prompt in prompts]
+    return head, os.path.commonprefix(backwards)[::-1]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the model writes up to its end, without space around it, and the probability that it writes just this."""
+
+    text: str
+    probability: float
+
+
+class _Writer:
+    """Greedy continuations of many prompts; what all begin with is run once."""
+
+    def __init__(
+        self, layout: Layout, tokenizer: PreTrainedTokenizerBase, stop: str, whitespace: Whitespace, rows: int
+    ) -> None:
+        self._layout, self._tokenizer = layout, tokenizer
+        self._stop, self._whitespace, self._rows = stop, whitespace, rows
+        self._prefixes = SharedPrefixes(layout)
+        ends = layout.model.generation_config.eos_token_id
+        self._ends = {*ends} if isinstance(ends, list) else {ends}
+
+    def encoded(self, text: str) -> list[int]:
+        """Tokens of a prompt."""
+        return encode_text(self._tokenizer, text.rstrip() if self._whitespace == "loglikelihood" else text)
+
+    def longest(self, texts: Iterable[str]) -> int:
+        """Tokens that a text like these may have."""
+        return max(len(self.encoded(text)) for text in texts) + SPARE
+
+    def inputs(self, context: str, tail: str, room: int) -> list[str]:
+        """Distinct texts that the model puts between `context` and `tail`, the likeliest first."""
+        start = self.encoded(context)
+        with torch.no_grad():
+            inputs = model_inputs(self._layout, *padded([start], self._layout.device))
+            scores = self._layout.model(**inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
+        first = scores.topk(min(INPUTS, len(scores))).indices.tolist()
+        begun = len(self._text(start))
+        found: dict[str, None] = {}
+        for token, (row, _) in zip(first, self._continued([[*start, one] for one in first], room), strict=True):
+            text, end, _ = self._text([*start, token, *row])[begun:].partition(tail)
+            if end and text.strip() and not (self._stop and self._stop in text):
+                found[text.strip()] = None
+        return list(found)
+
+    def answers(self, prompts: Sequence[str], room: int) -> list[_Answer | None]:
+        """The answer to each prompt; None where it does not end within `room` tokens."""
+        return [self._answer(*one) for one in self._continued([self.encoded(text) for text in prompts], room)]
+
+    def _answer(self, row: list[int], log_probabilities: list[float]) -> _Answer | None:
+        for count, token in enumerate(row, start=1):
+            ends = token in self._ends
+            text = self._text(row[: count - ends])
+            if ends or (self._stop and self._stop in text):
+                answer = text.partition(self._stop)[0] if self._stop else text
+                return _Answer(answer.strip(), math.exp(sum(log_probabilities[:count])))
+        return None
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _continued(self, prompts: Sequence[list[int]], count: int) -> list[tuple[list[int], list[float]]]:
+        """`count` tokens behind each prompt, and their log-probabilities."""
+
+        def by(rows: int) -> list[tuple[list[int], list[float]]]:
+            parts = [prompts[begin : begin + rows] for begin in range(0, len(prompts), rows)]
+            return [one for part in parts for one in self._batch(part, count)]
+
+        return until_it_fits(by, self._rows)
+
+    @torch.no_grad()
+    def _batch(self, prompts: Sequence[list[int]], count: int) -> list[tuple[list[int], list[float]]]:
+        layout, rows = self._layout, len(prompts)
+        tokens, mask = padded(prompts, layout.device, left=True)
+        prefix = os.path.commonprefix([tuple(prompt) for prompt in prompts])
+        model: Any = layout.model
+        found = model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            past_key_values=self._prefixes.cache(prompts, [None] * rows, [prefix] * rows, left=True),
+            max_new_tokens=count,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        new = found.sequences[:, tokens.shape[1] :]
+        likely = [
+            logits.log_softmax(-1, dtype=torch.float32).gather(1, new[:, step : step + 1].to(logits.device))
+            for step, logits in enumerate(found.logits)
+        ]
+        return list(zip(new.tolist(), torch.cat(likely, 1).tolist(), strict=True))

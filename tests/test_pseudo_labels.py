@@ -1,0 +1,133 @@
+"""Further examples by the model itself: its answers by hand, whom it may answer for, and a training with them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import slow_reference
+import torch
+from test_real_models import SMOLLM2, loaded
+from test_replay import TOKENIZER
+from test_select import EXAMPLES
+from tiny import tiny_model
+
+import laai_core as laai
+from laai_core.data.tasks import load_pairs
+from laai_core.example import Example
+from laai_core.locate import locate
+from lm_eval_laai.methods import select
+from lm_eval_laai.methods.pseudo_labels import CONFIDENCE, INPUTS, _frame, _Writer, pseudo_labelled
+
+
+def answer_by_hand(model, prompt, room, stop, end):
+    """Text up to `stop` or the token `end`, and the probability of the tokens to that end; None where neither comes."""
+    ids = TOKENIZER.encode(prompt)
+    tokens = slow_reference.greedy(model, ids, room, None)
+    for count in range(1, room + 1):
+        ended = tokens[count - 1] == end
+        text = TOKENIZER.decode(tokens[: count - ended], skip_special_tokens=True)
+        if ended or (stop and stop in text):
+            score, _ = slow_reference.loglikelihood(model, ids, tokens[:count], None)
+            return (text.split(stop)[0] if stop else text).strip(), math.exp(score)
+    return None
+
+
+@pytest.mark.parametrize("rows", [1, 3, 32])
+def test_answers_end_at_the_stop_or_at_the_models_own_end(rows):
+    model = tiny_model("Llama")
+    prompts = ["over", "w ab", "over there we", "ab ab ab ab ab"]
+    second, third = (slow_reference.greedy(model, TOKENIZER.encode(prompt), 2, None)[1] for prompt in prompts[:2])
+    for stop, end in (("", second), (TOKENIZER.decode([third]), None)):
+        model.generation_config.eos_token_id = end
+        writer = _Writer(locate(model), TOKENIZER, stop, "refuse", rows)
+        expected = [answer_by_hand(model, prompt, 6, stop, end) for prompt in prompts]
+        found = [answer and (answer.text, answer.probability) for answer in writer.answers(prompts, 6)]
+        assert found == [wanted and (wanted[0], pytest.approx(wanted[1], rel=1e-3)) for wanted in expected]
+        assert any(expected)
+
+
+def test_the_texts_around_the_inputs():
+    assert _frame(["Q: hot\nA:", "Q: cold\nA:"]) == ("Q: ", "\nA:")
+    assert _frame(["Q: stop\nA:", "Q: step\nA:"]) == ("Q: st", "p\nA:")
+    assert _frame(["say hot", "say cold"]) == ("say ", "")  # the "t" of one is no "d"
+    assert _frame(["same", "same"]) == ("same", "")
+
+
+def test_none_where_they_cannot_be_made():
+    layout = locate(tiny_model("Llama"))
+    options = [Example(e.prompt, options=[" a", " b"], distribution=[0.5, 0.5]) for e in EXAMPLES]
+    endless = [Example(f"say {word}", e.target) for word, e in zip("abcdefg", EXAMPLES, strict=False)]
+    long = [replace(e, prompt=f"{'ab ' * 40}{e.prompt}\nA:") for e in EXAMPLES]
+    for examples in (options, endless, long):
+        assert pseudo_labelled(layout, TOKENIZER, examples, "\n") == []
+
+
+# On a pretrained model
+
+
+def past_tense():
+    """Ten examples, and the right answer to every word of the set."""
+    pairs, _ = load_pairs("pairs:past_tense", None)
+    return laai.load_task("pairs:past_tense", seed=0).train, {pair.input: pair.output for pair in pairs}
+
+
+def test_a_model_that_follows_the_rule_labels_new_words_rightly():
+    model, tokenizer = loaded(SMOLLM2)
+    layout = locate(model)
+    examples, known = past_tense()
+    found = pseudo_labelled(layout, tokenizer, examples, "\n")
+    assert 10 <= len(found) <= INPUTS
+    assert not {one.prompt for one in found} & {one.prompt for one in examples}
+    assert len({one.prompt for one in found}) == len(found)
+    words = [(one.prompt.removeprefix("Q: ").removesuffix("\nA:"), one.target.removeprefix(" ")) for one in found]
+    right = [known[word] == answer for word, answer in words if word in known]
+    assert len(right) >= 5 and sum(right) >= 0.8 * len(right)
+    # Each as the harness's ten-shot prompt is answered, and as surely as is said.
+    for one in found[:3]:
+        ids = [tokenizer.encode(one.behind(examples)), tokenizer.encode(one.target + "\n")]
+        score, greedy = slow_reference.loglikelihood(model, *ids, None)
+        assert greedy and math.exp(score) >= CONFIDENCE
+
+    # Ten answers to the wrong words are no rule that it could follow.
+    targets = [one.target for one in examples]
+    mixed = [replace(one, target=target) for one, target in zip(examples, targets[1:] + targets[:1], strict=True)]
+    assert pseudo_labelled(layout, tokenizer, mixed, "\n") == []
+
+
+# The training
+
+
+@pytest.fixture
+def further(monkeypatch):
+    """Two further examples that every model makes."""
+    found = [Example("ab we", " no"), Example("there", " wx")]
+    monkeypatch.setattr(select, "pseudo_labelled", lambda *arguments: found)
+    return found
+
+
+def test_the_vector_is_trained_on_all_and_the_record_is_of_those_given(further):
+    model, seen = tiny_model("Llama"), []
+    result, choice = select.train_chosen(model, TOKENIZER, EXAMPLES, seed=3, task="x", on_step=seen.append)
+    assert choice.further == further
+    setting = choice.layer, choice.l1, choice.group
+    start = laai.train(model, TOKENIZER, EXAMPLES, *setting, steps=1, start="icl").intervention
+    whole = laai.train(model, TOKENIZER, [*EXAMPLES, *further], *setting, steps=choice.steps, start=start)
+    torch.testing.assert_close(
+        result.intervention.vector(choice.layer), whole.intervention.vector(choice.layer), atol=1e-4, rtol=1e-3
+    )
+    assert seen == result.history and len(seen) == choice.steps
+    there = laai.train(model, TOKENIZER, EXAMPLES, *setting, steps=1, start=result.intervention)
+    assert result.objective == pytest.approx(there.objective, abs=1e-5)
+    facts = result.intervention.metadata["training"]
+    theirs = there.intervention.metadata["training"]
+    assert facts["pseudo_labels"] == [[one.prompt, one.target] for one in further]
+    assert (facts["mean_of"], facts["start"], facts["n_train"]) == (1, "icl", len(EXAMPLES))
+    assert facts["examples_sha256"] == theirs["examples_sha256"]
+
+
+def test_the_papers_training_has_none(further):
+    choice = select.choose(tiny_model("Llama"), TOKENIZER, EXAMPLES, start="zero")
+    assert not choice.further
+    assert not select.choose(tiny_model("Llama"), TOKENIZER, EXAMPLES, 1, 0.1, 0.1, 5).further
