@@ -22,7 +22,7 @@ from lm_eval_laai.methods.pseudo_labels import CONFIDENCE, INPUTS, _frame, _Writ
 
 
 def answer_by_hand(model, prompt, room, stop, end):
-    """Text up to `stop` or the token `end`, and the probability of the tokens to that end; None where neither comes."""
+    """Text up to `stop` or the token `end`, and the probability of the tokens to there; None where neither comes."""
     ids = TOKENIZER.encode(prompt)
     tokens = slow_reference.greedy(model, ids, room, None)
     for count in range(1, room + 1):
