@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # importing transformers takes a second
 # Fields of Job and Settings that are flags of the same name: type, default and help are the field's.
 _FLAGS = {one.name: one for kind in (Job, Settings) for one in fields(kind) if "help" in one.metadata}
 _CHOSEN = ("l1", "group", "steps")  # by cross-validation where they are not given
+_SHOWN = 3  # pseudo-labels
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -215,7 +217,7 @@ def _text(facts: dict[str, Any]) -> str:
             ("file", facts["file"]),
             ("sha256", facts["sha256"]),
             ("layer", facts["layer"]),
-            ("pseudo-labels", len(facts["pseudo_labels"])),
+            ("pseudo-labels", _some(facts["pseudo_labels"])),
             ("l1, group", f"{facts['l1']:.3g}, {facts['group']:.3g}"),
             ("objective", f"{facts['objective']:.4f}"),
             ("task loss", f"{facts['task_loss']:.4f} (before: {facts['task_loss_before']:.4f})"),
@@ -225,6 +227,12 @@ def _text(facts: dict[str, Any]) -> str:
             ("evaluations", f"{facts['evaluations']} in {facts['seconds']:.1f} s{stopped}"),
         ]
     )
+
+
+def _some(pairs: Sequence[Sequence[str]]) -> str:
+    """How many pseudo-labels there are, and the first of them."""
+    first = "; ".join(f"{prompt.splitlines()[0]} → {target.strip()}" for prompt, target in pairs[:_SHOWN])
+    return f"{len(pairs)}: {first}" if pairs else "none"
 
 
 def _flag(name: str) -> str:

@@ -41,6 +41,7 @@ from laai_core.locate import Layout, locate, verify_causal
 from laai_core.optimize import Step
 from laai_core.penalty import Penalty
 from laai_core.problem import Problem
+from laai_core.record import examples_sha256
 from laai_core.settings import Job, Settings, check
 from laai_core.start import in_context_starts
 from laai_core.train import TrainResult, train_many
@@ -181,10 +182,9 @@ def trained(
 ) -> TrainResult:
     """Train with a choice that was made with the same `options`.
 
-    Returns the vector of all examples and the further ones, or without further ones the mean of those of all examples
-    and of the folds; with nothing to choose, or from start zero, `laai_core.train.train` on all examples. The result's
-    objective and stationarity are those of its vector, over `examples`; its history, and what `on_step` is called
-    with, is the training on all.
+    With further examples, the training on all of them; without, the mean of the vectors of all examples and of the
+    folds; with nothing to choose, or from start zero, `laai_core.train.train` on all examples. A mean's objective and
+    stationarity are measured on all examples; its history, and what `on_step` is called with, is the training on them.
     """
     own = {one.name: options[one.name] for one in fields(Job) if one.name in options}
     own |= {"layer": choice.layer, "l1": choice.l1, "group": choice.group, "seed": seed, "task": task}
@@ -203,28 +203,30 @@ def trained(
         )
     except Unfinished as error:
         if jobs:  # these had their starts as vectors
-            error.results = [_with_history(one, one, start="icl") for one in error.results]
+            error.results = [_recorded(one, one, start="icl") for one in error.results]
         raise
+    if choice.further:
+        given = {"n_train": len(examples), "examples_sha256": examples_sha256(examples)}
+        return _recorded(found[0], found[0], start="icl", pseudo_labels=len(choice.further), **given)
     if not jobs:
         return found[0]
     mean = reduce(add, (one.intervention for one in found)) * (1 / len(found))
     (result,) = train_many(model, tokenizer, [Job(examples, **own | {"start": mean})], **shared | {"steps": 1})
-    further = [[one.prompt, one.target] for one in choice.further]
-    return _with_history(result, found[0], start="icl", mean_of=len(found), pseudo_labels=further)
+    return _recorded(result, found[0], start="icl", mean_of=len(found))
 
 
-def _with_history(result: TrainResult, whole: TrainResult, **facts: Any) -> TrainResult:
-    """`result`, measured at the final vector, with the history of the training that gave it, and more facts."""
-    at_mean = result.intervention
+def _recorded(result: TrainResult, whole: TrainResult, **facts: Any) -> TrainResult:
+    """`result`, measured at a mean or trained, with the history of the training on all examples, and more facts."""
+    found = result.intervention
     facts |= {name: whole.intervention.metadata["training"][name] for name in ("steps", "stopped")}
-    training = at_mean.metadata["training"] | facts
+    training = found.metadata["training"] | facts
     return replace(
         result,
         intervention=Intervention(
-            {layer: at_mean.vector(layer) for layer in at_mean.layers},
-            at_mean.site,
-            at_mean.position,
-            metadata=at_mean.metadata | {"training": training},
+            {layer: found.vector(layer) for layer in found.layers},
+            found.site,
+            found.position,
+            metadata=found.metadata | {"training": training},
         ),
         history=whole.history,
         critical_penalty=whole.critical_penalty,
