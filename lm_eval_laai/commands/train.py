@@ -217,7 +217,7 @@ def _text(facts: dict[str, Any]) -> str:
             ("file", facts["file"]),
             ("sha256", facts["sha256"]),
             ("layer", facts["layer"]),
-            ("pseudo-labels", _some(facts["pseudo_labels"])),
+            *([("pseudo-labels", _some(facts["pseudo_labels"]))] if facts["pseudo_labels"] else ()),
             ("l1, group", f"{facts['l1']:.3g}, {facts['group']:.3g}"),
             ("objective", f"{facts['objective']:.4f}"),
             ("task loss", f"{facts['task_loss']:.4f} (before: {facts['task_loss_before']:.4f})"),
@@ -232,7 +232,7 @@ def _text(facts: dict[str, Any]) -> str:
 def _some(pairs: Sequence[Sequence[str]]) -> str:
     """How many pseudo-labels there are, and the first of them."""
     first = "; ".join(f"{prompt.splitlines()[0]} → {target.strip()}" for prompt, target in pairs[:_SHOWN])
-    return f"{len(pairs)}: {first}" if pairs else "none"
+    return f"{len(pairs)}: {first}, ..."
 
 
 def _flag(name: str) -> str:

@@ -192,6 +192,10 @@ def trained(
     shared |= {"steps": choice.steps}
     sets = [[*examples, *choice.further]] if choice.further else [examples, *trained_on(examples)]
     jobs = [Job(part, **own | {"start": start}) for part, start in zip(sets, choice.starts, strict=False)]
+    facts: dict[str, Any] = {"start": "icl"}  # the jobs have their starts as vectors
+    if choice.further:
+        facts |= {"pseudo_labels": len(choice.further)}
+        facts |= {"n_train": len(examples), "examples_sha256": examples_sha256(examples)}
     try:
         found = train_many(
             model,
@@ -202,17 +206,16 @@ def trained(
             **shared,
         )
     except Unfinished as error:
-        if jobs:  # these had their starts as vectors
-            error.results = [_recorded(one, one, start="icl") for one in error.results]
+        if jobs:
+            error.results = [_recorded(one, one, **facts) for one in error.results]
         raise
-    if choice.further:
-        given = {"n_train": len(examples), "examples_sha256": examples_sha256(examples)}
-        return _recorded(found[0], found[0], start="icl", pseudo_labels=len(choice.further), **given)
     if not jobs:
         return found[0]
+    if choice.further:
+        return _recorded(found[0], found[0], **facts)
     mean = reduce(add, (one.intervention for one in found)) * (1 / len(found))
     (result,) = train_many(model, tokenizer, [Job(examples, **own | {"start": mean})], **shared | {"steps": 1})
-    return _recorded(result, found[0], start="icl", mean_of=len(found))
+    return _recorded(result, found[0], mean_of=len(found), **facts)
 
 
 def _recorded(result: TrainResult, whole: TrainResult, **facts: Any) -> TrainResult:
