@@ -509,6 +509,8 @@ def test_demo_table() -> None:
         ["hot", "the", "cold"],
         ["up", "(nothing)", "down"],
     ]
+    pairs = next(task for task in list_tasks() if task.name == "laai_pairs")
+    assert demo._title(pairs._replace(data_set="pairs:past_tense")) == "laai_pairs:past_tense"
 
 
 def test_demo_refusals(
