@@ -36,8 +36,8 @@ if TYPE_CHECKING:  # importing transformers takes a second
 
 SHOTS = 10  # solved examples in the prompt, and training examples: the same ones
 MODEL = "smollm2-135m"
-# By default two rules within English, the model's language, which take minutes on two cores. Behind ten shots it follows
-# the second one only.
+# By default two rules within English, the model's language, which take minutes on two cores. Behind ten shots it
+# follows the second one only.
 TASKS = ["laai_lexicon_antonym", "pairs:past_tense"]
 LIMIT = 100
 REFERENCE_TASKS = ["laai_lexicon"]  # with --model reference, all items: the model is small
