@@ -31,6 +31,11 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer.encode(text)
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, whitespace: Whitespace) -> list[int]:
+    """Token ids of a prompt, with whitespace at its end treated as by `encode_pair`, but that none is refused."""
+    return encode_text(tokenizer, prompt.rstrip() if whitespace == "loglikelihood" else prompt)
+
+
 def encode_pair(
     tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, whitespace: Whitespace = "refuse"
 ) -> tuple[list[int], list[int]]:

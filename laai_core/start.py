@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from laai_core.cache import model_inputs, padded
-from laai_core.encode import Whitespace, encode_text
+from laai_core.encode import Whitespace, encode_prompt
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 from laai_core.hooks import attached, hidden_of, recorded
@@ -81,7 +81,7 @@ def _prompts(
     """(tokens of a leave-one-out few-shot prompt, tokens of the bare prompt), SHUFFLES pairs per example."""
 
     def encoded(text: str) -> Tokens:
-        return tuple(encode_text(tokenizer, text.rstrip() if whitespace == "loglikelihood" else text))
+        return tuple(encode_prompt(tokenizer, text, whitespace))
 
     limit = layout.max_positions or math.inf
     pairs = []

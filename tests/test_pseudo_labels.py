@@ -62,6 +62,9 @@ def test_none_where_they_cannot_be_made():
     long = [replace(e, prompt=f"{'ab ' * 40}{e.prompt}\nA:") for e in EXAMPLES]
     for examples in (options, endless, long):
         assert pseudo_labelled(layout, TOKENIZER, examples, "\n") == []
+    layout.model.can_generate = lambda: False
+    layout.model.generate = None  # would raise if it were called
+    assert pseudo_labelled(layout, TOKENIZER, [replace(e, prompt=f"{e.prompt} we") for e in EXAMPLES], "\n") == []
 
 
 # On a pretrained model

@@ -231,8 +231,8 @@ def _text(facts: dict[str, Any]) -> str:
 
 def _some(pairs: Sequence[Sequence[str]]) -> str:
     """How many pseudo-labels there are, and the first of them."""
-    first = "; ".join(f"{prompt.splitlines()[0]} → {target.strip()}" for prompt, target in pairs[:_SHOWN])
-    return f"{len(pairs)}: {first}, ..."
+    first = [f"{prompt.splitlines()[0]} → {target.strip()}" for prompt, target in pairs[:_SHOWN]]
+    return f"{len(pairs)}: {'; '.join(first + ['...'] * (len(pairs) > _SHOWN))}"
 
 
 def _flag(name: str) -> str:

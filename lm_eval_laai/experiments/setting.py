@@ -49,7 +49,7 @@ class Setting:
         return _split(task_info(task).data_set, seed, n_train, self.data)
 
     def rows(self, cell: Cell) -> int:
-        """Prompts at once. The harness keeps the logits of all tokens for log-likelihoods: of solved examples too."""
+        """Prompts at once. Where solved examples cannot be cached, log-likelihoods keep the logits of these too."""
         few = max(1, self.batch_size // (1 + cell.shots))
         return self.batch_size if task_info(cell.task).generates else few
 

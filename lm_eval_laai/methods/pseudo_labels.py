@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from laai_core.cache import model_inputs, padded
-from laai_core.encode import Whitespace, encode_text
+from laai_core.cache import padded
+from laai_core.encode import Whitespace, encode_prompt
 from laai_core.example import Example
 from laai_core.locate import Layout
 from laai_core.memory import until_it_fits
@@ -47,13 +47,14 @@ def pseudo_labelled(
     """Up to INPUTS further examples, most of them right where the model can follow the rule; none where it cannot.
 
     None either for examples with options instead of targets, for prompts that do not end alike (the end of a proposed
-    input could not be told), for prompts too long for the model, and behind a soft prompt.
+    input could not be told), for prompts too long for the model, behind a soft prompt, and of a model that cannot
+    generate.
 
     Args:
         stop: ends an answer, as `laai_core.settings.Settings.stop`; the model's end of text does, too.
         whitespace, batch_size: as `laai_core.settings.Settings` has them.
     """
-    if layout.virtual_tokens or any(example.target is None for example in examples):
+    if layout.virtual_tokens or not layout.model.can_generate() or any(one.target is None for one in examples):
         return []
     writer = _Writer(layout, tokenizer, stop, whitespace, batch_size or ROWS)
     head, tail = _frame([example.prompt for example in examples])
@@ -109,7 +110,7 @@ class _Writer:
 
     def encoded(self, text: str) -> list[int]:
         """Tokens of a prompt."""
-        return encode_text(self._tokenizer, text.rstrip() if self._whitespace == "loglikelihood" else text)
+        return encode_prompt(self._tokenizer, text, self._whitespace)
 
     def longest(self, texts: Iterable[str]) -> int:
         """Tokens that a text like these may have."""
@@ -118,9 +119,7 @@ class _Writer:
     def inputs(self, context: str, tail: str, room: int) -> list[str]:
         """Distinct texts that the model puts between `context` and `tail`, the likeliest first."""
         start = self.encoded(context)
-        with torch.no_grad():
-            inputs = model_inputs(self._layout, *padded([start], self._layout.device))
-            scores = self._layout.model(**inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
+        scores = self._generated([start], 1).logits[0][0]
         first = scores.topk(min(INPUTS, len(scores))).indices.tolist()
         begun = len(self._text(start))
         found: dict[str, None] = {}
@@ -155,16 +154,26 @@ class _Writer:
 
         return until_it_fits(by, self._rows)
 
-    @torch.no_grad()
     def _batch(self, prompts: Sequence[list[int]], count: int) -> list[tuple[list[int], list[float]]]:
-        layout, rows = self._layout, len(prompts)
-        tokens, mask = padded(prompts, layout.device, left=True)
+        found = self._generated(prompts, count)
+        new = found.sequences[:, max(map(len, prompts)) :]
+        likely = [
+            logits.log_softmax(-1, dtype=torch.float32).gather(1, new[:, step : step + 1].to(logits.device))
+            for step, logits in enumerate(found.logits)
+        ]
+        return list(zip(new.tolist(), torch.cat(likely, 1).tolist(), strict=True))
+
+    @torch.no_grad()
+    def _generated(self, prompts: Sequence[list[int]], count: int) -> Any:
+        """What `generate` returns: `sequences` [R, T + count] and `logits`, [R, V] a token."""
+        tokens, mask = padded(prompts, self._layout.device, left=True)
         prefix = os.path.commonprefix([tuple(prompt) for prompt in prompts])
-        model: Any = layout.model
-        found = model.generate(
+        cache = self._prefixes.cache(prompts, [None] * len(prompts), [prefix] * len(prompts), left=True)
+        model: Any = self._layout.model
+        return model.generate(
             input_ids=tokens,
             attention_mask=mask,
-            past_key_values=self._prefixes.cache(prompts, [None] * rows, [prefix] * rows, left=True),
+            **({} if cache is None else {"past_key_values": cache}),  # recurrent models refuse the argument
             max_new_tokens=count,
             do_sample=False,
             num_beams=1,
@@ -172,9 +181,3 @@ class _Writer:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        new = found.sequences[:, tokens.shape[1] :]
-        likely = [
-            logits.log_softmax(-1, dtype=torch.float32).gather(1, new[:, step : step + 1].to(logits.device))
-            for step, logits in enumerate(found.logits)
-        ]
-        return list(zip(new.tolist(), torch.cat(likely, 1).tolist(), strict=True))
