@@ -10,9 +10,10 @@ Both begin behind the prefix that the prompts of a task share (`lm_eval_laai.pre
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -138,15 +139,14 @@ class Scorer:
         tokens, mask = padded([g.prompt + g.longest()[:-1] for g in groups], self._device)  # [B, T]
         cache = self._cached_prefixes(groups, left=False)
         inputs = {"input_ids": tokens} if cache is None else continued_inputs(self._layout, tokens, mask, cache)
-        columns = inputs["input_ids"].shape[1]
+        done = tokens.shape[1] - inputs["input_ids"].shape[1]
+        spans = [(len(g.prompt) - 1 - done, len(g.longest())) for g in groups]
         with hooked(self._layout, [g.edit for g in groups], [len(g.prompt) for g in groups]):
-            logits = self._model(**inputs).logits  # [B, virtual + columns, V]
-        logits = logits[:, logits.shape[1] - columns :]
-        for row, group in enumerate(groups):
-            start = len(group.prompt) - 1 - (tokens.shape[1] - columns)
-            span = self._log_softmax(logits[row : row + 1, start : start + len(group.longest())], [group])[0]
+            logits, _ = self._logits(inputs, spans)
+        for group, span in zip(groups, logits, strict=True):
+            scores = self._log_softmax(span, [group])[0]
             for number, continuation in group.members:
-                yield number, _answer(span[: len(continuation)], continuation)
+                yield number, _answer(scores[: len(continuation)], continuation)
 
     def _shared(self, groups: Sequence[_Group], batch_size: int) -> Iterator[tuple[int, Answer]]:
         """A left-padded pass over the prompts, then the continuations' stems against copies of its cache."""
@@ -154,9 +154,10 @@ class Scorer:
         lengths = [len(g.prompt) for g in groups]
         tokens, mask = padded([g.prompt for g in groups], self._device, left=True)  # [G, P]
         inputs = continued_inputs(self._layout, tokens, mask, self._cached_prefixes(groups, left=True))
+        last = inputs["input_ids"].shape[1] - 1
         with hooked(self._layout, edits, lengths):
-            output = self._model(**inputs)
-        first = self._log_softmax(output.logits[:, -1], groups)  # [G, V]
+            logits, prompts_cache = self._logits(inputs, [(last, 1)] * len(groups))
+        first = self._log_softmax(torch.cat(logits)[:, 0], groups)  # [G, V]
         stems = [(g, stem) for g, group in enumerate(groups) for stem in group.stems()]
         tails: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         size = max(batch_size, _FREE_CACHE_TOKENS // tokens.shape[1])
@@ -167,17 +168,37 @@ class Scorer:
             prompt_lengths = torch.tensor(lengths, device=self._device)[rows]
             stem_tokens = padded([stem for _, stem in chunk], self._device)
             inputs = model_inputs(self._layout, *stem_tokens, mask[rows], prompt_lengths)
-            cache = selected(output.past_key_values, rows)
+            inputs |= {"past_key_values": selected(prompts_cache, rows), "use_cache": True}
             with hooked(self._layout, [edits[g] for g in owners], [lengths[g] for g in owners]):
-                logits = self._model(**inputs, past_key_values=cache, use_cache=True).logits  # [S, L, V]
-            for row, (g, stem) in enumerate(chunk):
-                tails[g, stem] = self._log_softmax(logits[row : row + 1, : len(stem)], [groups[g]])[0]
+                logits, _ = self._logits(inputs, [(0, len(stem)) for _, stem in chunk])
+            for (g, stem), span in zip(chunk, logits, strict=True):
+                tails[g, stem] = self._log_softmax(span, [groups[g]])[0]
         for g, group in enumerate(groups):
             for number, continuation in group.members:
                 head = first[g].unsqueeze(0)
                 stem = continuation[:-1]
                 span = torch.cat([head, tails[g, stem].to(head.device)]) if stem else head
                 yield number, _answer(span, continuation)
+
+    def _logits(
+        self, inputs: dict[str, Any], spans: Sequence[tuple[int, int]]
+    ) -> tuple[list[torch.Tensor], DynamicCache | None]:
+        """For each row the logits [1, n, V] at n columns, `spans` being (first, n), and the model's cache.
+
+        Of the other columns those alone are computed that another row wants: over a large vocabulary logits take most
+        of a pass.
+        """
+        columns = sorted({column for first, count in spans for column in range(first, first + count)})
+        kept = torch.tensor(columns) + self._layout.virtual_tokens  # on the CPU: the head may lie on another device
+        if "logits_to_keep" in inspect.signature(self._layout.model.forward).parameters:
+            output = self._model(**inputs, logits_to_keep=kept)
+            logits = output.logits
+        else:
+            output = self._model(**inputs)
+            logits = output.logits[:, kept]
+        at = {column: number for number, column in enumerate(columns)}
+        found = [logits[row : row + 1, at[first] : at[first] + n] for row, (first, n) in enumerate(spans)]
+        return found, getattr(output, "past_key_values", None)
 
     def _cached_prefixes(self, groups: Sequence[_Group], left: bool) -> DynamicCache | None:
         return self._prefixes.cache(

@@ -16,6 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from test_apply import EVERY, intervention, spec
 from tiny import HEADS, MAX_POSITIONS, head_dim, tiny_model, tiny_tokenizer
+from transformers import LlamaForCausalLM
 
 import laai_core as laai
 from laai_core.errors import LaaiError, WorkFailed
@@ -284,6 +285,37 @@ def test_continuations_of_one_prompt_share_its_pass(batch_size):
     lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
     prompt = len(lm.tok_encode("a" * 60))
     assert sum(seen) < prompt + 4 * 6 + 2
+
+
+@pytest.mark.parametrize("options", [[" b"], [" bcd", " efgh"]], ids=["one row", "shared prompt"])
+def test_the_head_runs_at_the_answers_columns(options):
+    """Over a large vocabulary, logits of the prompt's other tokens would take most of the time."""
+    lm = harness_model(iv=intervention("Llama"), batch_size=8)
+    pairs = [(letter * 60, option) for letter in "acd" for option in options]
+    seen = []
+    handle = lm.model.lm_head.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[:2].numel()))
+    lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    handle.remove()
+    answers = [lm.tok_encode(option, add_special_tokens=False) for _, option in pairs]
+    assert sum(seen) <= sum(map(len, answers)) + 1  # the shared prompt's cache is tried on one token
+
+
+class _AllLogits(LlamaForCausalLM):
+    """A model whose own code computes the logits of every token, as some have."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_model_that_computes_all_logits(batch_size):
+    lm = harness_model(iv=intervention("Llama"), batch_size=batch_size)
+    model = _AllLogits(lm.model.config).eval()
+    model.load_state_dict(lm.model.state_dict())
+    lm = HFLaai(model, intervention("Llama"), tokenizer=tiny_tokenizer(bos=True), batch_size=batch_size)
+    pairs = multiple_choice(3)
+    want = reference_scores(lm, pairs, [spec("Llama")] * len(pairs))
+    assert_same(lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True), want)
 
 
 def test_bad_arguments(tmp_path):
