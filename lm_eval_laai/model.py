@@ -25,6 +25,7 @@ from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from laai_core.locate import locate, verify_causal
 from lm_eval_laai.finite import named, watched
+from lm_eval_laai.known_models.folder import pretrained as known_or_as_is
 from lm_eval_laai.prefixes import SharedPrefixes, common_prefixes
 from lm_eval_laai.scoring import Row, Scorer
 from lm_eval_laai.steered import Steered
@@ -47,6 +48,7 @@ class HFLaai(Steered, HFLM):
     """HFLM that applies interventions. Without `intervention` everything is HFLM's own.
 
     Args:
+        pretrained: as HFLM's, or a short name of `laai models`.
         intervention: a file, `org/repo[:file][@revision]` on the Hugging Face Hub, a folder of
             `<harness task name>.safetensors` that routes by task, or an Intervention.
         scale: factor on every intervention's own scale.
@@ -68,6 +70,8 @@ class HFLaai(Steered, HFLM):
         **kwargs: Any,
     ) -> None:
         self._route(intervention, scale, unrouted)
+        if isinstance(pretrained, str):
+            pretrained = known_or_as_is(pretrained)
         if self._routing is not None:
             _refuse_unseen_tensor_parallel(kwargs)
         if isinstance(pretrained, str) and kwargs.get("tp_plan") is None:

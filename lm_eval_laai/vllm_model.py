@@ -19,6 +19,7 @@ from laai_core.files import SUFFIX
 from laai_core.intervention import Intervention
 from laai_core.vllm.options import NAME, engine_arguments, refuse, request_arguments
 from lm_eval_laai.finite import SHOWN, named, not_finite
+from lm_eval_laai.known_models.folder import pretrained as known_or_as_is
 from lm_eval_laai.scoring import room_for_prompt
 from lm_eval_laai.steered import Steered
 
@@ -59,7 +60,7 @@ class VLLMLaai(Steered, VLLM):
     """VLLM that applies interventions. Without `intervention` everything is VLLM's own.
 
     Args:
-        pretrained: a model's name or folder.
+        pretrained: a model's name or folder, or a short name of `laai models`.
         intervention, scale, unrouted, projection: as for `hf-laai`.
         **kwargs: every argument of VLLM, and so of `vllm.LLM`; refused are those of `_REFUSED`.
 
@@ -79,6 +80,7 @@ class VLLMLaai(Steered, VLLM):
         **kwargs: Any,
     ) -> None:
         self._route(intervention, scale, unrouted)
+        pretrained = known_or_as_is(pretrained)
         if self._routing is None:
             super().__init__(pretrained, **kwargs)
             return

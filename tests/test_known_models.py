@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import laai_core as laai
 from laai_core.data import load_task
+from laai_core.errors import LaaiError
 from lm_eval_laai.commands import cli
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.experiments.setting import Setting
@@ -294,7 +295,8 @@ def test_found_by_name(
     assert intervention.metadata["base_model"] == "tiny"
     folder = facts_of("models", "path", "tiny")["folder"]
     with caplog.at_level(logging.WARNING, "lm_eval_laai"):
-        HFLaai(pretrained=folder, intervention=facts["file"], device="cpu")
+        evaluated = HFLaai(pretrained="tiny", intervention=facts["file"], device="cpu")
+    assert evaluated.pretrained == folder
     assert "was made for" not in caplog.text and "was trained in" not in caplog.text
     assert Setting(ModelSource("tiny")).model == Setting(ModelSource(folder)).model
     assert facts_of("inspect", facts["file"], "--model", "tiny")["writes"]["model"] == "tiny"
@@ -322,6 +324,11 @@ def test_every_command_says_how_to_get_it(
     argv = [part.format(file=file) for part in line]
     assert "`laai models fetch smollm2-135m`" in refused(*argv, "--model", "smollm2-135m", *output)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_harness_says_how_to_get_it(cache: Path) -> None:
+    with pytest.raises(LaaiError, match="`laai models fetch smollm2-135m`"):
+        HFLaai(pretrained="smollm2-135m")
 
 
 def test_a_folder_that_is_not_ours_is_not_taken(cache: Path, refused: Callable[..., str]) -> None:
