@@ -11,10 +11,11 @@
         x = prox(x - step * gradient)                         # of l1 * |x|_1 + group * sum over heads of |x_h|_2
     return Intervention({layer: rms * x}) of the smallest loss + penalty seen
 
-In reading order. The vector: example, intervention, storage. On a model: locate, hooks, positions, apply.
-Its training: encode, objective, penalty, optimize, forward, cache, products and replay (the fast path), problem,
-settings, start, record, train. `data/` reads and bundles tasks, `hub/` reads the Hugging Face Hub; the flat files need
-them for `load_task` and `Intervention.load` alone.
+In reading order. The words: errors, words, files. The vector: example, intervention, storage. On a model: locate,
+hooks, positions, apply. Its training: encode, objective, penalty, optimize, forward, memory, cache, products, replay
+and capture (the fast path), problem, settings, start, record, train. `data/` reads and bundles tasks, `hub/` reads the
+Hugging Face Hub; the flat files need them for `load_task` and `Intervention.load` alone. `vllm/` applies vectors in
+vLLM.
 
 Public names are imported at first use, so that importing `laai_core.errors` alone does not load torch.
 """

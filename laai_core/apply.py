@@ -17,7 +17,7 @@ from laai_core.errors import LaaiError
 from laai_core.hooks import attached, hidden_of, shadowed, with_hidden
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
-from laai_core.positions import Call, Generation, PositionTracker, repeated
+from laai_core.positions import Call, Generation, PositionTracker, check_lengths, repeated
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel
@@ -94,7 +94,7 @@ class _Steering:
     ) -> None:
         self._layout = layout
         self._edits, self._row_edits = _distinct(rows)
-        lengths = None if prompt_lengths is None else torch.tensor(list(prompt_lengths), dtype=torch.long)
+        self._lengths = lengths = None if prompt_lengths is None else torch.tensor([*prompt_lengths], dtype=torch.long)
         if lengths is not None and (lengths.ndim != 1 or not len(lengths) or int(lengths.min()) < 1):
             raise LaaiError(f"prompt_lengths is {list(prompt_lengths or ())}: expected a positive length per row")
         if lengths is not None and self._row_edits is not None and len(lengths) != len(self._row_edits):
@@ -122,7 +122,13 @@ class _Steering:
         is a step of `generate` without a cache, or a chunk of a prefill.
         """
         outer = self._tracker.generation
-        self._tracker.generation = Generation(_prompt_mask(self._layout.model, args, kwargs))
+        mask = _prompt_mask(self._layout.model, args, kwargs)
+        for name, given in (("interventions", self._row_edits), ("prompt_lengths", self._lengths)):
+            if given is not None and len(given) != len(mask):
+                raise LaaiError(f"{len(given)} {name} were given for {len(mask)} prompts: expected one a prompt")
+        if self._lengths is not None:
+            check_lengths(self._lengths, mask.sum(1))
+        self._tracker.generation = Generation(mask)
         try:
             return self._generate(*args, **kwargs)
         finally:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from laai_core.locate import Layout
@@ -24,14 +26,9 @@ def padded(
     rows: Sequence[Sequence[int]], device: torch.device, left: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and mask [R, longest] of ragged rows, padded with token 0, on `device`."""
-    width = max(map(len, rows))
-    tokens = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    for number, row in enumerate(rows):
-        start = width - len(row) if left else 0
-        tokens[number, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[number, start : start + len(row)] = 1
-    return tokens.to(device), mask.to(device)
+    parts = [torch.tensor(row, dtype=torch.long) for row in rows]
+    whole = partial(pad_sequence, batch_first=True, padding_side="left" if left else "right")
+    return whole(parts).to(device), whole([torch.ones_like(part) for part in parts]).to(device)
 
 
 def model_inputs(

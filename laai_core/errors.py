@@ -21,6 +21,10 @@ class WorkFailed(LaaiError):
     """The input was fine and the work still failed: a server, the memory, a loss that is not finite."""
 
 
+class DiskFailed(WorkFailed):
+    """A write that failed for a full or a broken disk, as the next one would."""
+
+
 class Unfinished(BaseException):
     """A training that ended early: an exception, so that a caller who does not catch it stores nothing.
 

@@ -7,7 +7,7 @@ import os
 import secrets
 from pathlib import Path
 
-from laai_core.errors import LaaiError, WorkFailed
+from laai_core.errors import DiskFailed, LaaiError
 
 SUFFIX = ".safetensors"
 PARTIAL = f".partial{SUFFIX}"  # of an interrupted training's file, which folders of interventions skip
@@ -32,6 +32,6 @@ def write(path: Path, content: bytes) -> None:
 
 
 def unwritable(path: Path, error: OSError | ValueError) -> LaaiError:
-    """The exception for a failed write: WorkFailed for a full or broken disk, else LaaiError."""
-    kind = WorkFailed if isinstance(error, OSError) and error.errno in _FAULTS else LaaiError
+    """The exception for a failed write: DiskFailed for a full or broken disk, else LaaiError."""
+    kind = DiskFailed if isinstance(error, OSError) and error.errno in _FAULTS else LaaiError
     return kind(f"cannot write {path}: {getattr(error, 'strerror', None) or error}")

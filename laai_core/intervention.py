@@ -120,7 +120,7 @@ class Intervention:
 
     def rescaled(self, factor: float) -> Intervention:
         """The same vectors with `scale` multiplied: what the harness's `scale=` does, for every operation."""
-        scale = self.scale * factor
+        scale = self.scale * finite(factor)
         return Intervention(self._vectors, self.site, self.position, None, scale, self.operation, self.metadata)
 
     def for_model(self, layout: Layout) -> dict[int, torch.Tensor]:
@@ -203,6 +203,17 @@ class Intervention:
             f"Intervention({shapes}, site={self.site!r}, position={self.position!r}, "
             f"scale={self.scale:g}, operation={self.operation!r})"
         )
+
+
+def finite(scale: Any) -> float:
+    """A factor on an intervention's scale; LaaiError for anything but a finite number."""
+    try:
+        number = math.nan if isinstance(scale, bool) or not isinstance(scale, int | float) else float(scale)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise LaaiError(f"scale is {scale!r:.60}: expected a finite number")
+    return number
 
 
 def _checked(vector: torch.Tensor, layer: int, site: str, head_dim: int | None) -> torch.Tensor:

@@ -61,6 +61,8 @@ class Layout:
     def layer(self, index: int) -> int:
         """`index` counted from the front, or LaaiError when the model has no such layer."""
         count = len(self.blocks)
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise LaaiError(f"layer is {index!r:.60}: expected an int")
         if not -count <= index < count:
             raise LaaiError(f"layer {index} is out of range: this model has layers 0 to {count - 1}")
         return index % count

@@ -118,6 +118,8 @@ def minimise(
             for run, fine in zip(active, finite.tolist(), strict=True):
                 if not fine:
                     unfinished[run] = f"loss or gradient not finite at evaluation {count}{culprit(run)}"
+            if count == 1 and unfinished:
+                raise WorkFailed(f"training failed at the start: {next(iter(unfinished.values()))}")
             kept = [run for run in active if run not in unfinished]
             # The rows of runs that have ended stay in the tensors, unread.
             loss, gradient = nothing.clone(), torch.zeros_like(start)
@@ -154,9 +156,6 @@ def minimise(
         interrupted = True
         ends = stopped | unfinished
         unfinished |= {run: f"interrupted after {len(history[run])} evaluations" for run in active if run not in ends}
-    for run, taken in enumerate(history):
-        if not taken:
-            raise WorkFailed(f"training failed at the start: {unfinished[run]}")
     solutions = [
         Solution(
             best.x[run],

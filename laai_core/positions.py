@@ -31,7 +31,8 @@ class Call:
         elif position == "generated":
             chosen = ordinals >= ends
         else:
-            chosen = ordinals >= 1
+            chosen = torch.ones_like(ordinals, dtype=torch.bool)
+        chosen &= ordinals >= 1  # padding is 0, and so is the end of an empty prompt
         row, column = chosen.nonzero(as_tuple=True)
         return rows[row], column
 
@@ -91,11 +92,8 @@ class PositionTracker:
             ends = self._given
             if len(ends) != batch:
                 raise LaaiError(f"prompt_lengths has {len(ends)} entries, the batch has {batch} rows")
-            longest = ordinals[:, -1] if mask is None else ordinals.max(1).values
-            short = (ends > longest).nonzero()
-            if past == 0 and len(short):
-                row = int(short[0])
-                raise LaaiError(f"prompt_lengths[{row}] is {int(ends[row])}, the row has {int(longest[row])} tokens")
+            if past == 0:
+                check_lengths(ends, ordinals[:, -1] if mask is None else ordinals.max(1).values)
         elif past <= self._virtual:  # prefix tuning starts with its virtual tokens in the cache
             ends = self._seen = ordinals.max(1).values
         elif self._seen is not None and len(self._seen) == batch:
@@ -114,6 +112,12 @@ class PositionTracker:
         real = mask.cpu().ne(0).long()
         real[:, : self._virtual] = 0
         return _ordinals(real)[:, past:]
+
+
+def check_lengths(prompt_lengths: torch.Tensor, tokens: torch.Tensor) -> None:
+    """LaaiError for a prompt length [R] that is more than its row's tokens [R]."""
+    for row in (prompt_lengths > tokens).nonzero().flatten().tolist():
+        raise LaaiError(f"prompt_lengths[{row}] is {int(prompt_lengths[row])}, the row has {int(tokens[row])} tokens")
 
 
 def repeated(rows: torch.Tensor, batch: int) -> torch.Tensor:

@@ -17,9 +17,11 @@ from laai_core.locate import Layout
 from laai_core.version import __version__
 
 
-def model_facts(layout: Layout, layer: int) -> dict[str, Any]:
-    """Name and dimensions of the model, with the head_dim of `layer`."""
+def model_facts(layout: Layout, layer: int = 0) -> dict[str, Any]:
+    """Name and dimensions of the model; head_dim is that of `layer`, or of the first layer that has attention."""
     config = layout.model.config
+    layers = [layer, *range(len(layout.blocks))]
+    with_heads = next((one for one in layers if not isinstance(layout.projections[one], str)), None)
     name = getattr(config, "_name_or_path", "") or type(layout.model).__name__
     return {
         # Without the folder, which means nothing on another machine and would give equal trainings different bytes.
@@ -27,7 +29,7 @@ def model_facts(layout: Layout, layer: int) -> dict[str, Any]:
         "model_type": config.model_type,
         "num_hidden_layers": len(layout.blocks),
         "num_attention_heads": layout.num_heads,
-        "head_dim": layout.shape(layer, "heads")[1],
+        "head_dim": None if with_heads is None else layout.shape(with_heads, "heads")[1],
         "hidden_size": layout.hidden_size,
     }
 

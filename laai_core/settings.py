@@ -19,9 +19,13 @@ PENALTY_SCALES: tuple[PenaltyScale, ...] = get_args(PenaltyScale)
 ForwardName = Literal["auto", "plain", "replay", "captured"]
 StartName = Literal["icl", "zero"]
 
-_COUNT = {"fits": lambda value: value >= 1, "expected": "at least one"}
-_WEIGHT = {"fits": lambda value: 0 <= value < math.inf, "expected": "a finite number, 0 or above"}
-_POSITIVE = {"fits": lambda value: 0 < value < math.inf, "expected": "a finite number above 0"}
+_COUNT = {"fits": lambda value: type(value) is int and value >= 1, "expected": "a whole number, at least one"}
+_WEIGHT = {"fits": lambda value: _real(value) and 0 <= value < math.inf, "expected": "a finite number, 0 or above"}
+_POSITIVE = {"fits": lambda value: _real(value) and 0 < value < math.inf, "expected": "a finite number above 0"}
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _setting(default: Any, text: str, **limits: Any) -> Any:
@@ -95,8 +99,8 @@ class Settings:
 class Job:
     """One vector to train: its examples, its layer (0-based, negative from the end) and its own settings.
 
-    Raises LaaiError for a value out of range. Training draws no random numbers: `seed`, which drew the examples, and
-    `task` are recorded in the file.
+    Raises LaaiError for a value out of range and for no examples. Training draws no random numbers: `seed`, which drew
+    the examples, and `task` are recorded in the file.
     """
 
     examples: Sequence[Example]
@@ -115,6 +119,9 @@ class Job:
 
     def __post_init__(self) -> None:
         check(Job, **vars(self))
+        strange = [type(one).__name__ for one in self.examples if not isinstance(one, Example)]
+        if strange or not self.examples:
+            raise LaaiError(f"examples: got {strange[0] if strange else 'none'}, expected at least one Example")
 
     @property
     def begin(self) -> StartName | Intervention:

@@ -72,6 +72,7 @@ def train(
     Raises:
         LaaiError: on bad arguments or data, before anything runs.
         NotFinite: when a loss or a gradient was not finite; `results` has the best so far.
+        WorkFailed: when they were not finite at the start.
         Interrupted: on Ctrl-C, once there is something to keep; `results` has the best so far.
     """
     own = {one.name: settings.pop(one.name) for one in fields(Job) if one.name in settings}
@@ -129,7 +130,8 @@ def train_many(
             bar.update(len(done))
             on_steps({numbers[run]: step for run, step in done.items()})
 
-        for problem, layers in problems:
+        while problems:
+            problem, layers = problems.pop(0)  # the packed weights of one problem at a time
             theirs = {layer: [jobs[number] for number in at_layer[layer]] for layer in layers}
             starts = _starts(layout, tokenizer, theirs, shared)
             for layer, here in theirs.items():
@@ -183,6 +185,8 @@ def _starts(
     def start(job: Job, number: int, layer: int) -> torch.Tensor:
         begin, shape = job.begin, layout.shape(layer, settings.site)
         if isinstance(begin, Intervention):
+            if (begin.site, begin.operation) != (settings.site, "add") or layer not in begin.for_model(layout):
+                raise LaaiError(f"start is {begin!r}: expected one to add at layer {layer}, site {settings.site}")
             return (begin.scale * begin.for_model(layout)[layer]).view(shape)
         return known[layer][in_context.index(number)] if begin == "icl" else torch.zeros(shape)
 

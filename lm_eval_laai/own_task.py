@@ -83,7 +83,7 @@ def _shared(data: OwnData) -> str:
 def _yaml(name: str, shared: str, between: str, generation: str, n_train: int, data: OwnData) -> str:
     return (
         f"# {', '.join(data.sources)} as a task, written by `laai task`. Needs lm-eval-laai to be installed.\n"
-        f"include: {shared}\ntask: {name}\ntarget_delimiter: {json.dumps(between)}\n{generation}"
+        f"include: {shared}\ntask: {json.dumps(name)}\ntarget_delimiter: {json.dumps(between)}\n{generation}"
         f"metadata:\n  source: {json.dumps(', '.join(data.sources))}\n"
         f"  seed: 0\n  n_train: {n_train}\n  version: 1.0\n"
     )

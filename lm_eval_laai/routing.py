@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from laai_core.errors import LaaiError
 from laai_core.files import PARTIAL, SUFFIX
 from laai_core.hub import local_file
-from laai_core.intervention import Intervention
+from laai_core.intervention import Intervention, finite
 
 UNROUTED = ("error", "none")
 ALL = "intervention"  # name of the one intervention that is for all tasks
@@ -42,7 +41,7 @@ class Routing:
         self._by_task: dict[str, Intervention] = {}
         self._sources: dict[str, Intervention] = {}  # as loaded, for the results file
         self._files: dict[int, Path] = {}  # by identity of the scaled intervention
-        self._scale = _finite(scale)
+        self._scale = finite(scale)
         if isinstance(source, Intervention):
             self._for_all = self._kept("given from Python", source)
         elif os.path.isdir(source):
@@ -107,16 +106,6 @@ class Routing:
         if file is not None:
             self._files[id(scaled)] = file
         return scaled
-
-
-def _finite(scale: Any) -> float:
-    try:
-        number = math.nan if isinstance(scale, bool) or not isinstance(scale, int | float) else float(scale)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise LaaiError(f"scale is {scale!r:.60}: expected a finite number")
-    return number
 
 
 def _files(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from tiny import ARCHITECTURES, BLOCK_PATHS, HEADS, HIDDEN, MLP_PATHS, PROJECTIO
 
 import laai_core as laai
 from laai_core.apply import icv_step
+from laai_core.hooks import hidden_of, recorded
 from laai_core.locate import locate
 
 EVERY = (*ARCHITECTURES, *WINDOWED)
@@ -326,3 +327,34 @@ def test_wrong_rows_are_refused():
         pass
     with laai.apply(model, iv), pytest.raises(laai.LaaiError, match="attention_mask"):
         model.generate(torch.tensor([[0, 5, 6]]), max_new_tokens=1)
+
+
+def test_wrong_rows_are_refused_by_generate_too():
+    """Four prompts are no two prompts of two beams each."""
+    model, ids, iv = tiny_model("Llama"), torch.tensor([[5, 6, 7]] * 4), intervention("Llama")
+    for rows, lengths, said in (
+        ([iv, None], None, "2 interventions were given for 4 prompts"),
+        (iv, [3, 2], "2 prompt_lengths were given for 4 prompts"),
+        (iv, [3, 3, 3, 9], r"prompt_lengths\[3\] is 9, the row has 3 tokens"),
+    ):
+        with laai.apply(model, rows, prompt_lengths=lengths), pytest.raises(laai.LaaiError, match=said):
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1)
+
+
+@pytest.mark.parametrize("position", ["last", "generated", "all"])
+def test_a_row_of_nothing_but_padding_stays_as_it_is(position):
+    model = tiny_model("Llama")
+    iv = laai.Intervention({1: torch.ones(HIDDEN)}, site="residual", position=position)
+    inputs = {"input_ids": torch.tensor([[0, 0, 0], [5, 6, 7]]), "attention_mask": torch.tensor([[0] * 3, [1] * 3])}
+    block = model.model.layers[1]
+    plain = recorded_once(block, lambda: model(**inputs))
+    with laai.apply(model, iv):
+        steered = recorded_once(block, lambda: model(**inputs))
+    assert torch.equal(plain[0], steered[0]) and not torch.equal(plain[1], steered[1])
+
+
+def recorded_once(module, run):
+    with torch.no_grad(), recorded({"block": module}, hidden_of) as seen:
+        run()
+    (output,) = seen["block"]
+    return output

@@ -321,6 +321,12 @@ def test_bad_models(
     assert list(output.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 300])
+def test_paths_that_the_system_refuses(name: str, refused: Callable[..., str]) -> None:
+    assert "traceback" not in refused("check", name, "--baseline", name).lower()
+    refused("train", "--model", "reference", "--task", TASK, "--output", f"{name}/")
+
+
 def test_unwritable_output(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "file").touch()
     error = refused("train", "--model", "/no/model", "--task", TASK, "--output", f"{tmp_path}/file/under/")
@@ -528,6 +534,8 @@ def test_demo_refusals(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert "smollm2-135m is not on this machine yet" in run()
     assert list(tmp_path.iterdir()) == []
+    laai.Intervention({0: torch.ones(4, 8)}).save(tmp_path / "out" / "other.safetensors")
+    assert "has other.safetensors: expected a folder without" in run("--model", model)
 
 
 def test_what_is_not_given_is_cross_validated_and_shown(model: Path, tmp_path: Path, capfd: Any) -> None:

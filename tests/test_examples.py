@@ -117,6 +117,8 @@ def test_of_equal_inputs_the_first_stays(tmp_path: Path) -> None:
         ("x.json", '[{"input": "a", "output": "b"}, 3]', "x.json: row 2 is a int"),
         ("x.json", "[" * 100_000, "too deeply nested"),
         ("x.csv", "input,output\na,b\nc\n", "x.csv: row 3 has more or fewer cells"),
+        ("x.csv", "\ninput,output\n\n\na,b,c\n", "x.csv: row 5 has more or fewer cells"),
+        ("x.csv", "input,output,output\na,b,c\n", "x.csv: row 1 names a column twice"),
         ("x.csv", 'input,output\n"a\nb",c\nd,e,f\n', "x.csv: row 4 has more or fewer cells"),
         ("x.csv", 'input,output\n"a"b,c\n', "x.csv: row 2 is not valid CSV"),
         ("x.csv", "prompt,options,distribution\na,b,c\n", "x.csv: row 2: options: not valid JSON"),
@@ -178,6 +180,7 @@ def test_the_written_task_shows_the_same_prompts(shots: int, file: Path, shares:
 
 
 def test_a_written_task_can_be_moved_and_is_valid(file: Path, tmp_path: Path) -> None:
+    own_task.write(read_examples(file), tmp_path / "tasks", name="2024")  # a number to YAML, unless it is quoted
     own_task.write(read_examples(file), tmp_path / "tasks", name="mine")
     shutil.move(tmp_path / "tasks", tmp_path / "elsewhere")
     command = [sys.executable, "-m", "lm_eval", "validate", "--tasks", "mine", "--include_path", "elsewhere"]
@@ -288,9 +291,11 @@ def test_sweep_and_compose(
         facts_of("train", "--model", small, "--examples", file, *flags)
     facts = facts_of(
         "compose", *parents, "--method", "fit", "--model", small, "--examples", file, "--n-train", 4,
-        "-o", tmp_path / "sum.safetensors",
+        "-o", f"{tmp_path}/sum/",
     )  # fmt: skip
     assert facts["training"]["n_train"] == 4
+    assert facts["file"] == str(tmp_path / "sum" / "my_words.safetensors")
+    assert laai.Intervention.load(facts["file"]).metadata["task"] == "my_words"
 
 
 def test_refusals(file: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -244,6 +244,15 @@ def test_the_card_of_a_known_model_names_it_as_the_hub_does():
     assert "trained on" not in model_card(example(), "org/new", "a.safetensors")
 
 
+def test_a_file_of_word_pairs_is_named_by_its_task_alone(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    push_to_hub(example(task="laai_pairs:words.json"), "org/new")
+    repository = hub.repositories["org/new"]
+    files = repository.commits[repository.branches["main"]]
+    assert set(files) >= {"laai_pairs.safetensors", "README.md"}
+    assert "--tasks laai_pairs\n" in files["README.md"].decode()
+
+
 def test_push_refusals(hub, monkeypatch):
     hub.repositories["org/there"] = Repository()
 

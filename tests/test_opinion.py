@@ -302,7 +302,7 @@ def record(options, **groups):
 
 
 def test_aggregated_counts_without_info(tmp_path):
-    counts = {"No": 1.0, "Yes": 3.0, "Refused": 9.0}
+    counts = {"No": 1.0, "Yes": 1.0, "Yes ": 2.0, "Refused": 9.0}
     records = {f"Q{n}": record(["Yes", "No", "Unsure", "Refused"], Male=counts, Female={"No": 2.0}) for n in range(50)}
     records["Q0"]["Male"] = {"Refused": 4.0}
     aggregated(tmp_path, records)

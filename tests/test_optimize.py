@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from laai_core import LaaiError
-from laai_core.errors import Interrupted, NotFinite
+from laai_core.errors import Interrupted, NotFinite, WorkFailed
 from laai_core.optimize import OPTIMIZERS, minimise
 from laai_core.penalty import Penalty
 
@@ -315,6 +315,19 @@ def test_an_interrupt_before_anything_was_evaluated_has_nothing_to_keep():
     with pytest.raises(KeyboardInterrupt) as stopped:
         solve(evaluate)
     assert not isinstance(stopped.value, Interrupted)
+
+
+def test_a_start_that_is_not_finite_costs_one_evaluation():
+    """Whatever the other runs would find, there is no result to return for this one."""
+    evaluated = []
+
+    def evaluate(x, active):
+        evaluated.append(active)
+        return torch.tensor([1.0, math.nan], dtype=torch.float64), torch.zeros(2, *SHAPE), lambda run: ""
+
+    with pytest.raises(WorkFailed, match="failed at the start: .*not finite at evaluation 1"):
+        minimise(evaluate, torch.zeros(2, *SHAPE), Penalty(0.05, 0.05), 20)
+    assert evaluated == [[0, 1]]
 
 
 def test_a_run_that_is_not_finite_leaves_the_others_as_they_are_alone():

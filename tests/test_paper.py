@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import math
@@ -28,7 +29,9 @@ from tiny import REFERENCE, small_model_folder
 
 import laai_core as laai
 from laai_core.data import in_training_pool
-from laai_core.errors import LaaiError
+from laai_core.errors import LaaiError, WorkFailed
+from laai_core.files import unwritable
+from lm_eval_laai import methods
 from lm_eval_laai.commands import cli
 from lm_eval_laai.commands import paper as command
 from lm_eval_laai.experiments import harness, setting
@@ -110,6 +113,15 @@ def test_only_a_choice_depends_on_the_penalties_to_choose_from(
     after = [recipe.setting.fit_identity(fit) for fit in fits]
     assert after[0] == before[0] | {"chosen_from": [0.5, 0.25]} != before[0]
     assert after[1:] == before[1:]
+
+
+def test_whatever_is_validated_may_have_pseudo_labels(recipe: Recipe) -> None:
+    """A sweep's fits leave only their number of evaluations open; the paper's training, and opinions, have none."""
+    swept = Fit(TASK, "laai", 0, 10, 1, None, 0.1, 0.1, "relative", "icl")
+    fits = recipe.chosen(TASK, 0), swept, replace(swept, start="zero"), replace(swept, steps=5)
+    opinions = replace(swept, task="laai_survey_keen")
+    labels = ["pseudo_labels" in recipe.setting.fit_identity(fit) for fit in (*fits, opinions)]
+    assert labels == [True, True, False, False, False]
 
 
 def test_zero_shot_is_one_cell_for_all_seeds(recipe: Recipe) -> None:
@@ -414,7 +426,8 @@ def test_commands_by_hand_are_commands(recipe: Recipe) -> None:
     assert len(evaluations) == sum(len(paper_table(number, [recipe]).rows) for number in range(1, 7))
     assert sum("peft=" in word for words in evaluations for word in words) == 3
     # 10-shot three times, and under a function vector
-    assert sum("seed=1,n_train=10" in words for words in evaluations) == 4
+    draws = [json.loads(words[words.index("--metadata") + 1]) for words in evaluations if "--metadata" in words]
+    assert sum((draw.get("seed"), draw.get("n_train")) == (1, 10) for draw in draws) == 4
 
 
 def test_dry_run_lists_without_computing(small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]) -> None:
@@ -454,6 +467,20 @@ def test_what_fails_leaves_the_others(tmp_path: Path, caplog: pytest.LogCaptureF
     assert facts["missing"] == [f"{TASK} + fv of {TASK} seed 0 N 10"]
     assert [row["columns"][TASK]["exact_match"] is None for row in facts["tables"]["6"]] == [True, False]
     assert "| a | ours | missing |" in (tmp_path / "report.md").read_text()
+
+
+def test_a_full_disk_stops_everything(bundled: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def full(*arguments: Any, **options: Any) -> None:
+        tried.append(arguments)
+        raise unwritable(tmp_path, OSError(errno.ENOSPC, "No space left on device"))
+
+    monkeypatch.setattr(methods, "fit", full)
+    fits = tuple(Fit(TASK, "icv", seed, 4) for seed in range(2))
+    with pytest.raises(WorkFailed, match="No space left"):
+        run([Plan(bundled, (), fits)], Store(tmp_path), Process())
+    assert len(tried) == 1
 
 
 def test_what_a_training_took_is_kept_beside_it(bundled: Setting, tmp_path: Path) -> None:

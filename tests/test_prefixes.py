@@ -8,12 +8,11 @@ import string
 import pytest
 import slow_reference
 import torch
-import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_apply import EVERY, intervention, spec
 from test_hf_laai import assert_same, folder_of, harness_model, reference_scores, requests
-from tiny import HEADS, VOCABULARY, tiny_model, tiny_tokenizer
+from tiny import HEADS, VOCABULARY, hybrid_model, tiny_model, tiny_tokenizer
 
 import laai_core as laai
 from laai_core.apply import Edit
@@ -159,21 +158,8 @@ def test_what_shares_nothing_runs_as_before():
 
 
 def test_a_recurrent_state_runs_whole_prompts():
-    """LFM2 mixes attention and convolutions, whose state cannot be cut to a column."""
-    config = transformers.Lfm2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=HEADS,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention", "conv"],
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=1,
-    )
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    """A convolution's state cannot be cut to a column."""
+    model = hybrid_model()
     iv = laai.Intervention({1: torch.ones(HEADS, 8)})
     lm = HFLaai(pretrained=model, tokenizer=tiny_tokenizer(bos=True), batch_size=1, intervention=iv)
     prompts = few_shot()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import slow_reference
@@ -19,6 +19,8 @@ from laai_core.example import Example
 from laai_core.locate import locate
 from lm_eval_laai.methods import select
 from lm_eval_laai.methods.pseudo_labels import CONFIDENCE, INPUTS, _frame, _Writer, pseudo_labelled
+
+INSTRUCTION = "Write the past tense of the verb."
 
 
 def answer_by_hand(model, prompt, room, stop, end):
@@ -97,6 +99,44 @@ def test_a_model_that_follows_the_rule_labels_new_words_rightly():
     targets = [one.target for one in examples]
     mixed = [replace(one, target=target) for one, target in zip(examples, targets[1:] + targets[:1], strict=True)]
     assert pseudo_labelled(layout, tokenizer, mixed, "\n") == []
+
+
+@dataclass(frozen=True)
+class Described(Example):
+    """Behind an instruction, which a few-shot prompt has once, as the harness's description of a task."""
+
+    def behind(self, shots):
+        again = INSTRUCTION + "\n\n"
+        return (
+            again
+            + "".join(shot.prompt.removeprefix(again) + shot.answer + "\n\n" for shot in shots)
+            + (self.prompt.removeprefix(again))
+        )
+
+
+def test_an_instruction_comes_once_and_every_label_has_it():
+    model, tokenizer = loaded(SMOLLM2)
+    bare, known = past_tense()
+    examples = [Described(f"{INSTRUCTION}\n\n{one.prompt}", one.target) for one in bare]
+    found = pseudo_labelled(locate(model), tokenizer, examples, "\n")
+    assert len(found) >= 10
+    for one in found[:3]:
+        asked = examples[0].behind(examples).removesuffix(bare[0].prompt) + one.prompt.split("\n\n")[1]
+        assert one.prompt.startswith(f"{INSTRUCTION}\n\nQ: ") and asked.count(INSTRUCTION) == 1
+        ids = [tokenizer.encode(asked), tokenizer.encode(one.target + "\n")]
+        score, greedy = slow_reference.loglikelihood(model, *ids, None)
+        assert greedy and math.exp(score) >= CONFIDENCE
+
+
+def test_none_where_the_question_comes_otherwise_behind_shots():
+    class Chat(Example):
+        def behind(self, shots):
+            return "".join(f"<{shot.prompt}>{shot.answer}" for shot in shots) + f"<{self.prompt}>"
+
+    examples = [Chat(f"{e.prompt} we", e.target) for e in EXAMPLES]
+    model = tiny_model("Llama")
+    model.generate = None  # would raise if it were called
+    assert pseudo_labelled(locate(model), TOKENIZER, examples, "\n") == []
 
 
 # The training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -21,12 +22,13 @@ from tiny import (
     VOCABULARY,
     WINDOWED,
     head_dim,
+    hybrid_model,
     tiny_model,
     tiny_tokenizer,
 )
 
 import laai_core as laai
-from laai_core import Example, LaaiError
+from laai_core import Example, LaaiError, problem
 from laai_core.encode import encode_examples
 from laai_core.forward import PlainForward
 from laai_core.locate import locate
@@ -598,3 +600,63 @@ def test_every_step_is_told_with_the_number_of_its_job():
     steps = []
     result = laai.train(model, TOKENIZER, RULES, 0, l1=0.02, steps=5, on_step=steps.append)
     assert steps == result.history == told[1]
+
+
+def test_a_layer_without_attention_is_trained_and_recorded():
+    result = laai.train(hybrid_model(), TOKENIZER, RULES, 2, site="residual", steps=2)
+    assert result.intervention.vector(2).shape == (32,)
+    assert result.intervention.metadata["head_dim"] == 32 // HEADS
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        laai.Intervention({2: torch.zeros(HEADS, 8)}),
+        laai.Intervention({LAYER: torch.zeros(HIDDEN)}, site="mlp"),
+        laai.Intervention({LAYER: torch.zeros(HIDDEN)}, site="residual", operation="icv"),
+    ],
+    ids=["layer", "site", "operation"],
+)
+def test_a_start_of_another_place_is_refused(start):
+    site = "residual" if start.operation == "icv" else "heads"
+    with pytest.raises(LaaiError, match=f"expected one to add at layer 1, site {site}"):
+        laai.train(tiny_model("Llama"), TOKENIZER, RULES, LAYER, start=start, site=site)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"layer": 1.0}, "layer is 1.0: expected an int"),
+        ({"layer": "1"}, "layer is '1': expected an int"),
+        ({"steps": 1.5}, "steps is 1.5: expected a whole number"),
+        ({"steps": "5"}, "steps is 5: expected a whole number"),
+        ({"l1": "0.1"}, "l1 is 0.1: expected a finite number"),
+        ({"examples": []}, "examples: got none, expected at least one Example"),
+        ({"examples": [{"prompt": "a"}]}, "examples: got dict"),
+    ],
+)
+def test_what_python_callers_may_get_wrong(arguments, said):
+    with pytest.raises(LaaiError, match=said):
+        laai.train(tiny_model("Llama"), TOKENIZER, **{"examples": RULES, "layer": 1} | arguments)
+
+
+def test_an_empty_job_beside_another_is_refused():
+    with pytest.raises(LaaiError, match="expected at least one Example"):
+        laai.train_many(tiny_model("Llama"), TOKENIZER, [laai.Job(RULES, 1), laai.Job([], 1)])
+
+
+def test_packed_weights_of_one_layer_at_a_time(monkeypatch):
+    """Jobs of different examples: each layer's problem packs weights of its own, and frees them before the next."""
+    alive = weakref.WeakSet()
+    largest = []
+    make = problem.Products.__init__
+
+    def counted(self, *arguments):
+        make(self, *arguments)
+        alive.add(self)
+        largest.append(len(alive))
+
+    monkeypatch.setattr(problem.Products, "__init__", counted)
+    jobs = [laai.Job(RULES[layer:], layer, start="zero") for layer in (0, 1, 2)]
+    laai.train_many(tiny_model("Llama"), TOKENIZER, jobs, steps=2)
+    assert largest == [1, 1, 1]

@@ -62,6 +62,10 @@ def test_faults_of_a_configuration(file: Path, tmp_path: Path) -> None:
         ({}, "has no interventions"),
         ({"laai": {"interventions": str(file), "scal": 1}}, "has scal: expected interventions, scale, projection"),
         ({"laai": {"interventions": str(tmp_path / "none")}}, "is no .safetensors file"),
+        ({"laai": {"interventions": {"a": str(file)}}}, 'intervention a is .*: expected {"path"'),
+        ({"laai": {"interventions": {"a": {"sha256": "00"}}}}, "intervention a is {'sha256': '00'}: expected"),
+        ({"laai": {"interventions": str(file), "scale": "2"}}, "scale is '2': expected a finite number"),
+        ({"laai": {"interventions": str(file), "scale": True}}, "scale is True: expected a finite number"),
         (engine_arguments({"a": {"path": str(file), "sha256": "00"}})["additional_config"], "expected 00"),
     ]:
         with pytest.raises(LaaiError, match=words):

@@ -154,6 +154,24 @@ _MERGES = [("▁", "▁"), ("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "a")
 _MERGES += [("i", "n"), ("e", "r")]
 
 
+def hybrid_model():
+    """LFM2, which mixes convolutions and attention: three layers, the middle one with attention."""
+    config = transformers.Lfm2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention", "conv"],
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
 def tiny_tokenizer(bos: bool, kind: str = "bytes") -> PreTrainedTokenizerFast:
     """At most 300 tokens, every text encodable; with `bos` a text begins with <bos>, without there is no such token.
 

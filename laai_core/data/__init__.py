@@ -1,4 +1,4 @@
-"""Data: the word-rule tasks, their compositions, the bundled lexicon, and the split into training and test items."""
+"""Data: word-rule tasks and compositions, opinions of groups, examples of one's own, and the split of all of them."""
 
 from laai_core.data.examples import load_examples
 from laai_core.data.fetch import fetch

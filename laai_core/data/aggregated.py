@@ -80,5 +80,5 @@ def _counts(found: Any, question: Question, where: str) -> Counts:
         check_known(option.strip(), question, where)
         if isinstance(count, bool) or not isinstance(count, int | float) or not 0 <= count <= MAX_COUNT:
             raise LaaiError(f"{where}: {option!r:.60} has the count {count!r:.60}; expected a number, 0 or above")
-        counts[option.strip()] = float(count)
+        counts[option.strip()] = counts.get(option.strip(), 0.0) + float(count)
     return counts

@@ -153,13 +153,22 @@ def _json_rows(text: str, label: str) -> Iterator[_Row]:
 
 
 def _csv_rows(text: str, label: str) -> Iterator[_Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    begin = 2  # the header is line 1
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    begin = 1
     try:
-        for row in reader:
+        for cells in reader:
             where, begin = f"{label}: row {begin}", reader.line_num + 1
-            if None in row or None in row.values():
+            if not cells:
+                continue  # an empty line
+            if not header:
+                if len(set(cells)) < len(cells):
+                    raise LaaiError(f"{where} names a column twice ({', '.join(cells)}); expected distinct names")
+                header = cells
+                continue
+            if len(cells) != len(header):
                 raise LaaiError(f"{where} has more or fewer cells than the header; expected one for each column")
+            row = dict(zip(header, cells, strict=True))
             lists = {
                 name: _parsed(row[name], f"{where}: {name}") for name in ("options", "distribution") if name in row
             }

@@ -152,7 +152,7 @@ def _copy(
         while True:
             try:
                 block = response.read(CHUNK)
-            except (http.client.HTTPException, ConnectionError, TimeoutError):
+            except (http.client.HTTPException, OSError):
                 block = b""  # the caller sees that bytes are missing
             if not block:
                 break

@@ -77,6 +77,9 @@ def paths(config: Any) -> dict[str, str]:
         raise LaaiError(f"additional_config[{NAME!r}] has {', '.join(unknown)}: expected {', '.join(_WORDS)}")
     source = given["interventions"]
     if isinstance(source, Mapping):
+        for name, file in source.items():
+            if not isinstance(file, Mapping) or "path" not in file:
+                raise LaaiError(f'intervention {name} is {file!r:.60}: expected {{"path": ..., "sha256": ...}}')
         return {str(name): str(file["path"]) for name, file in source.items()}
     path = Path(str(source))
     try:

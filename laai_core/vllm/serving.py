@@ -23,7 +23,10 @@ async def check(request: Request, call_next: Callable[[Request], Awaitable[Respo
     """Answer a request that names no intervention of this server with status 400, and pass on every other."""
     if request.method == "POST":
         try:
-            refuse(await request.body(), paths(request.app.state.vllm_config.additional_config))
+            state = request.app.state
+            if not hasattr(state, "laai_interventions"):  # a file that came later is not in the engine
+                state.laai_interventions = paths(state.vllm_config.additional_config)
+            refuse(await request.body(), state.laai_interventions)
         except LaaiError as error:
             fault = {"message": str(error), "type": "BadRequestError", "param": "vllm_xargs", "code": 400}
             return JSONResponse({"error": fault}, status_code=400)

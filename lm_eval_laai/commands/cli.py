@@ -81,9 +81,14 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         from torch import OutOfMemoryError  # here: importing torch takes seconds, and not every command needs it
 
-        if not isinstance(error, OutOfMemoryError):
+        if "home directory" in str(error):  # of Path.expanduser
+            why, code = f"a path begins with ~ and no user's name: {error}", BAD_INPUT
+        elif isinstance(error, OutOfMemoryError):
+            why, code = f"out of memory: {error}", FAILED
+        else:
             raise
-        why, code = f"out of memory: {error}", FAILED
+    except OSError as error:
+        why, code = f"{error.filename or 'a file'}: {error.strerror or error}", BAD_INPUT
     except KeyboardInterrupt as interrupt:
         why, code = str(interrupt) or "interrupted", INTERRUPTED
     if why is not None:

@@ -6,14 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from laai_core.data.split import Split
 from laai_core.encode import WHITESPACE
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from lm_eval_laai.commands.examples import add_own_data_arguments, own_or_named_split
-from lm_eval_laai.commands.options import add_model_arguments, model_source, output_path
+from lm_eval_laai.commands.options import add_model_arguments, decimals, model_source, output_path
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.methods.compose import METHODS, compose
-from lm_eval_laai.tasks import harness_task
+from lm_eval_laai.tasks import HARNESS, harness_task
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         default="sum",
         help="fit finds the weights of a sum on the task's training examples (default: %(default)s)",
     )
-    parser.add_argument("--weights", type=_weights, metavar="W1,W2,...", help="one a file (default: all 1)")
+    parser.add_argument("--weights", type=decimals, metavar="W1,W2,...", help="one a file (default: all 1)")
     parser.add_argument("--task", help="the composed task without laai_: goes into the file; --method fit needs it")
     fitting = parser.add_argument_group("for --method fit")
     add_model_arguments(fitting, required=False)
@@ -45,17 +46,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def _weights(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
 def _command(arguments: argparse.Namespace) -> Report:
+    split = _split(arguments)
+    if split is not None and arguments.task is None:
+        arguments.task = f"{HARNESS}:{split.name}"
     path = _path(arguments)
-    if arguments.method != "fit" and (arguments.examples or arguments.prompt_template):
-        raise LaaiError(f"--examples: --method {arguments.method} uses no examples, only fit does")
     task = None if arguments.task is None else harness_task(arguments.task)
     parents = [Intervention.load(file) for file in arguments.files]
-    composed = compose(parents, arguments.method, arguments.weights, task, **_fit_arguments(arguments))
+    composed = compose(parents, arguments.method, arguments.weights, task, **_fit_arguments(arguments, split))
     composed.save(path)
     composition = composed.metadata["composition"]
     facts = {
@@ -76,17 +74,25 @@ def _path(arguments: argparse.Namespace) -> Path:
     return output_path(arguments.output, arguments.task)
 
 
-def _fit_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `compose` for the method `fit`; none for the other methods, which need no model."""
-    if arguments.method != "fit":
-        if arguments.model is not None:
-            raise LaaiError(f"--model {arguments.model}: --method {arguments.method} uses no model, only fit does")
+def _split(arguments: argparse.Namespace) -> Split | None:
+    """The examples of the method `fit`; the other methods use neither examples nor a model."""
+    if arguments.method == "fit":
+        if arguments.model is None:
+            raise LaaiError("--method fit needs --model")
+        if (arguments.task is None) == (arguments.examples is None):
+            raise LaaiError("--method fit needs --task or --examples, one of the two")
+        return own_or_named_split(arguments)
+    if arguments.examples or arguments.prompt_template:
+        raise LaaiError(f"--examples: --method {arguments.method} uses no examples, only fit does")
+    if arguments.model is not None:
+        raise LaaiError(f"--model {arguments.model}: --method {arguments.method} uses no model, only fit does")
+    return None
+
+
+def _fit_arguments(arguments: argparse.Namespace, split: Split | None) -> dict[str, Any]:
+    """Arguments of `compose` for the method `fit`; none for the other methods."""
+    if split is None:
         return {}
-    if arguments.model is None:
-        raise LaaiError("--method fit needs --model")
-    if (arguments.task is None) == (arguments.examples is None):
-        raise LaaiError("--method fit needs --task or --examples, one of the two")
-    split = own_or_named_split(arguments)
     model, tokenizer = model_source(arguments).load()
     return {
         "model": model,

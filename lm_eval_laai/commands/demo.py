@@ -66,7 +66,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--limit", type=int, help=f"test items a task (default: {LIMIT}; all with the reference model)"
     )
     parser.add_argument("--batch-size", type=int, default=64, help="prompts at once (default: %(default)s)")
-    parser.add_argument("--output", default="runs/demo", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--output", metavar="DIR", help="default: runs/demo/ and the model's name")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -83,8 +83,10 @@ def _command(arguments: argparse.Namespace) -> Report:
         raise LaaiError(f"batch_size is {arguments.batch_size}: expected at least one")
     tasks = _chosen(arguments.tasks)
     splits = {t.name: load_task(t.data_set, arguments.seed, SHOTS, arguments.data) for t in tasks}
-    output = Path(arguments.output).expanduser()
+    output = Path(arguments.output or Path("runs/demo", Path(arguments.model).name)).expanduser()
     check_writable(output)
+    if others := sorted(path.name for path in output.glob(f"*{SUFFIX}") if path.stem not in splits):
+        raise LaaiError(f"--output {output} has {others[0]}: expected a folder without vectors of other tasks")
     source = model_source(arguments)
     source.checked_device()
     layer = checked_layer(arguments.layer, source.config())
@@ -220,11 +222,13 @@ def _text(facts: dict[str, Any], tasks: Sequence[TaskInfo]) -> str:
     rows = [("rule", *SETTINGS.values())]
     for task in tasks:
         rows.append((_title(task), *(_plus_minus(facts["scores"][name][task.name]) for name in SETTINGS)))
-    rows.append(("average", *(_plus_minus(facts["average"][name]) for name in SETTINGS)))
+    metrics = list(dict.fromkeys(task.metric for task in tasks))
+    if len(metrics) == 1:
+        rows.append(("average", *(_plus_minus(facts["average"][name]) for name in SETTINGS)))
     return (
         f"{table(rows)}\n\n"
         f"{_shown(facts['answers'], tasks)}"
-        f"{tasks[0].metric} ± standard error, {facts['model']}, {SHOTS} examples of seed {facts['seed']}\n"
+        f"{' or '.join(metrics)} ± standard error, {facts['model']}, {SHOTS} examples of seed {facts['seed']}\n"
         f"Δ, results and heat maps: {facts['output']}"
     )
 

@@ -239,5 +239,6 @@ def _one_line(name: str) -> Iterator[None]:
     except LaaiError:
         raise
     except Exception as error:  # data sets and task files may raise anything
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise LaaiError(f"cannot load the task {name}: {lines[0][:300]}") from error
+        from lm_eval_laai.experiments.load import first_line  # here: imports transformers
+
+        raise LaaiError(f"cannot load the task {name}: {first_line(error)}") from error

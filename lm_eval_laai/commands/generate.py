@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from laai_core.errors import LaaiError
-from lm_eval_laai.commands.options import add_model_arguments, model_source
+from lm_eval_laai.commands.options import add_model_arguments, decimals, model_source
 from lm_eval_laai.commands.report import Report, table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--scale",
-        type=_numbers,
+        type=decimals,
         default=[0.0, 1.0],
         metavar="X[,X]",
         help="factors on the intervention, a column each; 0 is the model alone (default: 0,1)",
@@ -36,10 +36,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", action="store_true", help="the texts are whole prompts: no template, no chat")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="at most (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the answers as JSON")
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
 
 
 def _command(arguments: argparse.Namespace) -> Report:
@@ -87,7 +83,7 @@ def _rendered(texts: list[str], intervention: Intervention) -> list[str | list[d
     template = _template(intervention, rendering)
     prompts = [text if template is None else _filled(template, text) for text in texts]
     if TEMPLATE not in rendering:
-        return [rendering.get(INSTRUCTION, "") + prompt for prompt in prompts]
+        return [str(rendering.get(INSTRUCTION, "")) + prompt for prompt in prompts]
     system = rendering.get(SYSTEM)
     first = [] if system is None else [{"role": "system", "content": system}]
     return [[*first, {"role": "user", "content": prompt}] for prompt in prompts]
@@ -135,7 +131,11 @@ def _answers(lm: Any, contexts: list[str], stop: str, count: int) -> list[str]:
 def _table(facts: dict[str, Any], scales: list[float]) -> str:
     titles = ["without Δ" if scale == 0 else "with Δ" if scale == 1 else f"{scale:g} · Δ" for scale in scales]
     rows = [
-        [answer["text"], *(" ".join(answer["by_scale"][f"{scale:g}"].split()) or "(nothing)" for scale in scales)]
+        [_line(answer["text"]), *(_line(answer["by_scale"][f"{scale:g}"]) or "(nothing)" for scale in scales)]
         for answer in facts["answers"]
     ]
     return table([["", *titles], *rows])
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

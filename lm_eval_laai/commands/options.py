@@ -101,6 +101,11 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
 
+def decimals(text: str) -> list[float]:
+    """A comma-separated list."""
+    return [float(part) for part in text.split(",")]
+
+
 def check_counts(arguments: argparse.Namespace) -> None:
     """LaaiError for a number below one."""
     for name in ("seeds", "limit", "batch_size"):

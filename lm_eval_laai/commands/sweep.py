@@ -21,6 +21,7 @@ from lm_eval_laai.commands.options import (
     check_counts,
     check_writable,
     checked_layer,
+    decimals,
     layer_count,
     model_source,
     numbers,
@@ -48,7 +49,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     for name in ("l1", "group"):
         parser.add_argument(
             f"--{name}",
-            type=_weights,
+            type=decimals,
             default=[0.0, getattr(Job, name)],
             metavar="X[,X]",
             help="the n-th of --l1 goes with the n-th of --group; one alone goes with all "
@@ -68,10 +69,6 @@ def _words(text: str) -> list[str]:
 
 def _layers(text: str) -> list[int] | str:
     return text if text == ALL else numbers(text)
-
-
-def _weights(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
 
 
 def _command(arguments: argparse.Namespace) -> Report | None:
@@ -161,12 +158,12 @@ def _text(sweep: Sweep, records: Sequence[dict[str, Any]], folder: Path) -> str:
     blocks = []
     for task in sweep.tasks:
         mine = {(r["layer"], r["l1"], r["group"]): r for r in records if r["task"] == task}
-        rows: list[list[object]] = [[f"{task}, layer", *(title(*penalty) for penalty in sweep.penalties)]]
+        metric = next(r["metric"] for r in records if r["task"] == task).replace("_", " ")
+        rows: list[list[object]] = [[f"{task}, {metric}; layer", *(title(*penalty) for penalty in sweep.penalties)]]
         rows += [[layer, *(_shown(mine[(layer, *p)]) for p in sweep.penalties)] for layer in sweep.layers]
         blocks.append(table(rows))
-    metric = records[0]["metric"].replace("_", " ")
     seeds = f"{len(sweep.seeds)} seed{'s' if len(sweep.seeds) > 1 else ''}"
-    return "\n\n".join([*blocks, f"{metric}, mean ± standard deviation over {seeds}; {folder / 'sweep.json'}"])
+    return "\n\n".join([*blocks, f"Mean ± standard deviation over {seeds}; {folder / 'sweep.json'}"])
 
 
 def _shown(record: dict[str, Any]) -> str:

@@ -104,11 +104,10 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
             low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
             high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
             panel.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
-        panel.set_title(task.removeprefix("laai_"), fontsize="medium")
+        metric = next(r["metric"] for r in records if r["task"] == task).replace("_", " ")
+        panel.set_title(f"{task.removeprefix('laai_')}, {metric}", fontsize="medium")
         panel.set_xlabel("layer, from 0")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for panel in panels[::columns]:
-        panel.set_ylabel(records[0]["metric"].replace("_", " "))
     panels[0].legend(fontsize="small", frameon=False)
     for panel in panels[len(tasks) :]:
         panel.set_visible(False)

@@ -60,7 +60,7 @@ class ModelSource:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was compiled with CUDA
             raise LaaiError(
-                f"device {name!r} cannot be used here ({_first_line(error)}); expected one like cpu"
+                f"device {name!r} cannot be used here ({first_line(error)}); expected one like cpu"
             ) from error
 
     def config(self) -> Any:
@@ -111,7 +111,7 @@ class ModelSource:
         except (LaaiError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the libraries, and a model's own code, may raise anything
-            raise LaaiError(f"cannot load the {what} of {self.name}: {_first_line(error)}") from error
+            raise LaaiError(f"cannot load the {what} of {self.name}: {first_line(error)}") from error
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line names the fault; further lines of transformers list every known model."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from laai_core.errors import LaaiError, NotFinite
+from laai_core.errors import DiskFailed, LaaiError, NotFinite
 from laai_core.settings import Job, StartName
 from laai_core.train import train_many
 from lm_eval_laai import methods
@@ -138,6 +138,8 @@ def _each(
 def _computed(pieces: list[Any], compute: Callable[[list[Any]], Write]) -> None:
     try:
         write = compute(pieces)
+    except DiskFailed:
+        raise
     except LaaiError as error:
         logger.error("%s: %s", "; ".join(map(named, pieces)), error)
     else:

@@ -62,11 +62,13 @@ class Setting:
         """Everything a fit depends on."""
         examples = self.split(fit.task, fit.seed, fit.n_train).train
         chosen = fit.method == LAAI.name and None in (fit.l1, fit.group)
+        validated = fit.method == LAAI.name and None in (fit.layer, fit.l1, fit.group, fit.steps)
+        labels = validated and fit.start != "zero" and task_info(fit.task).generates
         # By its name alone, without the folder: the SHA-256 sums identify the examples.
         return {
             **asdict(fit),
             **({"chosen_from": [*PENALTIES]} if chosen else {}),
-            **({"pseudo_labels": [INPUTS, TRUSTED, CONFIDENCE]} if chosen and task_info(fit.task).generates else {}),
+            **({"pseudo_labels": [INPUTS, TRUSTED, CONFIDENCE]} if labels else {}),
             "task": task_info(fit.task).name,
             "examples_sha256": examples_sha256(examples),
             **self._shared,

@@ -1,1 +1,1 @@
-"""The regression gate: the harness's results against a baseline."""
+"""The regression gate: the harness's results against a baseline, or one run's against another's."""

@@ -40,7 +40,7 @@ def samples_file(results: Path, task: str) -> Path | None:
     Both names end in the date of the run: `results_<date>.json`, `samples_<task>_<date>.jsonl`.
     """
     date = results.stem.rpartition("_")[2]
-    path = results.with_name(f"samples_{task}_{date}.jsonl")
+    path = results.parent / f"samples_{task}_{date}.jsonl"
     return path if path.is_file() else None
 
 

@@ -54,7 +54,7 @@ def model_card(
         model_name=repo.partition("/")[2],
         eval_results=_eval_results(scores or {}) or None,
     )
-    task = metadata.get("task")
+    task = task_of(intervention)
     layers = ", ".join(map(str, intervention.layers))
     verb = "added to" if intervention.operation == "add" else "applied (in-context vector rule) to"
     facts = [
@@ -106,6 +106,11 @@ def model_card(
             "",
         ]
     )
+
+
+def task_of(intervention: Intervention) -> str | None:
+    """The harness's name of the recorded task, without its data, whose path is that of one machine."""
+    return str(intervention.metadata.get("task") or "").partition(":")[0] or None
 
 
 def _eval_results(scores: Scores) -> list[EvalResult]:

@@ -11,7 +11,7 @@ from laai_core.errors import LaaiError
 from laai_core.files import SUFFIX
 from laai_core.hub import HubPath, explained
 from laai_core.intervention import Intervention
-from lm_eval_laai.hub.card import Scores, model_card
+from lm_eval_laai.hub.card import Scores, model_card, task_of
 
 
 def push_to_hub(
@@ -39,7 +39,7 @@ def push_to_hub(
     Raises:
         LaaiError: a bad name, not logged in, no right to write, no such branch, no network.
     """
-    file = file or f"{intervention.metadata.get('task') or 'intervention'}{SUFFIX}"
+    file = file or f"{task_of(intervention) or 'intervention'}{SUFFIX}"
     if not file.endswith(SUFFIX):
         raise LaaiError(f"file is {file!r}: expected a name that ends in {SUFFIX}")
     files = {

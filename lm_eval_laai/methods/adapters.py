@@ -25,13 +25,14 @@ from tqdm.auto import tqdm
 
 from laai_core.data.rules import WORD_RULES, rule_named
 from laai_core.encode import Batch, encode_examples
-from laai_core.errors import LaaiError, WorkFailed
+from laai_core.errors import WorkFailed
 from laai_core.example import Example
+from laai_core.files import unwritable
 from laai_core.hooks import frozen, read_at
 from laai_core.locate import Layout, locate
 from laai_core.objective import Objective
 from laai_core.record import model_facts, training_facts
-from lm_eval_laai.methods.linear_modules import attention_inputs, down_projection, first_attention, is_transposed
+from lm_eval_laai.methods.linear_modules import attention_inputs, down_projection, is_transposed
 from lm_eval_laai.methods.method import ADAPTER_FACTS, ADAPTER_STEPS
 from lm_eval_laai.methods.select import bounded, ended, held_out_by_fold, last_good
 
@@ -72,7 +73,7 @@ def train_adapter(
     """
     layout = locate(model)
     config = ADAPTERS[method](layout, None if layer is None else layout.layer(layer))
-    base_model = model_facts(layout, first_attention(layout))["base_model"]
+    base_model = model_facts(layout)["base_model"]
     data = _Data(layout, tokenizer, examples)
     with _wrapped(layout, config, seed) as wrapped:
         if config.is_prompt_learning:
@@ -310,4 +311,4 @@ def _save(wrapped: Any, folder: Path, facts: dict[str, Any]) -> None:
                 if old.exists() and not folder.exists():
                     os.replace(old, folder)
     except OSError as error:
-        raise LaaiError(f"cannot write {folder}: {error.strerror or error}") from None
+        raise unwritable(folder, error) from None

@@ -21,7 +21,6 @@ from laai_core.hooks import frozen, hidden_of, recorded
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
 from laai_core.record import model_facts, training_facts
-from lm_eval_laai.methods.linear_modules import first_attention
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +62,7 @@ def in_context_vector(
         after = hidden_states(layout, [encode_text(tokenizer, output_text(example)) for example in examples])
     _, *by_block = shift(before, after)
     metadata = {
-        **model_facts(layout, first_attention(layout)),
+        **model_facts(layout),
         "task": task,
         "method": "icv",
         "training": training_facts(layout, examples, seed),

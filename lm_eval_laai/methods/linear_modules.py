@@ -45,18 +45,6 @@ def attention_inputs(layout: Layout, layer: int, kinds: Sequence[str]) -> list[s
     return chosen
 
 
-def first_attention(layout: Layout) -> int:
-    """The first layer with attention: hybrid models have blocks without, and all have heads of one width.
-
-    Raises:
-        LaaiError: when no layer has attention.
-    """
-    for layer, projection in enumerate(layout.projections):
-        if not isinstance(projection, str):
-            return layer
-    raise LaaiError(str(layout.projections[-1]))
-
-
 def down_projection(layout: Layout, layer: int) -> str:
     """Path of the feed-forward's last linear module: the one from the inner width to the hidden size.
 

@@ -15,7 +15,7 @@ from laai_core.files import SUFFIX
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ADAPTER_STEPS = 100  # AdamW steps by default
+ADAPTER_STEPS = 100  # AdamW steps at most
 ADAPTER_FACTS = "laai.json"  # provenance of an adapter, in its folder beside PEFT's files
 ADAPTER_CONFIG = "adapter_config.json"  # peft.utils.CONFIG_NAME, which takes seconds to import
 
@@ -38,8 +38,7 @@ def middle_layer(count: int) -> int:
     """The middle of a model of `count` layers, 0-based.
 
     Vectors that stand for a task act best there in models of many sizes (Hendel, Geva & Globerson 2023, "In-context
-    learning creates task vectors"), and on the reference model too. The paper's layer is 3 of 32; `--layer auto`
-    measures.
+    learning creates task vectors"), and on the reference model too. The paper's layer is 3 of 32.
     """
     return count // 2
 

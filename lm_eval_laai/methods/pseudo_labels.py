@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,8 +47,8 @@ def pseudo_labelled(
     """Up to INPUTS further examples, most of them right where the model can follow the rule; none where it cannot.
 
     None either for examples with options instead of targets, for prompts that do not end alike (the end of a proposed
-    input could not be told), for prompts too long for the model, behind a soft prompt, and of a model that cannot
-    generate.
+    input could not be told) or whose few-shot prompts are not the solved examples and then the prompt, for prompts too
+    long for the model, behind a soft prompt, and of a model that cannot generate.
 
     Args:
         stop: ends an answer, as `laai_core.settings.Settings.stop`; the model's end of text does, too.
@@ -57,10 +57,13 @@ def pseudo_labelled(
     if layout.virtual_tokens or not layout.model.can_generate() or any(one.target is None for one in examples):
         return []
     writer = _Writer(layout, tokenizer, stop, whitespace, batch_size or ROWS)
-    head, tail = _frame([example.prompt for example in examples])
-    input_room = writer.longest(example.prompt.removeprefix(head) for example in examples)
+    shots, again = _shots(examples)
+    head, tail = _frame([example.prompt.removeprefix(again) for example in examples])
+    input_room = writer.longest(example.prompt.removeprefix(again + head) for example in examples)
     answer_room = writer.longest(example.answer for example in examples)
     whole = len(writer.encoded(examples[0].behind(examples))) + input_room + answer_room
+    if any(shots + one.prompt.removeprefix(again) != one.behind(examples) for one in examples):
+        return []
     if not tail.strip() or whole > (layout.max_positions or whole):
         return []
     left_out = [one.behind([other for other in examples if other is not one]) for one in examples]
@@ -68,17 +71,25 @@ def pseudo_labelled(
     right = [a is not None and a.text == e.answer.strip() for a, e in zip(answers, examples, strict=True)]
     if sum(right) < TRUSTED * len(examples):
         return []
-    shots = examples[0].behind(examples).removesuffix(examples[0].prompt)
-    known = {example.prompt for example in examples}
+    known = {example.prompt.removeprefix(again) for example in examples}
     inputs = writer.inputs(shots + head.rstrip(), tail, input_room)
     asked = [prompt for prompt in (head + text + tail for text in inputs) if prompt not in known]
     answers = writer.answers([shots + prompt for prompt in asked], answer_room)
     space = examples[0].answer.removesuffix(examples[0].answer.lstrip())
     return [
-        replace(examples[0], prompt=prompt, target=space + answer.text)
+        Example(again + prompt, space + answer.text, rendering=examples[0].rendering)
         for prompt, answer in zip(asked, answers, strict=True)
         if answer is not None and answer.text and answer.probability >= CONFIDENCE
     ]
+
+
+def _shots(examples: Sequence[Example]) -> tuple[str, str]:
+    """What a few-shot prompt of all examples has before the question, and what a bare prompt has before it: a
+    description of the task, say, which the few-shot prompt has once, before the solved examples.
+    """
+    prompt, whole = examples[0].prompt, examples[0].behind(examples)
+    same = os.path.commonprefix([prompt[::-1], whole[::-1]])
+    return whole[: len(whole) - len(same)], prompt[: len(prompt) - len(same)]
 
 
 def _frame(prompts: Sequence[str]) -> tuple[str, str]:

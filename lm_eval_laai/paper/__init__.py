@@ -1,1 +1,1 @@
-"""`laai paper` and `laai sweep`: experiments as cells that are trained and evaluated once and remembered."""
+"""`laai paper`: the paper's tables and figures as cells of experiments, and the report of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 
 from laai_core.files import SUFFIX
@@ -28,13 +29,13 @@ def by_hand(setting: Setting, cell: Cell) -> list[str]:
     if cell.shots:
         words += ["--num_fewshot", str(cell.shots)]
     if metadata := setting.metadata(cell):
-        words += ["--metadata", ",".join(f"{name}={value}" for name, value in metadata.items())]
+        words += ["--metadata", json.dumps(metadata)]
     if setting.limit is not None:
         words += ["--limit", str(setting.limit)]
     soft_prompt = any(fit.method == "soft_prompt" for fit in cell.fits)
     words += ["--batch_size", "1" if soft_prompt else str(setting.rows(cell))]
     line = shlex.join(words)
-    if setting.source.name != setting.source.pretrained:  # a known model, whose name only `laai` knows
+    if setting.source.name != setting.source.pretrained:  # a known model, whose name `hf` does not know
         (model_args,) = (word for word in words if word.startswith("pretrained="))
         folder = f"pretrained=$(laai models path {setting.source.name})"
         rest = model_args.removeprefix(f"pretrained={setting.source.name}")
