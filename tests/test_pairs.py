@@ -195,7 +195,7 @@ def test_by_hand(file: Path) -> None:
     train, evaluate = by_hand(Setting(ModelSource("reference")), Cell(fit.task, fits=(fit,)))
     assert f"--task pairs:{file}" in train
     assert '"pretrained=$(laai models path reference),' in evaluate and "--tasks laai_pairs " in evaluate
-    assert f"file={file}" in evaluate
+    assert f'"file": "{file}"' in evaluate
 
 
 def test_names() -> None:

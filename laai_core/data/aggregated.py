@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from laai_core.data.opinion import Counts, Question, check_known, check_options, check_text
-from laai_core.data.panel import read_file, read_info
+from laai_core.data.panel import read_info
+from laai_core.data.reading import content, decoded, parsed
 from laai_core.errors import LaaiError
 
 REFUSED = "refused"  # compared in lower case
@@ -19,12 +19,10 @@ _NOT_GROUPS = ("MC_options", "question_text")
 
 def counts_of_file(path: Path, group: str) -> tuple[list[tuple[Question, Counts]], dict[str, str]]:
     """Every question of a JSON file with a group's counts, and {file: SHA-256} of it and of the info.csv beside it."""
-    raw = read_file(path)
+    expected = "{question key: ...} in JSON"
+    raw = content(path, expected)
     sources = {path.name: hashlib.sha256(raw).hexdigest()}
-    try:
-        records = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of thousands of digits
-        raise LaaiError(f"{path}: not valid JSON ({error}); expected {{question key: ...}}") from error
+    records = parsed(decoded(raw, str(path), expected), str(path), expected)
     info = None
     if (path.parent / "info.csv").is_file():
         info, sources["info.csv"] = read_info(path.parent / "info.csv")

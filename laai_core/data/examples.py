@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from laai_core import files
+from laai_core.data.reading import content, decoded, parsed
 from laai_core.data.split import Split, check_unicode, draw, item_key, split_items
 from laai_core.errors import LaaiError
 from laai_core.example import Example
@@ -86,7 +87,8 @@ def read_examples(source: str | os.PathLike[str], prompt_template: str | None = 
     """`load_examples`, with the keys that a split needs, and the name and SHA-256 for a harness task."""
     name = os.fspath(source)
     path = Path(name).expanduser()
-    raw, label = _content(path, name), "standard input" if name == STDIN else str(path)
+    raw = sys.stdin.buffer.read() if name == STDIN else content(path, f"a file of rows {_ROWS}")
+    label = "standard input" if name == STDIN else str(path)
     items: dict[str, Item] = {}
     kinds: dict[bool, str] = {}
     for where, row in _rows(raw, label, ".jsonl" if name == STDIN else path.suffix.lower()):
@@ -113,21 +115,8 @@ def write_rows(data: OwnData, path: Path) -> None:
     files.write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def _content(path: Path, name: str) -> bytes:
-    if name == STDIN:
-        return sys.stdin.buffer.read()
-    try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = getattr(error, "strerror", None) or error
-        raise LaaiError(f"{path}: cannot be read ({reason}); expected a file of rows {_ROWS}") from error
-
-
 def _rows(raw: bytes, label: str, suffix: str) -> Iterator[_Row]:
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise LaaiError(f"{label}: not UTF-8 at byte {error.start}; expected rows {_ROWS}") from error
+    text = decoded(raw, label, f"rows {_ROWS}")
     if suffix == ".csv":
         return _csv_rows(text, label)
     if suffix == ".json":
@@ -141,11 +130,11 @@ def _jsonl_rows(text: str, label: str) -> Iterator[_Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{label}: row {number}"
-            yield where, _parsed(line, where)
+            yield where, parsed(line, where, _ROWS)
 
 
 def _json_rows(text: str, label: str) -> Iterator[_Row]:
-    rows = _parsed(text, label)
+    rows = parsed(text, label, f"a list of rows {_ROWS}")
     if not isinstance(rows, list):
         raise LaaiError(f"{label}: holds a JSON {type(rows).__name__}; expected a list of rows {_ROWS}")
     for number, row in enumerate(rows, start=1):
@@ -170,21 +159,13 @@ def _csv_rows(text: str, label: str) -> Iterator[_Row]:
                 raise LaaiError(f"{where} has more or fewer cells than the header; expected one for each column")
             row = dict(zip(header, cells, strict=True))
             lists = {
-                name: _parsed(row[name], f"{where}: {name}") for name in ("options", "distribution") if name in row
+                name: parsed(row[name], f"{where}: {name}", "a JSON list")
+                for name in ("options", "distribution")
+                if name in row
             }
             yield where, {**row, **lists}
     except csv.Error as error:
         raise LaaiError(f"{label}: row {begin} is not valid CSV ({error})") from error
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise LaaiError(f"{where}: not valid JSON ({error.msg} at character {error.pos + 1})") from error
-    except (ValueError, RecursionError) as error:
-        why = "too deeply nested" if isinstance(error, RecursionError) else "a number of thousands of digits"
-        raise LaaiError(f"{where}: not valid JSON ({why})") from error
 
 
 def _item(row: Any, template: str | None, where: str) -> Item:

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from laai_core.data.pairs import WordPair, check_side
+from laai_core.data.reading import content, decoded
 from laai_core.errors import LaaiError
 
 COLUMNS = ("english", "french", "german", "antonym", "synonym")
@@ -19,11 +20,9 @@ def read_lexicon(path: Path = LEXICON) -> tuple[list[dict[str, str]], str]:
     Every antonym and every synonym is itself a row, so a composition never drops out.
     Raises LaaiError naming file and line when the table is missing or malformed.
     """
-    try:
-        raw = path.read_bytes()
-        lines = raw.decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LaaiError(f"{path}: cannot be read ({error}); expected a table with columns {COLUMNS}") from error
+    expected = f"a table with columns {COLUMNS}"
+    raw = content(path, expected)
+    lines = decoded(raw, str(path), expected).splitlines()
     if not lines or tuple(lines[0].split("\t")) != COLUMNS:
         raise LaaiError(
             f"{path}: line 1 is {''.join(lines[:1])!r:.80}; expected the tab-separated header {' '.join(COLUMNS)}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from laai_core.data.reading import content, decoded, parsed
 from laai_core.data.split import check_unicode, item_key
 from laai_core.errors import LaaiError
 
@@ -71,21 +71,9 @@ def read_pairs(path: Path) -> tuple[list[WordPair], str]:
     Both sides are stripped: three targets of the public English-German set end in a newline. An input that comes again
     is dropped, the first output stays: one item, one answer. Raises LaaiError naming file, record and expectation.
     """
-    try:
-        raw = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = getattr(error, "strerror", None) or error
-        raise LaaiError(f"{path}: cannot be read ({reason}); expected a JSON list of pairs") from error
-    try:
-        records = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise LaaiError(f"{path}: not UTF-8 at byte {error.start}; expected a JSON list of pairs") from error
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, {error.msg}"
-        raise LaaiError(f"{path}: not valid JSON ({where}); expected a list of input-output pairs") from error
-    except (ValueError, RecursionError) as error:
-        where = "too deeply nested" if isinstance(error, RecursionError) else "a number of thousands of digits"
-        raise LaaiError(f"{path}: not valid JSON ({where}); expected a list of input-output pairs") from error
+    expected = "a JSON list of input-output pairs"
+    raw = content(path, expected)
+    records = parsed(decoded(raw, str(path), expected), str(path), expected)
     if not isinstance(records, list):
         raise LaaiError(f"{path}: holds a JSON {type(records).__name__}; expected a list of input-output pairs")
     if not records:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from laai_core.data.opinion import Counts, Question, check_known, check_options, check_text
+from laai_core.data.reading import content, decoded
 from laai_core.errors import LaaiError
 
 logger = logging.getLogger(__name__)
@@ -150,22 +151,10 @@ def _check_group(path: Path, attribute: str, group: str) -> str:
     return digest
 
 
-def read_file(path: Path) -> bytes:
-    """A file's content, or LaaiError."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise LaaiError(f"{path}: cannot be read ({error.strerror}); expected a file of OpinionQA") from error
-
-
 def _table(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]], str]:
     """Header, numbered rows (the header is row 1) and SHA-256 of a CSV file."""
-    raw = read_file(path)
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise LaaiError(f"{path}: not UTF-8 at byte {error.start}; expected a CSV table") from error
-    rows = _rows(path, text)
+    raw = content(path, "a CSV table")
+    rows = _rows(path, decoded(raw, str(path), "a CSV table"))
     try:
         _, header = next(rows)
     except StopIteration:
