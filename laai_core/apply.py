@@ -69,6 +69,8 @@ def apply(
     rows: Edit | list[Edit | None]
     if isinstance(intervention, Intervention):
         rows = Edit.of(intervention, layout)
+    elif not all(one is None or isinstance(one, Intervention) for one in intervention):
+        raise LaaiError(f"got {intervention!r:.60}: expected an Intervention, as Intervention.load(FILE) gives")
     else:
         edits = {id(iv): Edit.of(iv, layout) for iv in intervention if iv is not None}
         rows = [None if iv is None else edits[id(iv)] for iv in intervention]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedTokenizerBase
 
 SHUFFLES = 2  # orders of the other examples, per example
+MOST_SHOTS = 16  # of these; more take long and tell little
 ROWS = 32  # prompts per forward, by default
 
 
@@ -90,6 +91,7 @@ def _prompts(
         for number, example in enumerate(examples):
             shots = [other for index, other in enumerate(examples) if index != number]
             draw.shuffle(shots)
+            del shots[MOST_SHOTS:]
             while len(few_shot := encoded(example.behind(shots))) > limit and shots:
                 shots.pop(0)
             pairs.append((few_shot, encoded(example.prompt)))

@@ -8,7 +8,9 @@ from typing import Any
 
 from laai_core.intervention import Intervention
 
-TEMPLATE, SYSTEM, INSTRUCTION = "chat_template_sha256", "system", "system_instruction"  # keys of a rendering
+# Keys of a rendering.
+TEMPLATE, SYSTEM, INSTRUCTION = "chat_template_sha256", "system", "system_instruction"
+PROMPT_TEMPLATE = "prompt_template"
 
 
 def template_sha256(tokenizer: Any) -> str:
@@ -52,6 +54,9 @@ class Chats:
             instruction = trained.get(INSTRUCTION)
             if isinstance(instruction, str) and not context.startswith(instruction):
                 return f"the intervention was trained under the instruction {instruction!r:.60}, this prompt is not"
+            template = trained.get(PROMPT_TEMPLATE)
+            if isinstance(template, str) and not context.rstrip().endswith(template.rpartition("}")[2].rstrip()):
+                return f"the intervention was trained with the template {template!r:.60}, this prompt ends otherwise"
             return None
         if trained[TEMPLATE] != template_sha256(tokenizer):
             return "the intervention was trained with another chat template than the tokenizer's"

@@ -38,6 +38,8 @@ class Steered:
 
     def _route(self, intervention: str | Path | Intervention | None, scale: float, unrouted: str) -> None:
         """Read the interventions: the first thing to do, before the model loads."""
+        if intervention is None and scale != 1:
+            raise LaaiError(f"scale is {scale!r:.60} without an intervention: expected intervention=FILE")
         self._routing = None if intervention is None else Routing(intervention, scale, unrouted)
         self._chats = Chats()
 
@@ -118,14 +120,14 @@ class Steered:
     def _warn_if_made_elsewhere(self, used_on: str, dtype: torch.dtype) -> None:
         """Warn of vectors trained on another model of the same shape, or in another dtype."""
         assert self._routing is not None
-        for intervention in self._routing.all():
+        for name, (intervention, _) in self._routing.files().items():
             made_for = intervention.metadata.get("base_model")
             if isinstance(made_for, str) and _name(made_for) != _name(used_on):
-                logger.warning("the intervention was made for %.200r and is applied to %s", made_for, used_on)
+                logger.warning("%s: was made for %.200r and is applied to %s", name, made_for, used_on)
             training = intervention.metadata.get("training")
             trained_in = training.get("dtype") if isinstance(training, dict) else None
             if trained_in is not None and trained_in != str(dtype).removeprefix("torch."):
-                logger.warning("the intervention was trained in %.200s, the model runs in %s", trained_in, dtype)
+                logger.warning("%s: was trained in %.200s, the model runs in %s", name, trained_in, dtype)
 
 
 def _name(model: str) -> str:

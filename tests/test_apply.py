@@ -310,6 +310,12 @@ def test_models_without_attention_are_refused(name, projection):
     assert type(model).__name__ in str(error.value) and linear in str(error.value)
 
 
+@pytest.mark.parametrize("given", ["vectors/antonym.safetensors", [{1: torch.ones(4, 8)}]])
+def test_what_is_no_intervention_is_refused(given):
+    with pytest.raises(laai.LaaiError, match="expected an Intervention, as"), laai.apply(tiny_model("Llama"), given):
+        pass
+
+
 def test_wrong_rows_are_refused():
     model = tiny_model("Llama")
     ids = torch.tensor([[5, 6, 7], [5, 6, 8]])

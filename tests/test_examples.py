@@ -326,3 +326,24 @@ def test_generate(file: Path, tmp_path: Path, capfd: Any, facts_of: Callable[...
     assert cli.main(["generate", "--model", str(REFERENCE), "--intervention", str(path), "hot"]) == 0
     out = capfd.readouterr().out.splitlines()
     assert out[0].split() == ["without", "Δ", "with", "Δ"] and out[1].split()[-1] == "cold"
+    # A sum of vectors of word tasks gets these tasks' template, whatever its own task is called.
+    facts_of("compose", path, path, "-o", tmp_path / "sum.safetensors")
+    summed = facts_of("generate", "--model", REFERENCE, "--intervention", tmp_path / "sum.safetensors", "hot")
+    assert summed["answers"][0]["prompt"] == "Q: hot\nA:"
+
+
+def test_few_rows_and_rows_that_were_all_trained_on(
+    file: Path,
+    small: Path,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    facts_of: Callable[..., dict[str, Any]],
+    caplog,
+) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(file.read_text().splitlines(keepends=True)[:10]))
+    line = ["train", "--model", small, "--examples", few, "--layer", 1, "--steps", 1, "--output", f"{tmp_path}/v/"]
+    said = refused(*line)
+    assert "of the 10 rows are for training" in said and "--split all" in said
+    facts_of(*line, "--split", "all")
+    assert "a score on" in caplog.text and "would be of rows that were trained on" in caplog.text

@@ -326,6 +326,7 @@ def test_bad_arguments(tmp_path):
         (dict(intervention=str(tmp_path)), "has no .safetensors file"),
         (dict(intervention=iv, scale=float("nan")), "scale is nan"),
         (dict(intervention=iv, scale="big"), "scale is 'big'"),
+        (dict(scale=2.0), "scale is 2.0 without an intervention"),
         (dict(intervention=iv, unrouted="maybe"), "unrouted is 'maybe'"),
         (dict(intervention=laai.Intervention({0: torch.ones(4, 16)})), "expects"),
         (dict(intervention=intervention("Llama", layer=7)), "out of range"),

@@ -290,6 +290,7 @@ CHAT, BRIEF, LONG = (
         ([*CHAT, *BRIEF], True, None, "trained under the system message 'Be brief.', evaluated under None"),
         ([*CHAT, *LONG], True, "Be brief.", "trained under the system message 'Go on.', evaluated under 'Be brief.'"),
         (BRIEF, False, None, "trained under the instruction 'Be brief.', this prompt is not"),
+        (["--prompt-template", "say {input} as"], False, None, "trained with the template 'say {input} as', this"),
     ],
 )
 def test_hf_laai_says_where_evaluation_differs(

@@ -12,9 +12,10 @@ from test_replay import RAGGED, SURVEY, TOKENIZER, rules
 from tiny import MAX_POSITIONS, tiny_model, tiny_tokenizer
 
 import laai_core as laai
+from laai_core import start
 from laai_core.encode import encode_pair
 from laai_core.locate import locate
-from laai_core.start import in_context_starts
+from laai_core.start import MOST_SHOTS, in_context_starts
 
 EXAMPLES = rules(RAGGED)
 
@@ -107,6 +108,14 @@ def test_a_prompt_that_is_too_long_has_the_last_shots_that_fit(words):
     assert set(shown) == {{30: 2, 55: 1, 110: 0}[words]}
     (found,) = in_context_starts(locate(model), TOKENIZER, [examples], [1])[1]
     close(found, expected)
+
+
+def test_of_many_examples_a_prompt_has_some_as_shots():
+    letters = "abcdefghijklmnopqrs"[: MOST_SHOTS + 3]
+    examples = [laai.Example(letter, " x") for letter in letters]
+    pairs = start._prompts(locate(tiny_model("GPT2")), TOKENIZER, examples, "refuse")
+    assert len(pairs) == 2 * len(examples)
+    assert {TOKENIZER.decode(few_shot).count("x") for few_shot, _ in pairs} == {MOST_SHOTS}
 
 
 def test_running_out_of_memory_halves_the_rows(caplog):

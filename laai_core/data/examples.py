@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from laai_core import files
 from laai_core.data.reading import content, decoded, parsed
-from laai_core.data.split import Split, check_unicode, draw, item_key, split_items
+from laai_core.data.split import Split, check_unicode, draw, in_training_pool, item_key, split_items
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 
@@ -64,6 +64,13 @@ class OwnData(NamedTuple):
         if train_on_all:
             drawn = draw({item_key(item.key): item for item in self.items}, seed, n_train, self.name)
         else:
+            pool = sum(in_training_pool(item.key) for item in self.items)
+            if pool < n_train:
+                raise LaaiError(
+                    f"{self.name}: {pool} of the {len(self.items)} rows are for training (about three in ten, the "
+                    f"others are test items), expected {n_train}: bring more rows, or `laai train --split all` and "
+                    f"test elsewhere"
+                )
             drawn, test = split_items(self.items, lambda item: item.key, seed, n_train, self.name)
         return Split([i.example for i in drawn], [i.example for i in test], self.name, seed, self.sources)
 

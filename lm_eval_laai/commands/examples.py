@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,8 @@ from lm_eval_laai.tasks import HARNESS, harness_metadata, harness_task, include_
 
 if TYPE_CHECKING:
     from lm_eval_laai.rendering import Renderer
+
+logger = logging.getLogger(__name__)
 
 TRAIN, ALL = "train", "all"
 
@@ -115,6 +118,8 @@ def training_split(arguments: argparse.Namespace) -> Split:
     data = own_data(arguments)
     if data is not None:
         split = data.split(arguments.seed, arguments.n_train, arguments.split == ALL)
+        if arguments.split == ALL:
+            logger.warning("--split all: a score on %s would be of rows that were trained on", arguments.examples)
         _check_stops(split, Settings.stop if arguments.stop is None else arguments.stop)
         arguments.task = f"{HARNESS}:{data.name}"
         return _render_own(arguments, data, split) if rendered else replace(split, name=arguments.task)

@@ -90,15 +90,19 @@ def _rendered(texts: list[str], intervention: Intervention) -> list[str | list[d
 
 
 def _template(intervention: Intervention, rendering: dict[str, Any]) -> str | None:
-    """The recorded template, or the word tasks' template for a file trained on a word task."""
+    """The recorded template, or the word tasks' for a file that was trained on a word task or composed of such."""
     from laai_core.data.examples import DEFAULT_TEMPLATE
     from laai_core.data.tasks import word_task_names
 
     if "prompt_template" in rendering:
         return str(rendering["prompt_template"])
-    task = str(intervention.metadata.get("task") or "")
-    name = task.removeprefix("laai_").partition(":")[0]
-    return DEFAULT_TEMPLATE if task.startswith("laai_") and name in word_task_names() else None
+    composition = intervention.metadata.get("composition")
+    parents = composition.get("parents") if isinstance(composition, dict) else None
+    tasks = [intervention.metadata.get("task")]
+    if tasks == [None] and isinstance(parents, list):
+        tasks = [parent.get("task") if isinstance(parent, dict) else None for parent in parents]
+    words = {f"laai_{name}" for name in word_task_names()}
+    return DEFAULT_TEMPLATE if all(str(task).partition(":")[0] in words for task in tasks) else None
 
 
 def _filled(template: str, text: str) -> str:

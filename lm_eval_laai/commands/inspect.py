@@ -90,14 +90,16 @@ def _writes(intervention: Intervention, arguments: argparse.Namespace) -> dict[s
     import torch
 
     from laai_core.apply import Edit
-    from laai_core.data import load_task
+    from laai_core.data import load_task, task_names
     from laai_core.encode import encode_text
     from laai_core.locate import locate
     from lm_eval_laai.inspection.vocabulary import written
 
     task = arguments.task or str(intervention.metadata.get("task") or "").removeprefix("laai_")
-    if not task:
-        raise LaaiError("the file names no task to take prompts from: expected --task")
+    if arguments.task is None and task.partition(":")[0] not in task_names():
+        raise LaaiError(
+            f"the file's task is {task or None!r:.60}: expected --task to take prompts from, or examples:FILE"
+        )
     examples = load_task(task, data=arguments.data).train
     model, tokenizer = model_source(arguments).load()
     layout = locate(model, arguments.projection)

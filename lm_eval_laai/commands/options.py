@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,12 +99,19 @@ def check_writable(folder: Path) -> None:
 
 def numbers(text: str) -> list[int]:
     """A comma-separated list."""
-    return [int(part) for part in text.split(",") if part]
+    return _list(text, int, "whole numbers")
 
 
 def decimals(text: str) -> list[float]:
     """A comma-separated list."""
-    return [float(part) for part in text.split(",")]
+    return _list(text, float, "numbers")
+
+
+def _list(text: str, kind: Callable[[str], Any], name: str) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",") if part]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: expected {name} with commas between") from None
 
 
 def check_counts(arguments: argparse.Namespace) -> None:
