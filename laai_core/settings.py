@@ -19,7 +19,7 @@ PENALTY_SCALES: tuple[PenaltyScale, ...] = get_args(PenaltyScale)
 ForwardName = Literal["auto", "plain", "replay", "captured"]
 StartName = Literal["icl", "zero"]
 
-_COUNT = {"fits": lambda value: type(value) is int and value >= 1, "expected": "a whole number, at least one"}
+_COUNT = {"fits": lambda value: type(value) is int and value >= 1, "expected": "at least one, a whole number"}
 _WEIGHT = {"fits": lambda value: _real(value) and 0 <= value < math.inf, "expected": "a finite number, 0 or above"}
 _POSITIVE = {"fits": lambda value: _real(value) and 0 < value < math.inf, "expected": "a finite number above 0"}
 

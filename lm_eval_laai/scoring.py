@@ -189,13 +189,14 @@ class Scorer:
         of a pass.
         """
         columns = sorted({column for first, count in spans for column in range(first, first + count)})
-        kept = torch.tensor(columns) + self._layout.virtual_tokens  # on the CPU: the head may lie on another device
-        if "logits_to_keep" in inspect.signature(self._layout.model.forward).parameters:
+        kept = torch.tensor(columns)  # on the CPU: the head may lie on another device
+        accepted = "logits_to_keep" in inspect.signature(self._layout.model.forward).parameters
+        if accepted and not self._layout.virtual_tokens:
             output = self._model(**inputs, logits_to_keep=kept)
             logits = output.logits
-        else:
+        else:  # PEFT's virtual tokens have columns in prompt tuning and none in prefix tuning: counted from the end
             output = self._model(**inputs)
-            logits = output.logits[:, kept]
+            logits = output.logits[:, -inputs["input_ids"].shape[1] :][:, kept]
         at = {column: number for number, column in enumerate(columns)}
         found = [logits[row : row + 1, at[first] : at[first] + n] for row, (first, n) in enumerate(spans)]
         return found, getattr(output, "past_key_values", None)

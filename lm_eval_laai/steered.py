@@ -123,11 +123,15 @@ class Steered:
         for name, (intervention, _) in self._routing.files().items():
             made_for = intervention.metadata.get("base_model")
             if isinstance(made_for, str) and _name(made_for) != _name(used_on):
-                logger.warning("%s: was made for %.200r and is applied to %s", name, made_for, used_on)
+                logger.warning(
+                    "%s: the intervention was made for %.200r and is applied to %s", name, made_for, used_on
+                )
             training = intervention.metadata.get("training")
             trained_in = training.get("dtype") if isinstance(training, dict) else None
             if trained_in is not None and trained_in != str(dtype).removeprefix("torch."):
-                logger.warning("%s: was trained in %.200s, the model runs in %s", name, trained_in, dtype)
+                logger.warning(
+                    "%s: the intervention was trained in %.200s, the model runs in %s", name, trained_in, dtype
+                )
 
 
 def _name(model: str) -> str:

@@ -628,8 +628,8 @@ def test_a_start_of_another_place_is_refused(start):
     [
         ({"layer": 1.0}, "layer is 1.0: expected an int"),
         ({"layer": "1"}, "layer is '1': expected an int"),
-        ({"steps": 1.5}, "steps is 1.5: expected a whole number"),
-        ({"steps": "5"}, "steps is 5: expected a whole number"),
+        ({"steps": 1.5}, "steps is 1.5: expected at least one, a whole number"),
+        ({"steps": "5"}, "steps is 5: expected at least one, a whole number"),
         ({"l1": "0.1"}, "l1 is 0.1: expected a finite number"),
         ({"examples": []}, "examples: got none, expected at least one Example"),
         ({"examples": [{"prompt": "a"}]}, "examples: got dict"),
