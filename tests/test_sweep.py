@@ -123,6 +123,8 @@ def test_another_model_under_the_same_name_is_another_cell(
         (["--task", "lexicon_antonym", "--seeds", "0"], "--seeds is 0"),
         (["--task", "lexicon_antonym", "--l1", "0,1,2", "--group", "0,1"], "3 values of --l1 and 2 of --group"),
         (["--task", "lexicon_antonym", "--l1", "-1"], "l1 is -1"),
+        (["--task", "lexicon_antonym", "--l1", "0,,1"], "'0,,1': expected numbers with commas between"),
+        (["--task", "lexicon_antonym", "--l1", ""], "expected numbers with commas between"),
         (["--task", "lexicon_antonym", "--n-train", "100000"], "n_train is 100000"),
     ],
 )

@@ -65,7 +65,7 @@ class OwnData(NamedTuple):
             drawn = draw({item_key(item.key): item for item in self.items}, seed, n_train, self.name)
         else:
             pool = sum(in_training_pool(item.key) for item in self.items)
-            if pool < n_train:
+            if isinstance(n_train, int) and pool < n_train:  # what is no number, `split_items` refuses
                 raise LaaiError(
                     f"{self.name}: {pool} of the {len(self.items)} rows are for training (about three in ten, the "
                     f"others are test items), expected {n_train}: bring more rows, or `laai train --split all` and "

@@ -93,9 +93,10 @@ def _template(intervention: Intervention, rendering: dict[str, Any]) -> str | No
     """The recorded template, or the word tasks' for a file that was trained on a word task or composed of such."""
     from laai_core.data.examples import DEFAULT_TEMPLATE
     from laai_core.data.tasks import word_task_names
+    from lm_eval_laai.chats import PROMPT_TEMPLATE
 
-    if "prompt_template" in rendering:
-        return str(rendering["prompt_template"])
+    if PROMPT_TEMPLATE in rendering:
+        return str(rendering[PROMPT_TEMPLATE])
     composition = intervention.metadata.get("composition")
     parents = composition.get("parents") if isinstance(composition, dict) else None
     tasks = [intervention.metadata.get("task")]

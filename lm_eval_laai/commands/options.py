@@ -99,19 +99,19 @@ def check_writable(folder: Path) -> None:
 
 def numbers(text: str) -> list[int]:
     """A comma-separated list."""
-    return _list(text, int, "whole numbers")
+    return _each([part for part in text.split(",") if part], int, "whole numbers")
 
 
 def decimals(text: str) -> list[float]:
     """A comma-separated list."""
-    return _list(text, float, "numbers")
+    return _each(text.split(","), float, "numbers")
 
 
-def _list(text: str, kind: Callable[[str], Any], name: str) -> list[Any]:
+def _each(parts: list[str], kind: Callable[[str], Any], name: str) -> list[Any]:
     try:
-        return [kind(part) for part in text.split(",") if part]
+        return [kind(part) for part in parts]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r:.60}: expected {name} with commas between") from None
+        raise argparse.ArgumentTypeError(f"{','.join(parts)!r:.60}: expected {name} with commas between") from None
 
 
 def check_counts(arguments: argparse.Namespace) -> None:
