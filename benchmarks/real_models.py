@@ -188,7 +188,8 @@ def _compared(scores: Scores, record: Record) -> None:
     note = "CPU seconds are the process's, choosing included: the median over cells and seeds. A method that has not "
     note += "been measured in every cell has no average, and the ranks are those among the others. "
     note += "A soft prompt begins as the rule in words (docs/methods.md), which no other method is told, and adds "
-    note += "eight tokens to a request. LAAI alone may be trained on pseudo-labels too (docs/methods.md)."
+    note += "eight tokens to a request. LAAI alone is trained on pseudo-labels too, where it makes any "
+    note += "(docs/methods.md): here on gemma-3-270m en_fr only."
     record.table("Methods, exact match", columns, lines, note)
 
 

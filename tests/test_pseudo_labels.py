@@ -171,24 +171,21 @@ def test_right_ones_are_used_and_wrong_ones_are_not(make):
 # The training
 
 
-def test_all_vectors_of_the_mean_are_trained_on_them_and_the_record_is_of_those_given():
+def test_the_vector_is_trained_on_all_and_the_record_is_of_those_given():
     further = [Example("ab we", " no"), Example("there", " wx")]
     model, seen = tiny_model("Llama"), []
     choice = replace(select.choose(model, TOKENIZER, EXAMPLES), further=further)
     result = select.trained(model, TOKENIZER, EXAMPLES, choice, seed=3, task="x", on_step=seen.append)
     setting = choice.layer, choice.l1, choice.group
-    vectors = []
-    for part in (EXAMPLES, *select.trained_on(EXAMPLES)):
-        start = laai.train(model, TOKENIZER, part, *setting, steps=1, start="icl").intervention
-        one = laai.train(model, TOKENIZER, [*part, *further], *setting, steps=choice.steps, start=start)
-        vectors.append(one.intervention.vector(choice.layer))
-    found = result.intervention.vector(choice.layer)
-    torch.testing.assert_close(found, torch.stack(vectors).mean(0), atol=1e-4, rtol=1e-3)
+    start = laai.train(model, TOKENIZER, EXAMPLES, *setting, steps=1, start="icl").intervention
+    whole = laai.train(model, TOKENIZER, [*EXAMPLES, *further], *setting, steps=choice.steps, start=start)
+    vectors = [one.intervention.vector(choice.layer) for one in (result, whole)]
+    torch.testing.assert_close(*vectors, atol=1e-4, rtol=1e-3)
     assert seen == result.history and len(seen) == choice.steps
+    assert result.objective == pytest.approx(whole.objective, abs=1e-5)
     facts = result.intervention.metadata["training"]
     of_given = laai.train(model, TOKENIZER, EXAMPLES, *setting, steps=1).intervention.metadata["training"]
-    assert (facts["pseudo_labels"], facts["start"], facts["mean_of"]) == (2, "icl", 4)
-    assert facts["n_train"] == of_given["n_train"] == len(EXAMPLES)
+    assert (facts["pseudo_labels"], facts["start"], facts["n_train"]) == (2, "icl", len(EXAMPLES))
     assert facts["examples_sha256"] == of_given["examples_sha256"]
 
 

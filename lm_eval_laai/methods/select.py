@@ -11,13 +11,12 @@ PATIENCE evaluations. The setting with the smallest mean held-out loss is chosen
 whose mean is within one standard error of the smallest, of the paired differences between the examples' losses: the
 minimum over ten examples is noisy, and some evaluations too many cost less than too few.
 
-A vector trained on ten examples fits their accidents. So it is the mean of those that the setting gives on all
-examples and on each fold's: the accidents of these are different ones, and a mean has less of them (bagging: Breiman
-1996).
-Where folds trained on the model's own further examples too (`lm_eval_laai.methods.pseudo_labels`) reach the smallest
-held-out loss, all of these are trained on them. They are made once, behind all examples, so that held-out ones are
-among the shots behind which the model answered other inputs. Start zero is the paper's training, and its vector that
-of the examples alone.
+A vector trained on ten examples fits their accidents. Where folds trained on the model's own further examples too
+(`lm_eval_laai.methods.pseudo_labels`) reach the smallest held-out loss, the vector is trained on them. They are made
+once, behind all examples, so that held-out ones are among the shots behind which the model answered other inputs.
+Elsewhere the vector is the mean of those that the setting gives on all examples and on each fold's: the accidents of
+these are different ones, and a mean has less of them (bagging: Breiman 1996). Start zero is the paper's training, and
+its vector that of the examples alone.
 
 The held-out loss is -log((1 - FLOOR) p + FLOOR), p = exp(-loss) of the example: under the plain mean, one held-out
 answer that is wrong anyway and gets more so ends a training that is still making others right.
@@ -193,15 +192,15 @@ def trained(
 ) -> TrainResult:
     """Train with a choice that was made with the same `options`.
 
-    The mean of the vectors of all examples and of the folds, each with the choice's further examples; with nothing to
-    choose, or from start zero, `laai_core.train.train` on all examples. A mean's objective and stationarity are
-    measured on all examples; its history, and what `on_step` is called with, is the training on them.
+    With further examples, the training on all of them; without, the mean of the vectors of all examples and of the
+    folds; with nothing to choose, or from start zero, `laai_core.train.train` on all examples. A mean's objective and
+    stationarity are measured on all examples; its history, and what `on_step` is called with, is the training on them.
     """
     own = {one.name: options[one.name] for one in fields(Job) if one.name in options}
     own |= {"layer": choice.layer, "l1": choice.l1, "group": choice.group, "seed": seed, "task": task}
     shared = {one.name: options[one.name] for one in fields(Settings) if one.name in options}
     shared |= {"steps": choice.steps}
-    sets = [[*part, *choice.further] for part in (examples, *trained_on(examples))]
+    sets = [[*examples, *choice.further]] if choice.further else [examples, *trained_on(examples)]
     jobs = [Job(part, **own | {"start": start}) for part, start in zip(sets, choice.starts, strict=False)]
     facts: dict[str, Any] = {"start": "icl"}  # the jobs have their starts as vectors
     if choice.further:
@@ -222,6 +221,8 @@ def trained(
         raise
     if not jobs:
         return found[0]
+    if choice.further:
+        return _recorded(found[0], found[0], **facts)
     mean = reduce(add, (one.intervention for one in found)) * (1 / len(found))
     (result,) = train_many(model, tokenizer, [Job(examples, **own | {"start": mean})], **shared | {"steps": 1})
     return _recorded(result, found[0], mean_of=len(found), **facts)
