@@ -1,4 +1,4 @@
-"""Further examples by the model itself: its answers by hand, whether to train on them, and a training with them."""
+"""Further examples by the model itself: its answers by hand, whom it may answer for, and a training with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import slow_reference
 import torch
 from test_real_models import SMOLLM2, loaded
 from test_replay import TOKENIZER
-from test_select import EXAMPLES, held_out_by_hand, low_floor  # noqa: F401 - fixture
+from test_select import EXAMPLES
 from tiny import tiny_model
 
 import laai_core as laai
@@ -95,6 +95,11 @@ def test_a_model_that_follows_the_rule_labels_new_words_rightly():
         score, greedy = slow_reference.loglikelihood(model, *ids, None)
         assert greedy and math.exp(score) >= CONFIDENCE
 
+    # Ten answers to the wrong words are no rule that it could follow.
+    targets = [one.target for one in examples]
+    mixed = [replace(one, target=target) for one, target in zip(examples, targets[1:] + targets[:1], strict=True)]
+    assert pseudo_labelled(layout, tokenizer, mixed, "\n") == []
+
 
 @dataclass(frozen=True)
 class Described(Example):
@@ -134,48 +139,21 @@ def test_none_where_the_question_comes_otherwise_behind_shots():
     assert pseudo_labelled(locate(model), TOKENIZER, examples, "\n") == []
 
 
-# The validation
-
-
-@pytest.fixture
-def make(monkeypatch):
-    """Says which further examples every model makes."""
-    return lambda found: monkeypatch.setattr(select, "pseudo_labelled", lambda *arguments: found)
-
-
-@pytest.mark.usefixtures("low_floor")
-@pytest.mark.parametrize("layer", [0, 1, 2])
-def test_the_held_out_loss_with_them_is_that_of_folds_trained_on_them_too(make, layer):
-    make(further := [Example("ab we", " no"), Example("there", " wx")])
-    model = tiny_model("Llama")
-    choice = select.choose(model, TOKENIZER, EXAMPLES, layer, 0.01, 0.01)
-    without, behind = choice.tried
-    assert (without.pseudo_labels, behind.pseudo_labels) == (0, 2)
-    for one, more in ((without, []), (behind, further)):
-        assert one.held_out_loss == pytest.approx(held_out_by_hand(model, EXAMPLES, one, one.steps, more), rel=2e-3)
-    best = min(choice.tried, key=lambda one: one.smallest_loss)
-    assert (choice.further, choice.steps) == (further if best is behind else [], best.steps)
-
-
-@pytest.mark.slow
-def test_right_ones_are_used_and_wrong_ones_are_not(make):
-    model, tokenizer = loaded(SMOLLM2)
-    pairs = laai.load_task("pairs:past_tense", seed=0, n_train=30).train
-    examples, right = pairs[:10], pairs[10:]
-    wrong = [replace(one, target=other.target) for one, other in zip(right, right[1:] + right[:1], strict=True)]
-    for further, used in ((right, right), (wrong, [])):
-        make(further)
-        assert select.choose(model, tokenizer, examples, 9, 1e-4, 1e-4).further == used
-
-
 # The training
 
 
-def test_the_vector_is_trained_on_all_and_the_record_is_of_those_given():
-    further = [Example("ab we", " no"), Example("there", " wx")]
+@pytest.fixture
+def further(monkeypatch):
+    """Two further examples that every model makes."""
+    found = [Example("ab we", " no"), Example("there", " wx")]
+    monkeypatch.setattr(select, "pseudo_labelled", lambda *arguments: found)
+    return found
+
+
+def test_the_vector_is_trained_on_all_and_the_record_is_of_those_given(further):
     model, seen = tiny_model("Llama"), []
-    choice = replace(select.choose(model, TOKENIZER, EXAMPLES), further=further)
-    result = select.trained(model, TOKENIZER, EXAMPLES, choice, seed=3, task="x", on_step=seen.append)
+    result, choice = select.train_chosen(model, TOKENIZER, EXAMPLES, seed=3, task="x", on_step=seen.append)
+    assert choice.further == further
     setting = choice.layer, choice.l1, choice.group
     start = laai.train(model, TOKENIZER, EXAMPLES, *setting, steps=1, start="icl").intervention
     whole = laai.train(model, TOKENIZER, [*EXAMPLES, *further], *setting, steps=choice.steps, start=start)
@@ -189,8 +167,7 @@ def test_the_vector_is_trained_on_all_and_the_record_is_of_those_given():
     assert facts["examples_sha256"] == of_given["examples_sha256"]
 
 
-def test_the_papers_training_has_none(make):
-    make(EXAMPLES)
+def test_the_papers_training_has_none(further):
     choice = select.choose(tiny_model("Llama"), TOKENIZER, EXAMPLES, start="zero")
-    assert not any(one.pseudo_labels for one in choice.tried)
+    assert not choice.further
     assert not select.choose(tiny_model("Llama"), TOKENIZER, EXAMPLES, 1, 0.1, 0.1, 5).further

@@ -208,18 +208,10 @@ def _kept(stopped: Interrupted | NotFinite, path: Path) -> str:
 def _text(facts: dict[str, Any]) -> str:
     stopped = f", {facts['stopped']}" if facts["stopped"] else ""
     rows = [
-        (
-            one["layer"],
-            f"{one['l1']:.3g}",
-            f"{one['group']:.3g}",
-            one["pseudo_labels"],
-            one["steps"],
-            f"{one['held_out_loss']:.4f}",
-        )
+        (one["layer"], f"{one['l1']:.3g}", f"{one['group']:.3g}", one["steps"], f"{one['held_out_loss']:.4f}")
         for one in facts["tried"]
     ]
-    head = ("layer", "l1", "group", "pseudo-labels", "evaluations", "held-out loss")
-    tried = table([head, *rows]) + "\n\n" if rows else ""
+    tried = table([("layer", "l1", "group", "evaluations", "held-out loss"), *rows]) + "\n\n" if rows else ""
     return tried + table(
         [
             ("file", facts["file"]),

@@ -17,7 +17,7 @@ from laai_core.record import examples_sha256
 from lm_eval_laai.experiments.cells import Cell, Fit
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.methods import LAAI
-from lm_eval_laai.methods.pseudo_labels import CONFIDENCE, INPUTS, KEPT
+from lm_eval_laai.methods.pseudo_labels import CONFIDENCE, INPUTS, TRUSTED
 from lm_eval_laai.methods.select import PENALTIES
 from lm_eval_laai.tasks import TaskInfo, harness_metadata, list_tasks
 
@@ -68,7 +68,7 @@ class Setting:
         return {
             **asdict(fit),
             **({"chosen_from": [*PENALTIES]} if chosen else {}),
-            **({"pseudo_labels": [INPUTS, KEPT, CONFIDENCE]} if labels else {}),
+            **({"pseudo_labels": [INPUTS, TRUSTED, CONFIDENCE]} if labels else {}),
             "task": task_info(fit.task).name,
             "examples_sha256": examples_sha256(examples),
             **self._shared,

@@ -5,8 +5,8 @@ answers say so, and a vector that is trained on them too replaces the shots bett
 & Zhong 2022; pseudo-labels: Lee 2013). Nothing but the model and the examples is used, and nothing is drawn: inputs
 begin with the likeliest first tokens behind the solved examples and go on greedily.
 
-Wrong labels do harm: of the answers the KEPT most probable are kept, none below CONFIDENCE, and whether to train on
-them is the caller's to validate (`lm_eval_laai.methods.select`).
+Wrong labels do harm, so there are none unless the model, behind the others, answers at least TRUSTED of the examples
+rightly; and of its answers those are kept to which it gives a probability of at least CONFIDENCE.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedTokenizerBase
 
 INPUTS = 40  # proposed at most
-KEPT = 20  # answers at most
-CONFIDENCE = 0.05  # probability of an answer and its end
+TRUSTED = 0.5  # share of the examples
+CONFIDENCE = 0.5  # probability of an answer and its end
 SPARE = 4  # tokens that an input or an answer may have beyond the longest of the examples
 
 
@@ -44,9 +44,9 @@ def pseudo_labelled(
     whitespace: Whitespace = "refuse",
     batch_size: int | None = None,
 ) -> list[Example]:
-    """Up to KEPT further examples, most of them right where the model can follow the rule.
+    """Up to INPUTS further examples, most of them right where the model can follow the rule; none where it cannot.
 
-    None for examples with options instead of targets, for prompts that do not end alike (the end of a proposed
+    None either for examples with options instead of targets, for prompts that do not end alike (the end of a proposed
     input could not be told) or whose few-shot prompts are not the solved examples and then the prompt, for prompts too
     long for the model, behind a soft prompt, and of a model that cannot generate.
 
@@ -66,18 +66,21 @@ def pseudo_labelled(
         return []
     if not tail.strip() or whole > (layout.max_positions or whole):
         return []
+    left_out = [one.behind([other for other in examples if other is not one]) for one in examples]
+    answers = writer.answers(left_out, answer_room)
+    right = [a is not None and a.text == e.answer.strip() for a, e in zip(answers, examples, strict=True)]
+    if sum(right) < TRUSTED * len(examples):
+        return []
     known = {example.prompt.removeprefix(again) for example in examples}
     inputs = writer.inputs(shots + head.rstrip(), tail, input_room)
     asked = [prompt for prompt in (head + text + tail for text in inputs) if prompt not in known]
     answers = writer.answers([shots + prompt for prompt in asked], answer_room)
     space = examples[0].answer.removesuffix(examples[0].answer.lstrip())
-    found = [
-        (answer.probability, Example(again + prompt, space + answer.text, rendering=examples[0].rendering))
+    return [
+        Example(again + prompt, space + answer.text, rendering=examples[0].rendering)
         for prompt, answer in zip(asked, answers, strict=True)
         if answer is not None and answer.text and answer.probability >= CONFIDENCE
     ]
-    found.sort(key=lambda one: -one[0])
-    return [example for _, example in found[:KEPT]]
 
 
 def _shots(examples: Sequence[Example]) -> tuple[str, str]:

@@ -11,12 +11,10 @@ PATIENCE evaluations. The setting with the smallest mean held-out loss is chosen
 whose mean is within one standard error of the smallest, of the paired differences between the examples' losses: the
 minimum over ten examples is noisy, and some evaluations too many cost less than too few.
 
-A vector trained on ten examples fits their accidents. Where folds trained on the model's own further examples too
-(`lm_eval_laai.methods.pseudo_labels`) reach the smallest held-out loss, the vector is trained on them. They are made
-once, behind all examples, so that held-out ones are among the shots behind which the model answered other inputs.
-Elsewhere the vector is the mean of those that the setting gives on all examples and on each fold's: the accidents of
-these are different ones, and a mean has less of them (bagging: Breiman 1996). Start zero is the paper's training, and
-its vector that of the examples alone.
+A vector trained on ten examples fits their accidents. Where the model can follow the rule behind ten shots, the vector
+is trained on its own further examples too (`lm_eval_laai.methods.pseudo_labels`). Elsewhere it is the mean of those
+that the setting gives on all examples and on each fold's: their accidents are different ones, and a mean has less of
+them (bagging: Breiman 1996). Start zero is the paper's training, and its vector that of the examples alone.
 
 The held-out loss is -log((1 - FLOOR) p + FLOOR), p = exp(-loss) of the example: under the plain mean, one held-out
 answer that is wrong anyway and gets more so ends a training that is still making others right.
@@ -65,10 +63,7 @@ LONE_DEPTH = 0.4  # share of the depth for a single example, of which nothing ca
 
 @dataclass(frozen=True)
 class Tried:
-    """One setting, its number of evaluations, and the means of the bounded held-out losses there and at the lowest.
-
-    pseudo_labels: how many further examples by the model every fold was trained on.
-    """
+    """One setting, its number of evaluations, and the means of the bounded held-out losses there and at the lowest."""
 
     layer: int
     l1: float
@@ -76,7 +71,6 @@ class Tried:
     steps: int
     held_out_loss: float
     smallest_loss: float
-    pseudo_labels: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ class Choice:
     """The setting with the smallest held-out loss, and all that were tried.
 
     starts: the in-context starts at `layer` of all examples and of each fold; none from zero, or with nothing tried.
-    further: examples by the model itself, to train on too.
+    further: examples by the model itself.
     """
 
     layer: int
@@ -137,7 +131,7 @@ def choose(
     tried: list[Tried] = []
     with folds.ready(), tqdm(desc="cross-validate", unit=" evaluations", disable=not progress, leave=False) as bar:
 
-        def try_all(settings: Sequence[tuple[int, tuple[float, float]]], folds: _Folds = folds) -> Tried:
+        def try_all(settings: Sequence[tuple[int, tuple[float, float]]]) -> Tried:
             for at, penalties in settings:
                 bar.set_postfix(layer=at, l1=penalties[0], refresh=False)
                 try:
@@ -155,11 +149,7 @@ def choose(
             bar.set_description("label further inputs")
             options = shared.stop, shared.whitespace, shared.batch_size
             further = pseudo_labelled(layout, tokenizer, examples, *options)
-        if further:
-            bar.set_description("cross-validate with further inputs")
-            best = try_all([(best.layer, (best.l1, best.group))], folds.with_further(further, best.layer))
-    used = further if best.pseudo_labels else []
-    return Choice(best.layer, best.l1, best.group, steps or best.steps, tried, starts, used)
+    return Choice(best.layer, best.l1, best.group, steps or best.steps, tried, starts, further)
 
 
 def train_chosen(
@@ -266,7 +256,7 @@ def trained_on(examples: Sequence[Example]) -> list[list[Example]]:
 
 
 class _Folds:
-    """One problem whose runs are the folds: each has all examples, some of them held out, and all further ones."""
+    """One problem whose runs are the folds: each has all examples, some of them held out."""
 
     def __init__(
         self,
@@ -277,39 +267,28 @@ class _Folds:
         settings: Settings,
         lr: float,
         start: str | None,
-        further: Sequence[Example] = (),
     ) -> None:
-        self._examples, self._further = examples, further
+        masks = held_out_by_fold(len(examples))
+        self._held_out = torch.tensor(masks)
+        self._sets = [examples, *trained_on(examples)]
         self._layout, self._tokenizer, self._layers, self._settings = layout, tokenizer, layers, settings
         self._lr, self._start = lr, start
         self._best: list[float] = []  # held-out losses by evaluations, of the setting that reached the lowest
-        self._starts: dict[int, torch.Tensor] = {}
-        self._masks = held_out_by_fold(len(examples))
-        watched = [[*mask, *(False for _ in further)] for mask in self._masks]
-        sets = [[*examples, *further]] * len(watched)
-        self._problem = Problem(layout, tokenizer, sets, layers, settings, watched)
-
-    def with_further(self, further: Sequence[Example], layer: int) -> _Folds:
-        """The same folds with the same starts at one layer, whose runs have further examples."""
-        options = [layer], self._settings, self._lr, self._start, further
-        folds = _Folds(self._layout, self._tokenizer, self._examples, *options)
-        folds._starts = self._starts
-        return folds
+        self._problem = Problem(layout, tokenizer, [examples] * len(masks), layers, settings, masks)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Within the block, the model is frozen and every fold has its start at every layer."""
         with frozen(self._layout.model):
             verify_causal(self._layout)
-            sets = [self._examples, *trained_on(self._examples)]
-            shape = len(sets), *self._problem.shape(self._layers[0])
+            shape = len(self._sets), *self._problem.shape(self._layers[0])
             self._starts = {layer: torch.zeros(shape) for layer in self._layers}
             if self._start != "zero":
                 # With two examples a fold is left with one, from which no few-shot prompt can be made.
-                numbers = [number for number, part in enumerate(sets) if len(part) > 1]
+                numbers = [number for number, part in enumerate(self._sets) if len(part) > 1]
                 options = self._settings.site, self._settings.whitespace, self._settings.batch_size
-                parts = [sets[number] for number in numbers]
-                found = in_context_starts(self._layout, self._tokenizer, parts, self._layers, *options)
+                sets = [self._sets[number] for number in numbers]
+                found = in_context_starts(self._layout, self._tokenizer, sets, self._layers, *options)
                 for layer in self._layers:
                     self._starts[layer][numbers] = found[layer].view(-1, *shape[1:])
             yield
@@ -323,8 +302,7 @@ class _Folds:
 
     def tried(self, layer: int, l1: float, group: float, bar: Any) -> Tried:
         """Train every fold in one setting."""
-        rival = [] if self._further else self._best  # with more examples the loss falls later
-        curve = _Curve(torch.tensor(self._masks), rival, bar)
+        curve = _Curve(self._held_out, self._best, bar)
         start = self._starts[layer][1:] / self._problem.unit(layer)
         self._problem.minimise(
             layer,
@@ -341,8 +319,7 @@ class _Folds:
         if min(curve.losses) < min(self._best, default=math.inf):
             self._best = curve.losses
         steps = last_good(torch.stack(curve.held_out))
-        losses = curve.losses[steps - 1], min(curve.losses)
-        return Tried(layer, l1, group, steps, *losses, len(self._further))
+        return Tried(layer, l1, group, steps, curve.losses[steps - 1], min(curve.losses))
 
 
 def last_good(losses: torch.Tensor) -> int:
@@ -376,9 +353,8 @@ class _Curve:
         self.losses: list[float] = []
 
     def see(self, per_example: torch.Tensor) -> None:
-        """Losses [F * (N + M)] at the points in evaluation, those of M further examples last in every fold."""
-        folds, count = self._mask.shape
-        self._now = bounded(per_example.cpu().view(folds, -1)[:, :count])
+        """Losses [F * N] at the points in evaluation."""
+        self._now = bounded(per_example.cpu().view_as(self._mask))
 
     def add(self, steps: dict[int, Step]) -> bool:
         """The steps of the folds that were evaluated; whether the setting has ended."""
