@@ -197,6 +197,15 @@ def test_tolerances_and_directions(
         assert bad(findings) == ([(TASK, METRIC)] if score in failing else []), score
 
 
+def test_a_failure_by_little_shows_the_digits_that_differ(
+    document: dict[str, Any], put: Callable[[Any], Path], baseline: Path
+) -> None:
+    document["results"][TASK][METRIC] = 0.759996  # a tolerance of two standard errors is 0.04
+    (one,) = (one for one in compare(read_results(put(document)), load_baseline(baseline)) if one.state == FAILED)
+    assert (one.expected, one.found) == ("0.8 (at least 0.76)", "0.759996")
+    assert one.reason == "0.759996 is worse than 0.8 by 0.040004, allowed is 0.04 (2 standard errors)"
+
+
 def test_much_better_is_told_and_passes(document: dict[str, Any], put: Callable[[Any], Path], baseline: Path) -> None:
     document["results"][TASK][METRIC] = 0.9  # a tolerance of two standard errors is 0.04
     findings = compare(read_results(put(document)), load_baseline(baseline))

@@ -61,22 +61,31 @@ def _same(task: str, item: str, expected: object, found: object) -> Finding:
 def _metric(task: str, key: str, expected: Expected, found: Metric | None) -> Finding:
     better = None if found is None else found.higher_is_better
     low, high = expected.value - expected.margin, expected.value + expected.margin
-    bounds = {True: f"at least {low:.4g}", False: f"at most {high:.4g}", None: f"{low:.4g} to {high:.4g}"}[better]
-    wanted = f"{expected.value:.4g} ({bounds})"
+
+    def wanted(n: int = 4) -> str:
+        bounds = {True: f"at least {low:.{n}g}", False: f"at most {high:.{n}g}", None: f"{low:.{n}g} to {high:.{n}g}"}
+        return f"{expected.value:.{n}g} ({bounds[better]})"
+
     if found is None:
-        return Finding(task, key, wanted, "missing", FAILED, "not in the results")
+        return Finding(task, key, wanted(), "missing", FAILED, "not in the results")
     rise = found.value - expected.value
     worse = {True: -rise, False: rise, None: abs(rise)}[better]
     slack = _ROUNDING * max(1.0, abs(expected.value))
     shown = f"{found.value:.4g}"
     if not worse <= expected.margin + slack:  # so that NaN fails
+        n = _digits((found.value, low if rise < 0 else high), (worse, expected.margin))
         kind, size = expected.tolerance
-        allowed = f"{expected.margin:.4g}" + ("" if kind == "absolute" else f" ({size:g} {kind.replace('_', ' ')})")
-        reason = f"{shown} is worse than {expected.value:.4g} by {worse:.4g}, allowed is {allowed}"
-        return Finding(task, key, wanted, shown, FAILED, reason)
+        allowed = f"{expected.margin:.{n}g}" + ("" if kind == "absolute" else f" ({size:g} {kind.replace('_', ' ')})")
+        reason = f"{found.value:.{n}g} is worse than {expected.value:.{n}g} by {worse:.{n}g}, allowed is {allowed}"
+        return Finding(task, key, wanted(n), f"{found.value:.{n}g}", FAILED, reason)
     if -worse > expected.margin + slack:
-        return Finding(task, key, wanted, shown, NOTE, f"better by {-worse:.4g}: --update would hold on to it")
-    return Finding(task, key, wanted, shown, OK)
+        return Finding(task, key, wanted(), shown, NOTE, f"better by {-worse:.4g}: --update would hold on to it")
+    return Finding(task, key, wanted(), shown, OK)
+
+
+def _digits(*pairs: tuple[float, float]) -> int:
+    """Significant digits, four or more, that show the two numbers of every pair as different ones."""
+    return next(n for n in range(4, 18) if n == 17 or all(f"{a:.{n}g}" != f"{b:.{n}g}" for a, b in pairs))
 
 
 def _intervention(name: str, expected: dict[str, Any], found: dict[str, Any] | None) -> list[Finding]:
