@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from lm_eval_laai.gate.results_file import Metric, Results
 OK, NOTE, FAILED = "ok", "note", "FAILED"
 # Sums of floats in two orders differ by less; a result at the very edge of its tolerance must not.
 _ROUNDING = 1e-9
+_DIGITS = 4  # significant ones, or as many as tell a failure from its limit
 
 
 @dataclass(frozen=True)
@@ -59,33 +61,35 @@ def _same(task: str, item: str, expected: object, found: object) -> Finding:
 
 
 def _metric(task: str, key: str, expected: Expected, found: Metric | None) -> Finding:
-    better = None if found is None else found.higher_is_better
-    low, high = expected.value - expected.margin, expected.value + expected.margin
-
-    def wanted(n: int = 4) -> str:
-        bounds = {True: f"at least {low:.{n}g}", False: f"at most {high:.{n}g}", None: f"{low:.{n}g} to {high:.{n}g}"}
-        return f"{expected.value:.{n}g} ({bounds[better]})"
-
     if found is None:
-        return Finding(task, key, wanted(), "missing", FAILED, "not in the results")
-    rise = found.value - expected.value
+        return Finding(task, key, _wanted(expected, None, _DIGITS), "missing", FAILED, "not in the results")
+    better, rise = found.higher_is_better, found.value - expected.value
     worse = {True: -rise, False: rise, None: abs(rise)}[better]
     slack = _ROUNDING * max(1.0, abs(expected.value))
-    shown = f"{found.value:.4g}"
-    if not worse <= expected.margin + slack:  # so that NaN fails
-        n = _digits((found.value, low if rise < 0 else high), (worse, expected.margin))
+    failed = not worse <= expected.margin + slack  # so that NaN fails
+    limit = expected.value + math.copysign(expected.margin, rise)
+    n = _digits((found.value, limit), (worse, expected.margin)) if failed else _DIGITS
+    wanted, shown = _wanted(expected, better, n), f"{found.value:.{n}g}"
+    if failed:
         kind, size = expected.tolerance
         allowed = f"{expected.margin:.{n}g}" + ("" if kind == "absolute" else f" ({size:g} {kind.replace('_', ' ')})")
-        reason = f"{found.value:.{n}g} is worse than {expected.value:.{n}g} by {worse:.{n}g}, allowed is {allowed}"
-        return Finding(task, key, wanted(n), f"{found.value:.{n}g}", FAILED, reason)
+        reason = f"{shown} is worse than {expected.value:.{n}g} by {worse:.{n}g}, allowed is {allowed}"
+        return Finding(task, key, wanted, shown, FAILED, reason)
     if -worse > expected.margin + slack:
-        return Finding(task, key, wanted(), shown, NOTE, f"better by {-worse:.4g}: --update would hold on to it")
-    return Finding(task, key, wanted(), shown, OK)
+        return Finding(task, key, wanted, shown, NOTE, f"better by {-worse:.{n}g}: --update would hold on to it")
+    return Finding(task, key, wanted, shown, OK)
+
+
+def _wanted(expected: Expected, better: bool | None, n: int) -> str:
+    """The baseline's value and its bounds, with `n` significant digits."""
+    low, high = expected.value - expected.margin, expected.value + expected.margin
+    bounds = {True: f"at least {low:.{n}g}", False: f"at most {high:.{n}g}", None: f"{low:.{n}g} to {high:.{n}g}"}
+    return f"{expected.value:.{n}g} ({bounds[better]})"
 
 
 def _digits(*pairs: tuple[float, float]) -> int:
-    """Significant digits, four or more, that show the two numbers of every pair as different ones."""
-    return next(n for n in range(4, 18) if n == 17 or all(f"{a:.{n}g}" != f"{b:.{n}g}" for a, b in pairs))
+    """Significant digits that show the two numbers of every pair as different ones."""
+    return next((n for n in range(_DIGITS, 17) if all(f"{a:.{n}g}" != f"{b:.{n}g}" for a, b in pairs)), 17)
 
 
 def _intervention(name: str, expected: dict[str, Any], found: dict[str, Any] | None) -> list[Finding]:
