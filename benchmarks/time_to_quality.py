@@ -96,8 +96,7 @@ def laai_curve(layout: Layout, tokenizer: Any, words: Words) -> Curve:
 
 
 def adapter_curve(method: str, layout: Layout, tokenizer: Any, words: Words) -> Curve:
-    layer = METHODS[method].default_layer
-    config = adapters.ADAPTERS[method](layout, layer and layer(len(layout.blocks)))
+    config = adapters.ADAPTERS[method](layout, None)
     bar = type("NoBar", (), {"update": lambda self: None})()
     with adapters._wrapped(layout, config, 0) as wrapped:
         if config.is_prompt_learning:

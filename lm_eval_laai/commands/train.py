@@ -62,7 +62,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
     add_layer_argument(parser)
     _add_training_arguments(parser)
-    parser.add_argument("--heads", type=int, help=f"of fv: {METHODS['fv'].options['heads'].help}")
+    parser.add_argument("--heads", type=int, help="of fv: how many heads it sums (default: the share its paper takes)")
     parser.add_argument(
         "--output",
         default="./",

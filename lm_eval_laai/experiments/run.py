@@ -245,7 +245,7 @@ class _Worker:
 def _is_job(fit: Fit) -> bool:
     """Whether `train_many` can train the fit as a row of a batch: no setting is left to be chosen."""
     chosen = None in (fit.layer, fit.l1, fit.group, fit.steps, fit.penalty_scale)
-    return methods.METHODS[fit.method].trains_many and not chosen
+    return fit.method == methods.LAAI.name and not chosen
 
 
 def _kind(fit: Fit) -> Fit:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from laai_core.data.split import Split
 from laai_core.errors import LaaiError
-from lm_eval_laai.methods.method import Method, Option, Training, middle_layer, third_layer
+from lm_eval_laai.methods.method import Method, Training
 from lm_eval_laai.tasks import recorded_task
 
 if TYPE_CHECKING:  # importing transformers takes a second
@@ -51,40 +51,17 @@ def _adapter(name: str, title: str, passes: float, **facts: Any) -> Method:
 
         train_adapter(name, *given.on, given.path, given.layer, given.seed, steps, given.task, given.progress)
 
-    steps = Option("optimiser steps", least=1)
-    return Method(name, title, train, passes, {"steps": steps}, writes_adapter=True, **facts)
+    return Method(name, title, train, passes, ("steps",), writes_adapter=True, **facts)
 
 
-LAAI = Method(
-    "laai",
-    "LAAI",
-    _train_laai,
-    passes=6.0,
-    options={
-        "l1": Option("weight of the sum of absolute values, the paper's gamma"),
-        "group": Option("weight of the sum of the heads' norms, the paper's lambda"),
-        "penalty_scale": Option("whether penalties are relative to the size of the activation"),
-        "steps": Option("model evaluations", least=1),
-        "start": Option("where training begins, icl or zero"),
-    },
-    takes_adapted=True,
-    takes_sharded=True,
-    trains_many=True,
-)
+LAAI = Method("laai", "LAAI", _train_laai, passes=6.0, options=("l1", "group", "penalty_scale", "steps", "start"))
 METHODS = {
     method.name: method
     for method in (
         LAAI,
-        Method(
-            "fv",
-            "function vector",
-            _train_function_vector,
-            passes=12.0,
-            options={"heads": Option("how many heads it sums (default: the share its paper takes)")},
-            default_layer=third_layer,
-        ),
+        Method("fv", "function vector", _train_function_vector, passes=12.0, options=("heads",)),
         Method("icv", "ICV", _train_in_context_vector, passes=0.2),
-        _adapter("lora", "LoRA", passes=160.0, default_layer=middle_layer),
+        _adapter("lora", "LoRA", passes=160.0),
         _adapter("ia3", "IA3", passes=180.0),
         _adapter("soft_prompt", "Soft prompt", passes=280.0, takes_layer=False),
     )
@@ -114,7 +91,7 @@ def fit(
 
     Args:
         method: a name in METHODS; docs/methods.md says what each does.
-        model: a causal language model of transformers. Only `laai` takes one under an adapter.
+        model: a causal language model of transformers. Only `laai` takes one under an adapter or in shards.
         layer: 0-based, negative from the end. Default: chosen by cross-validation for `laai`, the middle for
             `lora`, a third of the depth for `fv`, every layer for `icv` and `ia3`. A `soft_prompt` has none.
         seed: of what the method draws itself: prompts, initial weights. `split` has drawn the examples.
@@ -128,17 +105,13 @@ def fit(
     Raises:
         LaaiError: on a bad argument, or examples or a model that the method cannot take, before anything is written.
     """
-    from laai_core.locate import locate
-
     path = Path(output).expanduser()
     chosen = method_named(method)
     chosen.check(path, layer, options)
-    if not chosen.takes_adapted and hasattr(model, "get_base_model"):
+    if chosen is not LAAI and hasattr(model, "get_base_model"):
         raise LaaiError(f"the model is under a PEFT adapter: expected the model itself for the method {method}")
-    if not chosen.takes_sharded and (getattr(model, "_tp_size", None) or 1) > 1:
+    if chosen is not LAAI and (getattr(model, "_tp_size", None) or 1) > 1:
         raise LaaiError(f"the model is sharded by tensor parallelism: expected a whole one for the method {method}")
-    if layer is None and chosen.default_layer is not None:
-        layer = chosen.default_layer(len(locate(model).blocks))
     given = {name: value for name, value in options.items() if value is not None}
     task = recorded_task(split.name)
     chosen.train(Training(model, tokenizer, split.train, task, path, layer, seed, progress), **given)

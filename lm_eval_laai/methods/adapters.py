@@ -33,7 +33,7 @@ from laai_core.locate import Layout, locate
 from laai_core.objective import Objective
 from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.linear_modules import attention_inputs, down_projection, is_transposed
-from lm_eval_laai.methods.method import ADAPTER_FACTS, ADAPTER_STEPS
+from lm_eval_laai.methods.method import ADAPTER_FACTS, ADAPTER_STEPS, middle_layer
 from lm_eval_laai.methods.select import bounded, ended, held_out_by_fold, last_good
 
 if TYPE_CHECKING:  # importing transformers takes a second
@@ -63,7 +63,7 @@ def train_adapter(
     Args:
         method: a name in ADAPTERS.
         examples: with targets (loss `nll`) or with options and distributions (loss `kl`), as for a vector.
-        layer: required for `lora`; None puts `ia3` on every layer; a `soft_prompt` has no layer.
+        layer: None is the middle for `lora` and every layer for `ia3`; a `soft_prompt` has no layer.
         seed: of LoRA's random half. Everything else starts from fixed values.
         steps: of AdamW on all examples at once at a constant rate; default: chosen, at most ADAPTER_STEPS.
         task: the harness's name; a soft prompt starts from the task's description.
@@ -100,7 +100,7 @@ def train_adapter(
 
 
 def _lora(layout: Layout, layer: int | None) -> peft.PeftConfig:
-    assert layer is not None
+    layer = middle_layer(len(layout.blocks)) if layer is None else layer
     modules = attention_inputs(layout, layer, ("query", "value"))
     transposed = is_transposed(layout, modules[0])
     return peft.LoraConfig(r=RANK, target_modules=modules, fan_in_fan_out=transposed, task_type="CAUSAL_LM")

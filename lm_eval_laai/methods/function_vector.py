@@ -24,7 +24,6 @@ from laai_core.hooks import attached, frozen, recorded
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
 from laai_core.record import model_facts, training_facts
-from lm_eval_laai.methods.method import third_layer
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +71,7 @@ def function_vector(
     """
     layout = locate(model)
     count = len(layout.blocks)
-    layer = third_layer(count) if layer is None else layout.layer(layer)
+    layer = round(count / 3) if layer is None else layout.layer(layer)
     available = sum(isinstance(p, nn.Module) for p in layout.projections) * layout.num_heads
     heads = default_heads(available) if heads is None else heads
     if not 1 <= heads <= available:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,20 +20,6 @@ ADAPTER_FACTS = "laai.json"  # provenance of an adapter, in its folder beside PE
 ADAPTER_CONFIG = "adapter_config.json"  # peft.utils.CONFIG_NAME, which takes seconds to import
 
 
-@dataclass(frozen=True)
-class Option:
-    """An argument that not every method takes."""
-
-    help: str
-    least: int | None = None  # for a whole number
-
-    def check(self, name: str, value: Any) -> None:
-        """LaaiError for a value that is wrong for every model and all examples."""
-        if self.least is not None and value < self.least:
-            least = "one" if self.least == 1 else self.least
-            raise LaaiError(f"{name} is {value}: expected at least {least}")
-
-
 def middle_layer(count: int) -> int:
     """The middle of a model of `count` layers, 0-based.
 
@@ -41,11 +27,6 @@ def middle_layer(count: int) -> int:
     learning creates task vectors"), and on the reference model too. The paper's layer is 3 of 32.
     """
     return count // 2
-
-
-def third_layer(count: int) -> int:
-    """A third of the depth of a model of `count` layers, 0-based, as in the paper of function vectors."""
-    return round(count / 3)
 
 
 @dataclass(frozen=True)
@@ -83,14 +64,10 @@ class Method:
         title: in tables.
         train: (Training, **options): learns from its examples and writes its path, whole or not at all; the model is
             left exactly as it was. Options that are not given are missing.
-        options: the arguments that not every method takes.
-        default_layer: of the number of layers; None: all layers, none at all, or chosen by cross-validation.
+        options: names of the arguments that not every method takes.
         takes_layer: False for a method that is in no layer.
         writes_adapter: it writes a folder in PEFT's format, for the harness's `peft=`; else a file for hf-laai's
             `intervention=`.
-        takes_adapted: whether it trains on a model that is under a PEFT adapter.
-        takes_sharded: whether it trains on a model that is under tensor parallelism.
-        trains_many: `laai_core.train_many` trains several of its vectors as rows of one batch.
         passes: cost of one training on ten examples, in forward passes over 64 prompts of 16 tokens, measured with
             the reference model on one CPU core.
     """
@@ -99,13 +76,9 @@ class Method:
     title: str
     train: Callable[..., None]
     passes: float
-    options: Mapping[str, Option] = field(default_factory=dict)
-    default_layer: Callable[[int], int] | None = None
+    options: tuple[str, ...] = ()
     takes_layer: bool = True
     writes_adapter: bool = False
-    takes_adapted: bool = False
-    takes_sharded: bool = False
-    trains_many: bool = False
 
     @property
     def suffix(self) -> str:
@@ -119,7 +92,8 @@ class Method:
                 continue
             if name not in self.options:
                 raise LaaiError(f"{name} is {value}, but the method {self.name} has none: leave it out")
-            self.options[name].check(name, value)
+            if name == "steps" and value < 1:
+                raise LaaiError(f"steps is {value}: expected at least one")
         if layer is not None and not self.takes_layer:
             raise LaaiError(f"layer is {layer}, but a soft prompt stands before the text, in no layer: leave it out")
         if not self.writes_adapter:
