@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the suffix of an intervention's file. Every command imports it: no torch."""
+"""Files written whole or not at all, and names of interventions' files. Every command imports it: no torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from pathlib import Path
 from laai_core.errors import DiskFailed, LaaiError
 
 SUFFIX = ".safetensors"
-PARTIAL = f".partial{SUFFIX}"  # of an interrupted training's file, which folders of interventions skip
+PARTIAL = f".partial{SUFFIX}"  # of an interrupted training's file
 _FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def vectors_in(folder: Path) -> list[Path]:
+    """The files of interventions in a folder, sorted by name; none of an interrupted training."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise LaaiError(f"cannot read the folder {folder}: {error.strerror}") from None
+    return [folder / name for name in names if name.endswith(SUFFIX) and not name.endswith(PARTIAL)]
 
 
 def write(path: Path, content: bytes) -> None:

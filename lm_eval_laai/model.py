@@ -86,7 +86,8 @@ class HFLaai(Steered, HFLM):
         self._layout = locate(self.model, projection)
         verify_causal(self._layout)
         self._prefixes = SharedPrefixes(self._layout)
-        self._edits = {id(iv): Edit.of(iv, self._layout) for iv in self._routing.all()}
+        interventions = [route.scaled for route in self._routing.routes.values()]
+        self._edits = {id(iv): Edit.of(iv, self._layout) for iv in interventions}
         used_on = self.pretrained if isinstance(self.pretrained, str) else self.config._name_or_path
         self._warn_if_made_elsewhere(used_on, self.model.dtype)
 

@@ -120,13 +120,13 @@ class Steered:
     def _warn_if_made_elsewhere(self, used_on: str, dtype: torch.dtype) -> None:
         """Warn of vectors trained on another model of the same shape, or in another dtype."""
         assert self._routing is not None
-        for name, (intervention, _) in self._routing.files().items():
-            made_for = intervention.metadata.get("base_model")
+        for name, route in self._routing.routes.items():
+            made_for = route.loaded.metadata.get("base_model")
             if isinstance(made_for, str) and _name(made_for) != _name(used_on):
                 logger.warning(
                     "%s: the intervention was made for %.200r and is applied to %s", name, made_for, used_on
                 )
-            training = intervention.metadata.get("training")
+            training = route.loaded.metadata.get("training")
             trained_in = training.get("dtype") if isinstance(training, dict) else None
             if trained_in is not None and trained_in != str(dtype).removeprefix("torch."):
                 logger.warning(

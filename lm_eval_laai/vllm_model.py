@@ -87,8 +87,8 @@ class VLLMLaai(Steered, VLLM):
         for name, instead in _REFUSED.items():
             if kwargs.get(name) and (kwargs[name] is True or kwargs[name] != 1):  # 1: a number of processes
                 raise LaaiError(f"{name} is refused with an intervention: {instead}")
-        for iv, file in self._routing.files().values():
-            refuse(iv, str(file or "the intervention"))
+        for route in self._routing.routes.values():
+            refuse(route.loaded, str(route.file or "the intervention"))
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the worker class is for the V1 model runner
         with tempfile.TemporaryDirectory(prefix="laai-") as folder:
             super().__init__(pretrained, **{**kwargs, **self._engine_arguments(Path(folder), projection)})
@@ -98,9 +98,10 @@ class VLLMLaai(Steered, VLLM):
         """What tells the workers of the interventions' files; one given from Python gets a file in `folder`."""
         assert self._routing is not None
         files, factor = {}, self._routing.scale
-        for name, (iv, file) in self._routing.files().items():
+        for name, route in self._routing.routes.items():
+            file = route.file
             if file is None:
-                iv.save(file := folder / f"{name}{SUFFIX}")
+                route.scaled.save(file := folder / f"{name}{SUFFIX}")
                 factor = 1.0  # saved as scaled
             files[name] = {"path": str(file.absolute()), "sha256": Intervention.load(file).sha256}
         return engine_arguments(files, factor, projection)

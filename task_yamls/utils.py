@@ -7,9 +7,10 @@ from typing import Any
 from datasets import Dataset
 
 from laai_core.data import load_task
+from laai_core.data.opinion import Opinion
 from laai_core.data.tasks import EXAMPLE_OPTIONS, EXAMPLES, OPINIONQA_GROUP, PAIRS, opinionqa_group, split_opinions
 from laai_core.errors import LaaiError
-from lm_eval_laai.own_task import documents, exact_match, opinion_metrics
+from lm_eval_laai.own_task import document, documents, exact_match, opinion_metrics
 
 __all__ = ["exact_match", "load", "load_opinions", "opinion_metrics"]
 
@@ -56,15 +57,10 @@ def load_opinions(
             )
         laai_task = opinionqa_group(str(attribute), str(group))
     train, test, _sources = split_opinions(laai_task, seed, n_train, None if data is None else str(data))
-    return {
-        name: Dataset.from_dict(
-            {
-                "prompt": [opinion.example().prompt for opinion in part],
-                "choices": [opinion.answers for opinion in part],
-                "target": [opinion.most_common for opinion in part],
-                "distribution": [opinion.distribution for opinion in part],
-                "positions": [opinion.question.positions for opinion in part],
-            }
-        )
-        for name, part in (("train", train), ("test", test))
-    }
+    parts = (("train", train), ("test", test))
+    return {name: Dataset.from_list([_document(opinion) for opinion in part]) for name, part in parts}
+
+
+def _document(opinion: Opinion) -> dict[str, Any]:
+    example = opinion.example()
+    return {**document(example), "target": example.answer, "positions": list(opinion.question.positions)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,20 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command line that must end in one line and exit code 2; returns the line."""
+    """Runs a command line that must end in one line and an exit code; returns the line."""
 
     from lm_eval_laai.commands import cli  # imports torch, which reads OMP_NUM_THREADS, set above
 
-    def run(*argv: object) -> str:
+    def run(*argv: object, code: int = 2, begun: bool = False) -> str:
         capfd.readouterr()
-        assert cli.main([str(a) for a in argv]) == 2
+        assert cli.main([str(a) for a in argv]) == code
         out, err = capfd.readouterr()
-        assert out == "" and err.startswith("laai: error: ") and err.count("\n") == 1
-        return err
+        assert out == "" and "Traceback" not in err
+        (line,) = [line for line in re.split("[\r\n]", err) if line.startswith("laai: error: ")]
+        assert err.endswith(f"{line}\n")
+        if code == 2 and not begun:  # work that has begun has shown its bar
+            assert err == f"{line}\n"
+        return line
 
     return run
 

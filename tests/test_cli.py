@@ -46,23 +46,6 @@ def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command line that must end in one line and an exit code; returns the line."""
-
-    def run(*argv: object, code: int = 2, main: Callable[[list[str]], int] = cli.main) -> str:
-        capfd.readouterr()
-        assert main([str(a) for a in argv]) == code
-        out, err = capfd.readouterr()
-        assert out == ""
-        if code == 1:  # work that fails has begun, and shown its bar
-            err = err[err.rfind("\r") + 1 :]
-        assert err.startswith("laai: error: ") and err.count("\n") == 1 and err.endswith("\n"), err
-        return err
-
-    return run
-
-
 # train and inspect
 
 
@@ -152,12 +135,6 @@ def test_train_prints_a_summary_and_logs_to_stderr(
     assert re.search(r"(?m)^training takes up to \d+ MB more for packed weights", err)
 
 
-def test_the_same_training_gives_the_same_bytes(model: Path, trained: Path, tmp_path: Path) -> None:
-    """Into an existing folder that is given without a slash. Other processes: tests/test_determinism.py."""
-    assert cli.main(["train", "--model", str(model), "--task", TASK, "--steps", "8", "--output", str(tmp_path)]) == 0
-    assert (tmp_path / FILE).read_bytes() == trained.read_bytes()
-
-
 def test_defaults_are_those_of_train_chosen(model: Path, tmp_path: Path) -> None:
     assert cli.main(["train", "--model", str(model), "--task", TASK, "--output", str(tmp_path)]) == 0
     written = laai.Intervention.load(tmp_path / FILE)
@@ -239,25 +216,6 @@ def test_refused_before_any_model_is_looked_for(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("[]", "empty"),
-        ('[{"input": "hot"}]', "record 1"),
-        ('[{"input": "hot", "output": 1}]', "record 1"),
-        ('[{"input":', "not valid JSON"),
-        ("{}", "expected a list"),
-    ],
-)
-def test_malformed_data_set(content: str, said: str, tmp_path: Path, refused: Callable[..., str]) -> None:
-    path = tmp_path / "function_vectors" / "antonym.json"
-    path.parent.mkdir()
-    path.write_text(content)
-    error = refused("train", "--model", "/no/model", "--task", "antonym", "--data", tmp_path, "--output", tmp_path)
-    assert str(path) in error and said in error
-    assert [p.name for p in tmp_path.iterdir()] == ["function_vectors"]
-
-
 def encoder(folder: Path, _: Path) -> None:
     """BERT: AutoModelForCausalLM takes it."""
     size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
@@ -323,7 +281,7 @@ def test_bad_models(
 
 @pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 300])
 def test_paths_that_the_system_refuses(name: str, refused: Callable[..., str]) -> None:
-    assert "traceback" not in refused("check", name, "--baseline", name).lower()
+    assert "traceback" not in refused("check", name, "--against", name).lower()
     refused("train", "--model", "reference", "--task", TASK, "--output", f"{name}/")
 
 
@@ -523,7 +481,7 @@ def test_demo_refusals(
     model: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(*flags: object) -> str:
-        return refused("demo", "--output", tmp_path / "out", *flags, main=cli.main)
+        return refused("demo", "--output", tmp_path / "out", *flags)
 
     assert "laai tasks" in run("--model", model, "--tasks", "laai_antonim")
     assert "laai data fetch" in run("--model", "/no/model", "--tasks", "laai_rule", "--data", tmp_path / "nowhere")

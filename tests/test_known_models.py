@@ -101,24 +101,6 @@ def hub(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         yield server
 
 
-@pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command line that must end in one line and an exit code; returns the line."""
-
-    def run(*argv: object, code: int = 2, begun: bool = False) -> str:
-        capfd.readouterr()
-        assert cli.main([str(a) for a in argv]) == code
-        out, err = capfd.readouterr()
-        assert out == ""
-        (line,) = [line for line in re.split("[\r\n]", err) if line.startswith("laai: error: ")]
-        assert err.endswith(f"{line}\n")
-        if code == 2 and not begun:  # work that has begun has shown its bar
-            assert err == f"{line}\n"
-        return line
-
-    return run
-
-
 def same_weights(folder: Path, seed: int) -> bool:
     found, expected = AutoModelForCausalLM.from_pretrained(folder).state_dict(), tiny_model("Llama", seed).state_dict()
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)

@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from test_cli import FILE, TASK, model, refused  # noqa: F401 - fixtures
+from test_cli import FILE, TASK, model  # noqa: F401 - a fixture
 from tiny import LAYERS, tiny_model, tiny_tokenizer
 
 import laai_core as laai

@@ -311,7 +311,7 @@ def test_aggregated_counts_without_info(tmp_path):
     assert {o.distribution for o in opinions} == {(0.75, 0.25, 0.0)}
     assert {o.question.positions for o in opinions} == {(0, 1, 2)}
     assert opinions[0].example().prompt == "Question: And?\nA. Yes\nB. No\nC. Unsure\nAnswer:"
-    assert opinions[0].most_common == " A"
+    assert opinions[0].example().answer == " A"
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ ANY_MODEL = [pytest.param(SMOLLM2, marks=pytest.mark.slow), pytest.param(GEMMA, 
 def loaded(name):
     """(model, tokenizer) in float32."""
     try:
-        fetch(name, progress=False) if name == SMOLLM2 else pretrained(name)
+        fetch(name) if name == SMOLLM2 else pretrained(name)
     except (LaaiError, WorkFailed) as error:
         pytest.skip(f"{name} cannot be had here: {error}")
     return ModelSource(name, dtype="float32", device="cpu").load()

@@ -52,11 +52,6 @@ class Opinion:
         """The possible continuations of the prompt: one letter per option."""
         return [f" {letter}" for letter in LETTERS[: len(self.distribution)]]
 
-    @property
-    def most_common(self) -> str:
-        """The most frequent answer, on a tie the first: the answer of a few-shot example."""
-        return self.answers[self.distribution.index(max(self.distribution))]
-
     def example(self) -> Example:
         """The example for the task loss `kl`."""
         prompt = question_prompt(self.question.text, self.question.options)

@@ -6,14 +6,13 @@ An engine gets `additional_config={"laai": {"interventions": ..., "scale": 1.0, 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from laai_core.errors import LaaiError
-from laai_core.files import PARTIAL, SUFFIX
+from laai_core.files import SUFFIX, vectors_in
 from laai_core.intervention import Intervention
 
 NAME = "laai"  # key of additional_config, and of extra_args for the intervention's name
@@ -82,12 +81,8 @@ def paths(config: Any) -> dict[str, str]:
                 raise LaaiError(f'intervention {name} is {file!r:.60}: expected {{"path": ..., "sha256": ...}}')
         return {str(name): str(file["path"]) for name, file in source.items()}
     path = Path(str(source))
-    try:
-        names = sorted(os.listdir(path)) if path.is_dir() else [path.name]
-    except OSError as error:
-        raise LaaiError(f"cannot read the folder {path}: {error.strerror}") from None
-    folder = path if path.is_dir() else path.parent
-    found = {n.removesuffix(SUFFIX): str(folder / n) for n in names if n.endswith(SUFFIX) and not n.endswith(PARTIAL)}
+    files = vectors_in(path) if path.is_dir() else [path]
+    found = {file.stem: str(file) for file in files if file.suffix == SUFFIX}
     if not found:
         raise LaaiError(f"{path} is no {SUFFIX} file and no folder of such files")
     return found

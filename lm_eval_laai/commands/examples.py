@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,14 +232,8 @@ def _loaded(name: str, include: str | None, metadata: dict[str, Any], include_de
     if name not in manager.all_subtasks:
         what = "is a group of tasks" if name in manager.all_groups or name in manager.all_tags else "is no task"
         raise LaaiError(f"{name} {what} of the harness: expected one of `lm_eval ls tasks`, or --include-path")
-    with _one_line(name):
-        return manager.load([name])["tasks"][name]
-
-
-@contextmanager
-def _one_line(name: str) -> Iterator[None]:
     try:
-        yield
+        return manager.load([name])["tasks"][name]
     except LaaiError:
         raise
     except Exception as error:  # data sets and task files may raise anything

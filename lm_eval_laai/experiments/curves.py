@@ -10,7 +10,7 @@ from typing import Any
 
 from laai_core import files
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
-from lm_eval_laai.experiments.scores import Entry, result_of
+from lm_eval_laai.experiments.scores import entry
 from lm_eval_laai.experiments.setting import Setting, task_info
 
 COLOURS = ("#b04a2f", "#2f6fb0", "#4c9a52", "#8258a8", "#b08d2f", "#5b6770")
@@ -46,24 +46,19 @@ class Sweep:
             for seed in self.seeds
         ]
 
-    def entry(self, task: str, layer: int, penalty: tuple[float, float], store: Store) -> Entry | None:
-        """The seeds' scores; None where one is missing."""
-        found = [result_of(self.setting, self.cell(task, layer, seed, penalty), store) for seed in self.seeds]
-        metric = task_info(task).metric
-        values = [result["metrics"][metric] for result in found if result is not None]
-        return Entry(values) if len(values) == len(found) else None
-
     def facts(self, store: Store) -> list[dict[str, Any]]:
         """A record for every task, penalty and layer."""
         records = []
         for task in self.tasks:
+            metric = task_info(task).metric
             for penalty in self.penalties:
                 for layer in self.layers:
-                    found = self.entry(task, layer, penalty, store)
+                    cells = [self.cell(task, layer, seed, penalty) for seed in self.seeds]
+                    found = entry(self.setting, cells, metric, store)
                     records.append(
                         {
                             "task": task,
-                            "metric": task_info(task).metric,
+                            "metric": metric,
                             "l1": penalty[0],
                             "group": penalty[1],
                             "layer": layer,

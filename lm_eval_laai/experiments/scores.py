@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,3 +35,10 @@ class Entry:
     def spread(self) -> float | None:
         """The sample's standard deviation over seeds; None for one seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+def entry(setting: Setting, cells: Iterable[Cell], metric: str, store: Store) -> Entry | None:
+    """The scores of one cell a seed; None where one is missing."""
+    found = [result_of(setting, cell, store) for cell in cells]
+    values = [result["metrics"][metric] for result in found if result is not None]
+    return Entry(values) if len(values) == len(found) else None

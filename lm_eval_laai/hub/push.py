@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -46,16 +44,9 @@ def push_to_hub(
         file: intervention.to_bytes(),
         "README.md": model_card(intervention, repo, file, scores, license).encode(),
     }
-    return _upload(repo, files, f"Upload {file}", private, revision)
-
-
-def _upload(repo: str, files: Mapping[str, bytes], message: str, private: bool | None, revision: str | None) -> str:
-    """Write `files` (by their name in the repository) in one commit; make the repository if it is new.
-
-    Returns: the commit's address.
-    """
     api = HfApi(library_name="lm-eval-laai")
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    message = f"Upload {file}"
     with explained(HubPath(repo, revision=revision), local_files_only=False):
         try:
             api.create_repo(repo, private=private, exist_ok=True)

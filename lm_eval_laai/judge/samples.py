@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from laai_core.data.reading import content, decoded
 from laai_core.data.tasks import rule_prompt
 from laai_core.errors import LaaiError
 from lm_eval_laai.metrics import first_line
@@ -40,13 +41,8 @@ def read_samples(path: Path) -> list[Sample]:
     Raises:
         LaaiError: naming file and line, for anything but a word task's samples, one per item.
     """
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise LaaiError(f"{path}: not UTF-8 at byte {error.start}; expected the harness's samples") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = getattr(error, "strerror", None) or error
-        raise LaaiError(f"{path}: cannot be read ({reason}); expected the harness's samples") from None
+    expected = "the harness's samples"
+    text = decoded(content(path, expected), str(path), expected)
     # Not splitlines: a prediction may hold a line separator that JSON leaves as it is.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     samples: dict[Any, Sample] = {}

