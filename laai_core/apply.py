@@ -96,9 +96,7 @@ class _Steering:
     ) -> None:
         self._layout = layout
         self._edits, self._row_edits = _distinct(rows)
-        self._lengths = lengths = None if prompt_lengths is None else torch.tensor([*prompt_lengths], dtype=torch.long)
-        if lengths is not None and (lengths.ndim != 1 or not len(lengths) or int(lengths.min()) < 1):
-            raise LaaiError(f"prompt_lengths is {list(prompt_lengths or ())}: expected a positive length per row")
+        self._lengths = lengths = None if prompt_lengths is None else _checked(prompt_lengths)
         if lengths is not None and self._row_edits is not None and len(lengths) != len(self._row_edits):
             raise LaaiError(f"{len(self._row_edits)} interventions for {len(lengths)} prompt_lengths: one a row")
         self._generate: Any = layout.model.generate
@@ -233,6 +231,17 @@ def icv_step(x: torch.Tensor, vector: torch.Tensor, step: float) -> torch.Tensor
     return (x32.norm(dim=-1, keepdim=True) * nn.functional.normalize(unit + pull, dim=-1)).to(x.dtype)
 
 
+def _checked(prompt_lengths: Sequence[int]) -> torch.Tensor:
+    """Prompt lengths [R]; LaaiError for other than positive whole numbers."""
+    try:
+        lengths = torch.as_tensor(prompt_lengths)
+    except (TypeError, ValueError, RuntimeError):
+        lengths = torch.tensor(0)
+    if lengths.ndim != 1 or not len(lengths) or lengths.is_floating_point() or int(lengths.min()) < 1:
+        raise LaaiError(f"prompt_lengths is {prompt_lengths!r:.60}: expected a positive whole number per row")
+    return lengths.long().cpu()
+
+
 def _distinct(rows: Edit | Sequence[Edit | None]) -> tuple[list[Edit], torch.Tensor | None]:
     """The distinct edits, and each row's index among them (-1: untouched), or None when one edit is for all rows."""
     if isinstance(rows, Edit):
@@ -252,7 +261,7 @@ def _prompt_mask(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
     mask = kwargs.get("attention_mask")
     if mask is not None:
         return mask.cpu().ne(0).long()
-    config = getattr(model, "generation_config", None)
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
     eos = kwargs.get("eos_token_id", getattr(config, "eos_token_id", None))
     ends = eos if isinstance(eos, list | tuple) else [eos]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -14,8 +15,11 @@ Key = TypeVar("Key")
 
 @contextmanager
 def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end of the block, last first; if a generator fails, remove those registered before."""
-    with ExitStack() as stack:
+    """Remove hooks at the end of the block, last first; if a generator fails, remove those registered before.
+
+    Within the block the model runs uncompiled: compiled code does not look for hooks that come or go later.
+    """
+    with torch.compiler.set_stance("force_eager"), ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
         yield
@@ -53,17 +57,18 @@ def read_at(head: nn.Module, row: Tensor, column: Tensor) -> Iterator[None]:
         yield
 
 
-# Decoder blocks return a bare tensor in transformers 5 and a tuple in 4; mixtures of experts may return a tuple.
+# Decoder blocks return a bare tensor in transformers 5 and a tuple in 4; mixtures of experts may return a tuple, the
+# first GPT a list.
 
 
 def hidden_of(output: Any) -> Any:
     """The hidden states in a module's output."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def with_hidden(output: Any, hidden: Any) -> Any:
     """A module's output with other hidden states in it."""
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
 
 
 @contextmanager

@@ -131,11 +131,12 @@ def minimise(
             done = {run: Step(count, *values) for run, values in zip(kept, facts, strict=True)}
             for run, step in done.items():
                 history[run].append(step)
+            if count == 1:
+                first = point
             if on_steps(done):
                 stopped |= dict.fromkeys(kept, f"ended by its caller after {count} evaluations")
                 break
             if steps is None:
-                first = point
                 steps = _prox(penalty, point) if optimizer == "prox" else _adam(penalty, point, lr)
                 x, stuck = next(steps)
             else:

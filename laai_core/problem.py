@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from laai_core.encode import encode_examples
+from laai_core.encode import Batch, encode_examples
+from laai_core.errors import LaaiError
 from laai_core.example import Example
 from laai_core.forward import Forward, PlainForward
 from laai_core.locate import Layout
@@ -53,6 +54,11 @@ class Problem:
     ) -> None:
         for layer in layers:
             layout.shape(layer, settings.site)
+        if layout.virtual_tokens:
+            raise LaaiError(
+                f"the model is under a soft prompt or prefix of {layout.virtual_tokens} virtual tokens: expected the "
+                f"model itself, or under another adapter"
+            )
         examples = [example for part in sets for example in part]
         self._owners = [run for run, part in enumerate(sets) for _ in part]
         self._batch = encode_examples(
@@ -67,14 +73,19 @@ class Problem:
         self.objective = Objective(examples)
         self.layout, self._settings, self._layers = layout, settings, layers
         self._prefixes = Prefixes(layout, self._batch, layers)
-        self._replay: bool | None = True if settings.must_replay else None  # None: not tested yet
-        if settings.forward == "plain" or settings.position != "last" or layout.virtual_tokens:
+        self._replay: bool | None = None  # not tested yet
+        if settings.forward == "plain" or settings.position != "last":
             self._replay = False
-        self._known: dict[int, tuple[Forward, torch.Tensor]] = {}
+        self._units: dict[int, torch.Tensor] = {}  # of the layers so far
+        self._latest: tuple[int, Forward] | None = None  # of one layer: the inputs of its rows take memory
 
     def unit(self, layer: int) -> torch.Tensor:
         """The factor rms of Δ = rms * x for each run, 1 if penalties are absolute: [R, 1, 1]."""
-        return self._at(layer)[1]
+        if layer not in self._units:
+            relative = self._settings.penalty_scale == "relative"
+            unit = self._at(layer).activation_rms() if relative else [1.0] * (self._owners[-1] + 1)
+            self._units[layer] = torch.tensor(unit).view(-1, 1, 1)
+        return self._units[layer]
 
     def shape(self, layer: int) -> tuple[int, ...]:
         """The shape [H, d] of one x; at sites without heads the whole vector is one group, [1, hidden]."""
@@ -96,7 +107,7 @@ class Problem:
         `on_losses` is called at every evaluation, before the steps are reported, with the losses [N] of all examples
         of all sets, held out or not; losses of runs that are not evaluated are meaningless.
         """
-        forward, unit = self._at(layer)
+        forward, unit = self._at(layer), self.unit(layer)
 
         def evaluate(x: torch.Tensor, active: list[int]) -> tuple[torch.Tensor, torch.Tensor, Callable[[int], str]]:
             numbers = [runs[i] for i in active]
@@ -108,12 +119,11 @@ class Problem:
 
         return minimise(evaluate, start, penalty, budget, *options)
 
-    def _at(self, layer: int) -> tuple[Forward, torch.Tensor]:
-        if layer not in self._known:
-            forward, relative = self._forward(layer), self._settings.penalty_scale == "relative"
-            unit = forward.activation_rms() if relative else [1.0] * (self._owners[-1] + 1)
-            self._known[layer] = forward, torch.tensor(unit).view(-1, 1, 1)
-        return self._known[layer]
+    def _at(self, layer: int) -> Forward:
+        if self._latest is None or self._latest[0] != layer:
+            self._latest = None  # frees the inputs before new ones are made
+            self._latest = layer, self._forward(layer)
+        return self._latest[1]
 
     @cached_property
     def _products(self) -> Products:
@@ -123,24 +133,33 @@ class Problem:
     def _forward(self, layer: int) -> Forward:
         """ReplayForward where it gives PlainForward's numbers on this model, else PlainForward."""
         if self._replay is None:
-            self._replay = self._replayable()
-        arguments = self.layout, self._batch, layer, self._settings.site, self._settings.batch_size
-        if self._replay:
-            captured = self._settings.forward == "captured"
-            return ReplayForward(*arguments, self._prefixes, self._products, captured)
-        return PlainForward(*arguments, position=self._settings.position)
+            highest = max(self._layers)  # the layer that depends on all replayed blocks
+            forward = self._replayed(highest)
+            self._replay = self._agrees(forward, self._plain(highest))
+            if self._replay and layer == highest:
+                return forward
+        return self._replayed(layer) if self._replay else self._plain(layer)
 
-    def _replayable(self) -> bool:
-        """Whether a replay gives the plain numbers at the highest layer, which depends on all replayed blocks."""
-        arguments = self.layout, self._batch, max(self._layers), self._settings.site, self._settings.batch_size
-        replay = ReplayForward(*arguments, self._prefixes, self._products)
-        difference = replay.difference_from(PlainForward(*arguments))
+    def _replayed(self, layer: int) -> ReplayForward:
+        captured = self._settings.forward == "captured"
+        return ReplayForward(*self._arguments(layer), self._prefixes, self._products, captured)
+
+    def _plain(self, layer: int) -> PlainForward:
+        return PlainForward(*self._arguments(layer), position=self._settings.position)
+
+    def _arguments(self, layer: int) -> tuple[Layout, Batch, int, str, int | None]:
+        return self.layout, self._batch, layer, self._settings.site, self._settings.batch_size
+
+    def _agrees(self, replay: ReplayForward, plain: PlainForward) -> bool:
+        difference = replay.difference_from(plain)
         if not isinstance(difference, str):
             if difference <= (1e-3 if self.layout.model.dtype == torch.float32 else 0.2):
                 return True
             difference = f"log-probabilities differ by {difference:.2g}"
-        name = type(self.layout.model).__name__
-        logger.warning("%s cannot be replayed (%s): training by full forwards", name, difference)
+        found = f"{type(self.layout.model).__name__} cannot be replayed ({difference})"
+        if self._settings.must_replay:
+            raise LaaiError(f"{found}: expected forward auto or plain")
+        logger.warning("%s: training by full forwards", found)
         return False
 
     def _culprit(self, per_example: torch.Tensor, run: int) -> str:

@@ -20,7 +20,7 @@ ForwardName = Literal["auto", "plain", "replay", "captured"]
 StartName = Literal["icl", "zero"]
 
 _COUNT = {"fits": lambda value: type(value) is int and value >= 1, "expected": "at least one, a whole number"}
-_WEIGHT = {"fits": lambda value: _real(value) and 0 <= value < math.inf, "expected": "a finite number, 0 or above"}
+_WEIGHT = {"fits": lambda value: _real(value) and 0 <= value < 1e30, "expected": "a finite number, 0 to 1e30"}
 _POSITIVE = {"fits": lambda value: _real(value) and 0 < value < math.inf, "expected": "a finite number above 0"}
 
 
@@ -33,10 +33,10 @@ def _setting(default: Any, text: str, **limits: Any) -> Any:
 
 
 def check(kind: type, **values: Any) -> None:
-    """Raise LaaiError for a value outside the range of its field in `kind` (Settings or Job); None passes."""
+    """Raise LaaiError for a value outside the range of its field in `kind` (Settings or Job)."""
     for one in fields(kind):
-        value, limits = values.get(one.name), one.metadata
-        if value is None or isinstance(value, Intervention):  # a start may be an Intervention
+        value, limits = values.get(one.name, one.default), one.metadata
+        if value is one.default or isinstance(value, Intervention):  # a start may be an Intervention
             continue
         if value not in limits.get("choices", (value,)):
             raise LaaiError(f"unknown {one.name} {value!r}: expected one of {', '.join(limits['choices'])}")
@@ -76,7 +76,12 @@ class Settings:
         "a prompt that ends in whitespace: tokenise it as the harness does for these requests",
         choices=WHITESPACE,
     )
-    stop: str = _setting("\n", "appended to every target, so that generation ends where the answer ends")
+    stop: str = _setting(
+        "\n",
+        "appended to every target, so that generation ends where the answer ends",
+        fits=lambda value: isinstance(value, str),
+        expected="text, which may be empty",
+    )
     site: Site = _setting("heads", "the activation that the vector is added to", choices=SITES)
     position: str = _setting(
         "last",
@@ -118,7 +123,10 @@ class Job:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "examples", tuple(self.examples))  # the class is frozen; a generator runs once
         check(Job, **vars(self))
+        if isinstance(self.start, Intervention):
+            self.start.to_bytes()  # LaaiError now, not when the identity is recorded at the training's end
         strange = [type(one).__name__ for one in self.examples if not isinstance(one, Example)]
         if strange or not self.examples:
             raise LaaiError(f"examples: got {strange[0] if strange else 'none'}, expected at least one Example")

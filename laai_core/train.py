@@ -98,9 +98,10 @@ def train_many(
     """Train several vectors; those of one layer run as rows of one batch, each with its own optimiser and end.
 
     `settings` are fields of `laai_core.settings.Settings`; errors as for `train`; the results are in the order of
-    `jobs`. A job that is not finite does not stop the others: `NotFinite` comes when they are done. `Interrupted` has
-    the results of the layer that was running. `on_steps` is called after each round of evaluations with {number of the
-    job: its step}; the jobs of a layer go together, one layer after the other.
+    `jobs`. A job that stops being finite does not stop the others: `NotFinite` comes when they are done; one whose
+    start is not finite ends all. `Interrupted` has the results of the layer that was running. `on_steps` is called
+    after each round of evaluations with {number of the job: its step}; the jobs of a layer go together, one layer
+    after the other.
     """
     if not jobs:
         raise LaaiError("no jobs, expected at least one")
@@ -130,13 +131,15 @@ def train_many(
             bar.update(len(done))
             on_steps({numbers[run]: step for run, step in done.items()})
 
+        jobs_at = {layer: [jobs[number] for number in numbers] for layer, numbers in at_layer.items()}
+        starts: dict[int, torch.Tensor] = {}
+        for _, layers in problems:  # all before the first training: one may be refused
+            starts |= _starts(layout, tokenizer, {layer: jobs_at[layer] for layer in layers}, shared)
         while problems:
             problem, layers = problems.pop(0)  # the packed weights of one problem at a time
-            theirs = {layer: [jobs[number] for number in at_layer[layer]] for layer in layers}
-            starts = _starts(layout, tokenizer, theirs, shared)
-            for layer, here in theirs.items():
+            for layer in layers:
                 told = partial(report, at_layer[layer])
-                found, unfinished = _at_layer(problem, layer, here, starts[layer], shared, told)
+                found, unfinished = _at_layer(problem, layer, jobs_at[layer], starts[layer], shared, told)
                 if isinstance(unfinished, Interrupted):
                     raise Interrupted(str(unfinished), found)
                 results |= zip(at_layer[layer], found, strict=True)

@@ -234,6 +234,33 @@ def test_two_models_at_once():
             assert torch.equal(first(row).logits, alone)
 
 
+def test_a_compiled_model_runs_uncompiled_while_it_is_edited():
+    """Compiled code keeps the hooks it was compiled with."""
+    model, ids = tiny_model("Llama"), torch.tensor([[5, 6, 7]])
+    edits = [intervention("Llama", seed=seed) for seed in (0, 1)]
+
+    def edited(iv):
+        with torch.no_grad(), laai.apply(model, iv):
+            return model(ids).logits
+
+    wanted = [edited(iv) for iv in edits]
+    model.compile(backend="eager")
+    before = model(ids).logits
+    assert all(torch.equal(edited(iv), want) for iv, want in zip(edits, wanted, strict=True))
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_a_block_that_returns_a_list():
+    config = transformers.OpenAIGPTConfig(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=8)
+    model, ids, vector = transformers.OpenAIGPTLMHeadModel(config).eval(), torch.tensor([[5, 6, 7]]), torch.randn(16)
+    with torch.no_grad():
+        before = model(ids).logits
+        with laai.apply(model, laai.Intervention({1: vector}, site="residual")):
+            moved = model(ids).logits - before
+    torch.testing.assert_close(moved[0, -1], model.lm_head(vector))
+    assert not moved[0, :-1].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_casts_the_vector_when_it_is_added(dtype):
     model = tiny_model("Llama").to(dtype)
@@ -329,10 +356,13 @@ def test_wrong_rows_are_refused():
         pytest.raises(laai.LaaiError, match=r"prompt_lengths\[1\] is 4"),
     ):
         model(ids)
-    with pytest.raises(laai.LaaiError, match="positive"), laai.apply(model, iv, prompt_lengths=[0]):
-        pass
-    with laai.apply(model, iv), pytest.raises(laai.LaaiError, match="attention_mask"):
-        model.generate(torch.tensor([[0, 5, 6]]), max_new_tokens=1)
+    for lengths in ([0], [], 5, ["a"], [2.5], torch.tensor([0, 3])):
+        with pytest.raises(laai.LaaiError, match="a positive whole"), laai.apply(model, iv, prompt_lengths=lengths):
+            pass
+    own = transformers.GenerationConfig(pad_token_id=5, eos_token_id=2, max_new_tokens=1)
+    for first, options in ((0, {"max_new_tokens": 1}), (5, {"generation_config": own})):
+        with laai.apply(model, iv), pytest.raises(laai.LaaiError, match="attention_mask"):
+            model.generate(torch.tensor([[first, 6, 7]]), **options)
 
 
 def test_wrong_rows_are_refused_by_generate_too():

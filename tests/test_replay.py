@@ -180,6 +180,8 @@ def test_a_model_that_cannot_be_replayed_says_so_once_and_trains(caplog):
     assert [r.message for r in caplog.records if "cannot be replayed" in r.message].__len__() == 1
     plain = laai.train(model, TOKENIZER, examples, layer=1, steps=5, forward="plain")
     assert result.objective == plain.objective
+    with pytest.raises(laai.LaaiError, match="cannot be replayed .*: expected forward auto or plain"):
+        laai.train(model, TOKENIZER, examples, layer=1, steps=5, forward="replay")
 
 
 @pytest.mark.parametrize("forward", ["plain", "replay"])

@@ -7,6 +7,7 @@ import json
 import weakref
 from dataclasses import dataclass
 
+import peft
 import pytest
 import torch
 import transformers
@@ -631,6 +632,11 @@ def test_a_start_of_another_place_is_refused(start):
         ({"steps": 1.5}, "steps is 1.5: expected at least one, a whole number"),
         ({"steps": "5"}, "steps is 5: expected at least one, a whole number"),
         ({"l1": "0.1"}, "l1 is 0.1: expected a finite number"),
+        ({"l1": None}, "l1 is None: expected a finite number"),
+        ({"l1": 1e39}, r"l1 is 1e\+39: expected a finite number, 0 to 1e30"),
+        ({"optimizer": None}, "unknown optimizer None"),
+        ({"stop": 5}, "stop is 5: expected text"),
+        ({"start": laai.Intervention({-1: torch.zeros(HEADS, 8)})}, "layer -1 counts from the end"),
         ({"examples": []}, "examples: got none, expected at least one Example"),
         ({"examples": [{"prompt": "a"}]}, "examples: got dict"),
     ],
@@ -638,6 +644,18 @@ def test_a_start_of_another_place_is_refused(start):
 def test_what_python_callers_may_get_wrong(arguments, said):
     with pytest.raises(LaaiError, match=said):
         laai.train(tiny_model("Llama"), TOKENIZER, **{"examples": RULES, "layer": 1} | arguments)
+
+
+def test_a_bad_start_is_refused_before_any_job_runs():
+    jobs = [laai.Job(RULES, 0), laai.Job(RULES[1:], 2, start=laai.Intervention({1: torch.zeros(HEADS, 8)}))]
+    with pytest.raises(LaaiError, match="expected one to add at layer 2"):
+        laai.train_many(tiny_model("Llama"), TOKENIZER, jobs, on_steps=lambda steps: pytest.fail("a job has run"))
+
+
+def test_a_model_behind_a_soft_prompt_is_refused():
+    prompt = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(LaaiError, match="soft prompt or prefix of 2 virtual tokens"):
+        train(model=peft.get_peft_model(tiny_model("Llama"), prompt))
 
 
 def test_an_empty_job_beside_another_is_refused():

@@ -93,7 +93,7 @@ def load_examples(source: str | os.PathLike[str], prompt_template: str | None = 
 def read_examples(source: str | os.PathLike[str], prompt_template: str | None = None) -> OwnData:
     """`load_examples`, with the keys that a split needs, and the name and SHA-256 for a harness task."""
     name = os.fspath(source)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     raw = sys.stdin.buffer.read() if name == STDIN else content(path, f"a file of rows {_ROWS}")
     label = "standard input" if name == STDIN else str(path)
     items: dict[str, Item] = {}
@@ -188,6 +188,8 @@ def _item(row: Any, template: str | None, where: str) -> Item:
         for name, value in answer.items():
             if not isinstance(value, list):
                 raise LaaiError(f'{where}: "{name}" is {_kind(value)}; expected a list, beside the other one')
+            for text in value:
+                check_unicode(str(text), f'{where}: "{name}"')
     elif "target" in row:
         answer = {"target": _text(row, "target", where).rstrip()}
     elif "output" in row:

@@ -27,9 +27,9 @@ class WordPair(NamedTuple):
 def data_folder(data: str | os.PathLike[str] | None = None) -> Path:
     """The data folder: the argument, else $LAAI_DATA, else a folder in the user's cache, for `fetch` too."""
     if data is not None:
-        return Path(data).expanduser()
+        return Path(os.path.expanduser(data))
     if os.environ.get("LAAI_DATA"):
-        return Path(os.environ["LAAI_DATA"]).expanduser()
+        return Path(os.path.expanduser(os.environ["LAAI_DATA"]))
     return user_cache()
 
 

@@ -107,8 +107,9 @@ def _options(arguments: argparse.Namespace, method: Method) -> dict[str, Any]:
     options = {name: getattr(arguments, name) for name in taken}
     if method is LAAI:
         options |= {n: f.default for n, f in _FLAGS.items() if options[n] is None and n not in _CHOSEN}
-        check_field(Job, **options)
-        check_field(Settings, **options)
+        given = {name: value for name, value in options.items() if value is not None}
+        check_field(Job, **given)
+        check_field(Settings, **given)
     return options
 
 

@@ -48,13 +48,13 @@ def pseudo_labelled(
 
     None either for examples with options instead of targets, for prompts that do not end alike (the end of a proposed
     input could not be told) or whose few-shot prompts are not the solved examples and then the prompt, for prompts too
-    long for the model, behind a soft prompt, and of a model that cannot generate.
+    long for the model, and of a model that cannot generate.
 
     Args:
         stop: ends an answer, as `laai_core.settings.Settings.stop`; the model's end of text does, too.
         whitespace, batch_size: as `laai_core.settings.Settings` has them.
     """
-    if layout.virtual_tokens or not layout.model.can_generate() or any(one.target is None for one in examples):
+    if not layout.model.can_generate() or any(one.target is None for one in examples):
         return []
     writer = _Writer(layout, tokenizer, stop, whitespace, batch_size or ROWS)
     shots, again = _shots(examples)

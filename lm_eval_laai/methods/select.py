@@ -117,7 +117,8 @@ def choose(
         NotFinite, Interrupted: as `train` does, with no results: a fold's vector is not the result.
     """
     shared = Settings(steps=EVALUATIONS if steps is None else steps, **settings)
-    check(Job, l1=l1, group=group, lr=lr, start=start)
+    given = {name: value for name, value in (("l1", l1), ("group", group)) if value is not None}
+    check(Job, **given, lr=lr, start=start)
     if shared.penalty_scale == "absolute" and None in (l1, group):
         raise LaaiError("penalty_scale absolute: penalties to choose from are relative, expected l1 and group")
     layout = locate(model, shared.projection)
