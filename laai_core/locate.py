@@ -67,6 +67,13 @@ class Layout:
             raise LaaiError(f"layer {index} is out of range: this model has layers 0 to {count - 1}")
         return index % count
 
+    def having(self, site: str) -> list[int]:
+        """The layers that have a site: hybrid models have blocks without attention. LaaiError where none has it."""
+        found = [n for n, one in enumerate(self.projections) if site != "heads" or not isinstance(one, str)]
+        if not found:
+            self.module(0, site)
+        return found
+
     def module(self, layer: int, site: str) -> nn.Module:
         """The module to hook: `heads` is its input, `residual` and `mlp` are its output. LaaiError if it has none."""
         layer = self.layer(layer)

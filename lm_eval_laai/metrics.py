@@ -46,7 +46,7 @@ def opinion_metrics(
     smooth = smoothed(distribution)
     differences = [model - human for model, human in zip(p, distribution, strict=True)]
     metrics = {
-        "kl": sum(q * (score - math.log(human)) for q, score, human in zip(p, log_p, smooth, strict=True)),
+        "kl": sum(q * (score - math.log(human)) for q, score, human in zip(p, log_p, smooth, strict=True) if q),
         "kl_reverse": sum(human * (math.log(human) - score) for score, human in zip(log_p, smooth, strict=True)),
         "tv": sum(map(abs, differences)) / 2,
     }

@@ -26,7 +26,7 @@ from laai_core.intervention import Intervention
 from laai_core.locate import locate, verify_causal
 from lm_eval_laai.finite import named, watched
 from lm_eval_laai.known_models.folder import pretrained as known_or_as_is
-from lm_eval_laai.prefixes import SharedPrefixes, common_prefixes
+from lm_eval_laai.prefixes import SharedPrefixes, common_prefixes, takes_prefixes
 from lm_eval_laai.scoring import Row, Scorer
 from lm_eval_laai.steered import Steered
 
@@ -89,6 +89,7 @@ class HFLaai(Steered, HFLM):
         interventions = [route.scaled for route in self._routing.routes.values()]
         self._edits = {id(iv): Edit.of(iv, self._layout) for iv in interventions}
         used_on = self.pretrained if isinstance(self.pretrained, str) else self.config._name_or_path
+        used_on = used_on or type(self.model).__name__
         self._warn_if_made_elsewhere(used_on, self.model.dtype)
 
     def _share_requests_between_processes(self) -> None:
@@ -184,8 +185,7 @@ class HFLaai(Steered, HFLM):
         if (
             not set(arguments) <= _GREEDY
             or config.get_generation_mode() != GenerationMode.GREEDY_SEARCH
-            or config.cache_implementation is not None
-            or getattr(config, "prefill_chunk_size", None) is not None
+            or not takes_prefixes(config)
         ):
             return None
         lengths = arguments["attention_mask"].sum(1).tolist()

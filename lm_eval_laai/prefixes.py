@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from laai_core.apply import Edit, hooked
 from laai_core.cache import REFUSALS, model_inputs, padded
@@ -38,6 +38,12 @@ _Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values [1, heads, 
 _FEWEST, _SMALLEST_PART = 16, 1 / 8
 # Prefixes are kept for the batches to come; below this many tokens their memory does not matter.
 _FREE_TOKENS = 4096
+
+
+def takes_prefixes(config: GenerationConfig) -> bool:
+    """Whether `generate` goes on from a cache that it is given: not where it is told to make one of another kind."""
+    usual = config.cache_implementation in (None, "hybrid")  # transformers itself drops "hybrid"
+    return usual and getattr(config, "prefill_chunk_size", None) is None
 
 
 def common_prefixes(
@@ -81,6 +87,7 @@ class SharedPrefixes:
             left: rows are padded to the longest prompt on the left. Otherwise they are not padded, or on the right.
         """
         longest = max(map(len, prompts))
+        prefixes = [prefix[:longest] for prefix in prefixes]  # no more than truncated prompts have
         padding = [longest - len(prompt) if left else 0 for prompt in prompts]
         shared = [
             min(len(_common([prompt, prefix])), len(prompt) - 1)

@@ -155,7 +155,10 @@ class Renderer:
             "tgt_delim": task.config.target_delimiter,
             "few_delim": "",
         }
-        solved = task.build_qa_turn(a=task.doc_to_target(doc), **options)
+        target = task.doc_to_target(doc)
+        if options["c"] is None and not isinstance(target, str | list):
+            raise LaaiError(f"its target is {target!r:.60}; expected text")
+        solved = task.build_qa_turn(a=target, **options)
         if solved[-1].role != "assistant" or solved[-1].content == prefix:
             raise LaaiError("its target is empty; expected text")
         if self._chat is None:

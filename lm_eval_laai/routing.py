@@ -47,6 +47,7 @@ class Routing:
         if not isinstance(source, str | Path | Intervention) or not str(source).strip():
             # The harness parses `intervention=7` as a number and `intervention=true` as a truth value.
             raise LaaiError(f"intervention is {source!r:.60}: expected a path (of a file called 7: ./7) or a name")
+        source = source if isinstance(source, Intervention) else os.path.expanduser(source)
         self._unrouted = unrouted
         self.scale = finite(scale)
         self._by_task = not isinstance(source, Intervention) and os.path.isdir(source)

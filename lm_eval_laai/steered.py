@@ -135,4 +135,4 @@ class Steered:
 
 
 def _name(model: str) -> str:
-    return os.path.basename(os.path.normpath(model))
+    return os.path.basename(os.path.realpath(model))

@@ -33,7 +33,10 @@ def load(
         if file is None:
             raise LaaiError(f'laai_{laai_task}: expected a file, for example --metadata \'{{"file":"words.json"}}\'')
         laai_task = f"{laai_task}:{file}"
-    return documents(load_task(laai_task, seed=seed, n_train=n_train, data=None if data is None else str(data)))
+    split = load_task(laai_task, seed=seed, n_train=n_train, data=None if data is None else str(data))
+    if not split.test:
+        raise LaaiError(f"{split.name}: all of its rows are for training; expected test items, of more rows")
+    return documents(split)
 
 
 def load_opinions(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -382,6 +383,23 @@ def test_alpha_and_metric_need_a_run(before: Path, tmp_path: Path, capsys: pytes
     assert check(before, "--against", tmp_path / "base.yaml", "--update") == 0
     assert check(before, "--against", tmp_path / "base.yaml", "--alpha", "0.1") == 2
     assert "expected --against a run" in capsys.readouterr().err
+
+
+def test_a_metric_is_tested_on_the_items_that_have_it(before: Path, dropped: Path, tmp_path: Path) -> None:
+    """As OpinionQA's wasserstein, which questions have whose options have an order: here all but the first."""
+    runs = []
+    for run in (before, dropped):
+        shutil.copytree(run.parent, tmp_path / run.name)
+        (samples,) = (tmp_path / run.name).glob("samples_choose_*.jsonl")
+        rewrite(samples, lambda rows: rows[0].update(metrics=[]))
+        values = [json.loads(line)["acc"] for line in samples.read_text().splitlines()]
+        path = tmp_path / run.name / run.name
+        content = json.loads(path.read_text())
+        content["results"]["choose"]["acc,none"] = sum(values[1:]) / len(values[1:])
+        path.write_text(json.dumps(content))
+        runs.append(read_results(path))
+    ((one,), _) = compare_runs(runs[1], runs[0], metrics=["acc"])
+    assert (one.task, one.paired.items, one.paired.fell) == ("choose", ITEMS - 1, 9)
 
 
 def test_a_value_that_is_not_the_mean_of_its_items_is_not_tested(

@@ -143,7 +143,15 @@ def test_what_exists_here_wins_and_misspelt_paths_stay_here(shared, tmp_path, mo
     assert not shared.log
 
 
-SCORES = {"laai_toy": {"alias": "toy", "exact_match,none": 0.875, "exact_match_stderr,none": "N/A", "nll": 1.5}}
+SCORES = {
+    "laai_toy": {
+        "alias": "toy",
+        "sample_len": 8,
+        "exact_match,none": 0.875,
+        "exact_match_stderr,none": "N/A",
+        "nll": 1.5,
+    }
+}
 
 
 def test_push_writes_the_file_and_a_card(hub, monkeypatch):
@@ -192,10 +200,10 @@ def test_push_writes_the_file_and_a_card(hub, monkeypatch):
         "| laai_toy | exact_match | 0.875 |",
         "| laai_toy | nll | 1.5 |",
         "lm_eval --model hf-laai --model_args pretrained=org/base,intervention=org/new:laai_toy.safetensors "
-        "--tasks laai_toy",
+        '--tasks laai_toy --include_path "$(laai tasks --include-path)"',
     ):
         assert line in text.splitlines(), line
-    assert "N/A" not in text
+    assert "N/A" not in text and "sample_len" not in text
     monkeypatch.delenv("HF_TOKEN")
     assert laai.Intervention.load("org/new").sha256 == iv.sha256
 

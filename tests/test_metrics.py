@@ -82,6 +82,11 @@ def test_a_model_that_answers_nan_has_nan_distances():
     assert set(found) == METRICS and all(map(math.isnan, found.values()))
 
 
+def test_an_impossible_option_adds_nothing_to_kl():
+    found = opinion_metrics([0.0, -math.inf], [0.5, 0.5], [0, 1])
+    assert found["kl"] == pytest.approx(math.log(2), rel=1e-3) and found["kl_reverse"] == math.inf
+
+
 def test_options_without_order_have_no_wasserstein():
     assert set(opinion_metrics([-1.0, -2.0], [0.5, 0.5], [1, 1])) == METRICS - {"wasserstein"}
 

@@ -115,6 +115,20 @@ def test_bad_files(content: bytes | None, said: str, tmp_path: Path, refused: Ca
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.*"))
 
 
+def test_zero_shot_needs_no_ten_rows_for_training(file: Path, tmp_path: Path) -> None:
+    pool = [word for word in WORDS if slow_pool(word)]
+    few = tmp_path / "few.json"
+    rows = [word for word in WORDS if word not in pool[4:]]
+    few.write_text(json.dumps([{"input": word, "output": WORDS[word]} for word in rows]))
+    task = f"laai_pairs:{few}"
+    (metadata,) = [Setting(ModelSource("reference")).metadata(Cell(task))]
+    assert len(list(harness(**metadata).test_docs())) == len(rows) - 4
+    none = tmp_path / "none.json"
+    none.write_text(json.dumps([{"input": word, "output": WORDS[word]} for word in pool[:4]]))
+    with pytest.raises(laai.LaaiError, match="all of its rows are for training; expected test items"):
+        harness(file=str(none), n_train=4)
+
+
 def test_a_task_without_a_file(tmp_path: Path, refused: Callable[..., str]) -> None:
     for task in ("pairs", "pairs:"):
         line = refused("train", "--model", "reference", "--task", task, "--output", f"{tmp_path}/")

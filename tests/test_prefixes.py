@@ -127,6 +127,17 @@ def test_truncated_prompts_run_whole():
         assert text == lm.tok_decode(answer).split("\n")[0].split("<eos>")[0]
 
 
+def test_truncated_prompts_of_one_token_again_and_again():
+    """They begin as the prefix does that they have lost, which is longer than the model's table of positions."""
+    options = {"iv": intervention("GPT2"), "batch_size": 2, "tokenizer": tiny_tokenizer(bos=False)}
+    lm = harness_model("GPT2", **options)
+    pairs = [(f"{' a' * 600} {word}", " we") for word in ("over", "there", "we")]
+    got = lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    plain = harness_model("GPT2", **options)
+    plain._prefixes.cache = lambda *args, **kwargs: None
+    assert_same(got, plain.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True))
+
+
 def test_a_prompt_that_is_all_prefix_keeps_its_last_token():
     """One prompt begins the others, so that the prefix is all of it: the vector still finds its last token."""
     lm = harness_model(iv=intervention("Llama"), batch_size=4)

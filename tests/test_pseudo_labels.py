@@ -50,6 +50,15 @@ def test_answers_end_at_the_stop_or_at_the_models_own_end(rows):
         assert any(expected)
 
 
+def test_a_model_that_makes_a_cache_of_another_kind_gets_none():
+    model = tiny_model("Llama")
+    prompts = [f"{'ab ' * 30}{word}" for word in ("over", "there")]
+    writer = _Writer(locate(model), TOKENIZER, "", "refuse", 2)
+    free = writer._generated([TOKENIZER.encode(prompt) for prompt in prompts], 4).sequences
+    model.generation_config.cache_implementation = "static"
+    assert torch.equal(writer._generated([TOKENIZER.encode(prompt) for prompt in prompts], 4).sequences, free)
+
+
 def test_the_texts_around_the_inputs():
     assert _frame(["Q: hot\nA:", "Q: cold\nA:"]) == ("Q: ", "\nA:")
     assert _frame(["Q: stop\nA:", "Q: step\nA:"]) == ("Q: st", "p\nA:")
@@ -64,8 +73,10 @@ def test_none_where_they_cannot_be_made():
     long = [replace(e, prompt=f"{'ab ' * 40}{e.prompt}\nA:") for e in EXAMPLES]
     for examples in (options, endless, long):
         assert pseudo_labelled(layout, TOKENIZER, examples, "\n") == []
-    layout.model.can_generate = lambda: False
+    chats = [replace(e, prompt=f"{e.prompt}<eos>") for e in EXAMPLES]  # the model's text is read without such tokens
     layout.model.generate = None  # would raise if it were called
+    assert pseudo_labelled(layout, TOKENIZER, chats, "\n") == []
+    layout.model.can_generate = lambda: False
     assert pseudo_labelled(layout, TOKENIZER, [replace(e, prompt=f"{e.prompt} we") for e in EXAMPLES], "\n") == []
 
 

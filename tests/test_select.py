@@ -9,11 +9,12 @@ import slow_reference
 import torch
 import transformers
 from test_replay import RAGGED, TOKENIZER, calls_without_cache, rules
-from tiny import MAX_POSITIONS, PROJECTION_PATHS, VOCABULARY, tiny_model
+from tiny import MAX_POSITIONS, PROJECTION_PATHS, VOCABULARY, hybrid_model, tiny_model
 from tqdm.auto import tqdm
 
 import laai_core as laai
 from laai_core.encode import encode_pair
+from laai_core.errors import LaaiError
 from laai_core.optimize import Step
 from lm_eval_laai.methods import select
 from lm_eval_laai.methods.evaluate import task_losses
@@ -219,6 +220,15 @@ def test_models_of_few_layers(count):
     tried = [(one.layer, one.l1) for one in choice.tried]
     assert len(set(tried)) == len(tried)
     assert all(0 <= layer < count for layer, _ in tried)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_layers_without_attention_are_not_tried(count):
+    """A hybrid model: of its three layers the middle one has attention."""
+    result, choice = train_chosen(hybrid_model(), TOKENIZER, EXAMPLES[:count], steps=2)
+    assert result.intervention.layers == [1] and {one.layer for one in choice.tried} <= {1}
+    with pytest.raises(LaaiError, match="no attention output projection found in layer 2"):
+        train_chosen(hybrid_model(), TOKENIZER, EXAMPLES[:count], 2)
 
 
 def test_what_is_fixed_stays_fixed():

@@ -111,7 +111,7 @@ def _language_model(
 
 def _zero(model: PreTrainedModel) -> Intervention:
     """A vector that adds nothing: `hf` runs the solved examples anew for every request, `hf-laai` once a task."""
-    return Intervention({0: torch.zeros(locate(model).shape(0, "heads"))})
+    return Intervention({0: torch.zeros(locate(model).hidden_size)}, site="residual")
 
 
 @contextmanager

@@ -26,7 +26,8 @@ from lm_eval_laai.tasks import TaskInfo, harness_metadata, list_tasks
 # trainings were stored
 CELLS_VERSION = 6
 _LIBRARIES = ("torch", "transformers", "lm_eval", "peft")
-_MODEL_FILES = (".json", ".safetensors", ".bin", ".model")  # of a folder: weights, configuration, tokenizer
+# Of a folder: weights, configuration, tokenizer, code.
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".tiktoken", ".py")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Setting:
 
     def metadata(self, cell: Cell) -> dict[str, Any]:
         """The harness's --metadata for a cell."""
-        n_train = None if cell.seed is None else cell.shots
+        # A file of one's own may have fewer rows for training than the YAML's ten, which zero-shot does not need.
+        n_train = cell.shots or (1 if ":" in cell.task else None)
         return harness_metadata([cell.task], cell.seed, n_train, self.data)
 
     def fit_identity(self, fit: Fit) -> dict[str, Any]:
@@ -84,6 +86,7 @@ class Setting:
             "shots_sha256": shots,
             "fits": [self.fit_identity(fit) for fit in cell.fits],
             "test_sha256": self.test_sha256(cell.task),
+            **({} if task_info(cell.task).generates else {"files": self.split(cell.task).sources}),  # order of options
             "limit": self.limit,
             **self._shared,
         }

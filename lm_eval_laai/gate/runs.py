@@ -104,14 +104,16 @@ def _values(
         if name not in new:
             raise LaaiError(f"{task}: {results.path} has no samples of filter {name!r:.60}, {before.path} has")
         ids = _same_items(f"{task}, filter {name}" if name != "none" else task, old[name], new[name], results, before)
-        for metric in old[name][ids[0]].values:
+        for metric in dict.fromkeys(metric for i in ids for metric in old[name][i].values):
             key = f"{metric},{name}"
             if wanted and not wanted & {metric, key}:
                 continue
-            values = [[items[i].values.get(metric) for i in ids] for items in (old[name], new[name])]
+            # Items without it are no part of its mean: OpinionQA's questions whose options have no order.
+            having = [i for i in ids if metric in old[name][i].values]
+            values = [[items[i].values[metric] for i in having] for items in (old[name], new[name])]
             numbers = [[value for value in column if value is not None] for column in values]
             reason = None
-            if any(len(column) != len(ids) for column in numbers):
+            if any(len(column) != len(having) for column in numbers):
                 reason = "its items have no number each: it is computed over all of them"
             elif not all(
                 _is_mean(c, run.tasks[task].metrics.get(key))

@@ -94,7 +94,8 @@ def model_card(
             "",
             "```bash",
             f"lm_eval --model hf-laai --model_args pretrained={base},intervention={repo}:{file} "
-            f"--tasks {task or 'TASK'}",
+            f"--tasks {task or 'TASK'}"
+            + (' --include_path "$(laai tasks --include-path)"' if (task or "").startswith("laai_") else ""),
             "```",
             "",
             "```python",
@@ -124,11 +125,11 @@ def _eval_results(scores: Scores) -> list[EvalResult]:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """(the harness's key, the metric with its filter, value); the harness calls a metric `name,filter`."""
+    """(the harness's key `name,filter`, the metric with its filter, value), without the number of items."""
     return [
         (metric, metric.removesuffix(",none"), value)
         for metric, value in metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, int | float) and not isinstance(value, bool) and metric != "sample_len"
     ]
 
 

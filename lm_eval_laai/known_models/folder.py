@@ -29,7 +29,7 @@ def record_of(name: str) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if record["name"] != name:
+        if record["name"] != name or not {"source", "weights", "licence"} <= {*record}:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise LaaiError(f"{folder} has no {RECORD} of {name}: delete it, and `laai models fetch {name}`") from None

@@ -74,7 +74,7 @@ def train_adapter(
     layout = locate(model)
     config = ADAPTERS[method](layout, None if layer is None else layout.layer(layer))
     base_model = model_facts(layout)["base_model"]
-    data = _Data(layout, tokenizer, examples)
+    data = _Data(layout, tokenizer, examples, VIRTUAL_TOKENS if config.is_prompt_learning else 0)
     with _wrapped(layout, config, seed) as wrapped:
         if config.is_prompt_learning:
             _start_from(wrapped, tokenizer, description(task))
@@ -100,7 +100,9 @@ def train_adapter(
 
 
 def _lora(layout: Layout, layer: int | None) -> peft.PeftConfig:
-    layer = middle_layer(len(layout.blocks)) if layer is None else layer
+    if layer is None:
+        layers = layout.having("heads")
+        layer = layers[middle_layer(len(layers))]
     modules = attention_inputs(layout, layer, ("query", "value"))
     transposed = is_transposed(layout, modules[0])
     return peft.LoraConfig(r=RANK, target_modules=modules, fan_in_fan_out=transposed, task_type="CAUSAL_LM")
@@ -141,9 +143,11 @@ def description(task: str | None) -> str:
 class _Data:
     """The examples with the tokens and the loss of a vector's training. A single example has no folds."""
 
-    def __init__(self, layout: Layout, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> None:
-        self._tokenizer, self._examples = tokenizer, examples
-        self._limit, self._device = layout.max_positions, layout.device
+    def __init__(
+        self, layout: Layout, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], before: int = 0
+    ) -> None:
+        self._tokenizer, self._examples, self._device = tokenizer, examples, layout.device
+        self._limit = layout.max_positions and layout.max_positions - before  # `before`: virtual tokens of every row
         self.objective = Objective(examples)
         self.folds = held_out_by_fold(len(examples)) if len(examples) > 1 else []
 

@@ -123,6 +123,8 @@ def few_shot_prompts(
         shots = draw.sample(others, min(SHOTS, len(others)))
         if any(shot.target is None for shot in shots):
             raise LaaiError("a function vector needs examples with targets, these have answer options")
+        if any(type(shot) is not Example for shot in shots):
+            raise LaaiError("a function vector needs plain examples, these were rendered by a task of the harness")
         if shuffled:
             targets = draw.sample([shot.target for shot in shots], len(shots))
             shots = [Example(shot.prompt, target) for shot, target in zip(shots, targets, strict=True)]

@@ -25,7 +25,7 @@ from laai_core.example import Example
 from laai_core.locate import Layout
 from laai_core.memory import until_it_fits
 from laai_core.start import ROWS
-from lm_eval_laai.prefixes import SharedPrefixes
+from lm_eval_laai.prefixes import SharedPrefixes, takes_prefixes
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedTokenizerBase
@@ -46,9 +46,9 @@ def pseudo_labelled(
 ) -> list[Example]:
     """Up to INPUTS further examples, most of them right where the model can follow the rule; none where it cannot.
 
-    None either for examples with options instead of targets, for prompts that do not end alike (the end of a proposed
-    input could not be told) or whose few-shot prompts are not the solved examples and then the prompt, for prompts too
-    long for the model, and of a model that cannot generate.
+    None either for examples with options instead of targets, for prompts that do not end alike, or end in special
+    tokens as chats do (the end of a proposed input could not be told), or whose few-shot prompts are not the solved
+    examples and then the prompt, for prompts too long for the model, and of a model that cannot generate.
 
     Args:
         stop: ends an answer, as `laai_core.settings.Settings.stop`; the model's end of text does, too.
@@ -64,7 +64,7 @@ def pseudo_labelled(
     whole = len(writer.encoded(examples[0].behind(examples))) + input_room + answer_room
     if any(shots + one.prompt.removeprefix(again) != one.behind(examples) for one in examples):
         return []
-    if not tail.strip() or whole > (layout.max_positions or whole):
+    if not tail.strip() or not writer.shows(tail) or whole > (layout.max_positions or whole):
         return []
     left_out = [one.behind([other for other in examples if other is not one]) for one in examples]
     answers = writer.answers(left_out, answer_room)
@@ -127,6 +127,11 @@ class _Writer:
         """Tokens that a text like these may have."""
         return max(len(self.encoded(text)) for text in texts) + SPARE
 
+    def shows(self, text: str) -> bool:
+        """Whether a text can be found in what the model writes, which is decoded without special tokens."""
+        tokens = [token for token in self.encoded(text) if token != self._tokenizer.bos_token_id]
+        return self._text(tokens) == self._tokenizer.decode(tokens)
+
     def inputs(self, context: str, tail: str, room: int) -> list[str]:
         """Distinct texts that the model puts between `context` and `tail`, the likeliest first."""
         start = self.encoded(context)
@@ -179,8 +184,10 @@ class _Writer:
         """What `generate` returns: `sequences` [R, T + count] and `logits`, [R, V] a token."""
         tokens, mask = padded(prompts, self._layout.device, left=True)
         prefix = os.path.commonprefix([tuple(prompt) for prompt in prompts])
-        cache = self._prefixes.cache(prompts, [None] * len(prompts), [prefix] * len(prompts), left=True)
         model: Any = self._layout.model
+        cache = None
+        if takes_prefixes(model.generation_config):
+            cache = self._prefixes.cache(prompts, [None] * len(prompts), [prefix] * len(prompts), left=True)
         return model.generate(
             input_ids=tokens,
             attention_mask=mask,

@@ -122,12 +122,14 @@ def choose(
     if shared.penalty_scale == "absolute" and None in (l1, group):
         raise LaaiError("penalty_scale absolute: penalties to choose from are relative, expected l1 and group")
     layout = locate(model, shared.projection)
-    count = len(layout.blocks)
-    coarse, gap = _coarse(count) if layer is None else ([layout.layer(layer)], 0)
-    fine = sorted({near for one in coarse for near in (one - gap, one + gap) if 0 <= near < count} - {*coarse})
+    usable = layout.having(shared.site)
+    near: dict[int, set[int]] = {layout.layer(layer): set()} if layer is not None else _coarse(usable)
+    coarse = [*near]
+    fine = sorted(set().union(*near.values()) - {*coarse})
     *others, usual = dict.fromkeys((p if l1 is None else l1, p if group is None else group) for p in PENALTIES)
     if None not in (layer, l1, group, steps) or len(examples) < 2:
-        return Choice(coarse[0] if layer is not None else int(LONE_DEPTH * count), *usual, shared.steps, [])
+        lone = usable[int(LONE_DEPTH * len(usable))]
+        return Choice(lone if layer is None else coarse[0], *usual, shared.steps, [])
     folds = _Folds(layout, tokenizer, examples, sorted({*coarse, *fine}), shared, lr, start)
     tried: list[Tried] = []
     with folds.ready(), tqdm(desc="cross-validate", unit=" evaluations", disable=not progress, leave=False) as bar:
@@ -141,9 +143,9 @@ def choose(
                     raise type(error)(f"cross-validation at layer {at}: {error}", []) from None
             return min(tried, key=lambda one: one.smallest_loss)
 
-        middle_first = sorted(coarse, key=lambda at: abs(at - LONE_DEPTH * count))
+        middle_first = sorted(coarse, key=lambda at: abs(at - LONE_DEPTH * len(layout.blocks)))
         best = try_all([(at, usual) for at in middle_first])
-        best = try_all([(at, usual) for at in fine if abs(at - best.layer) == gap])
+        best = try_all([(at, usual) for at in fine if at in near[best.layer]])
         best = try_all([(best.layer, penalties) for penalties in others])
         starts, further = folds.starts(best.layer), []
         if starts:
@@ -238,12 +240,16 @@ def _recorded(result: TrainResult, whole: TrainResult, **facts: Any) -> TrainRes
     )
 
 
-def _coarse(count: int) -> tuple[list[int], int]:
-    """The layers of `count` to try first, and the distance from the best layer to the neighbours tried next."""
+def _coarse(layers: Sequence[int]) -> dict[int, set[int]]:
+    """Those of `layers` to try first, each with the neighbours to try next if it is the best."""
+    count = len(layers)
     low, high = (share * count for share in DEPTHS)
-    layers = sorted({int(low + number * (high - low) / (COARSE - 1)) for number in range(COARSE)})
-    gap = min((after - before for before, after in zip(layers, layers[1:], strict=False)), default=0)
-    return layers, gap // 2
+    places = sorted({int(low + number * (high - low) / (COARSE - 1)) for number in range(COARSE)})
+    gap = min((after - before for before, after in zip(places, places[1:], strict=False)), default=0) // 2
+    return {
+        layers[place]: {layers[other] for other in (place - gap, place + gap) if 0 <= other < count}
+        for place in places
+    }
 
 
 def held_out_by_fold(count: int) -> list[list[bool]]:
@@ -332,8 +338,8 @@ def last_good(losses: torch.Tensor) -> int:
 
 
 def bounded(losses: torch.Tensor) -> torch.Tensor:
-    """Losses of held-out examples, bounded by -log FLOOR."""
-    return -torch.log((1 - FLOOR) * torch.exp(-losses) + FLOOR)
+    """Losses of held-out examples, bounded by -log FLOOR, which is also the bound of what is no number."""
+    return -torch.log((1 - FLOOR) * torch.exp(-losses).nan_to_num(0.0) + FLOOR)
 
 
 def ended(losses: Sequence[float], rival: Sequence[float]) -> bool:

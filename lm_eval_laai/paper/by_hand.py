@@ -62,7 +62,9 @@ def _train(setting: Setting, fit: Fit) -> str:
         ("--output", _output(fit)),
     ):
         if value is not None:
-            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+            words += [flag, str(value)]
+    if setting.source.trust_remote_code:
+        words.append("--trust-remote-code")
     return shlex.join(words)
 
 
@@ -81,4 +83,6 @@ def _model_arguments(setting: Setting) -> list[str]:
         arguments.append(f"gguf_file={source.gguf_file}")
     if source.dtype != "auto":
         arguments.append(f"dtype={source.dtype}")
+    if source.trust_remote_code:
+        arguments.append("trust_remote_code=True")
     return arguments
