@@ -258,7 +258,7 @@ def test_a_file_of_word_pairs_is_named_by_its_task_alone(hub, monkeypatch):
     repository = hub.repositories["org/new"]
     files = repository.commits[repository.branches["main"]]
     assert set(files) >= {"laai_pairs.safetensors", "README.md"}
-    assert "--tasks laai_pairs\n" in files["README.md"].decode()
+    assert "--tasks laai_pairs --include_path" in files["README.md"].decode()
 
 
 def test_push_refusals(hub, monkeypatch):
