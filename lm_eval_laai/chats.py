@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,12 @@ def rendering_of(intervention: Intervention) -> dict[str, Any]:
     return rendering if isinstance(rendering, dict) else {}
 
 
+def _filled(template: str, context: str) -> bool:
+    """Whether a context, of solved examples too, begins and ends as the template does."""
+    first, *_, last = re.split(r"\{\w+\}", template)
+    return context.lstrip().startswith(first.lstrip()) and context.rstrip().endswith(last.rstrip())
+
+
 class Chats:
     """The contexts that the harness rendered as chats, and their system messages."""
 
@@ -55,8 +62,8 @@ class Chats:
             if isinstance(instruction, str) and not context.startswith(instruction):
                 return f"the intervention was trained under the instruction {instruction!r:.60}, this prompt is not"
             template = trained.get(PROMPT_TEMPLATE)
-            if isinstance(template, str) and not context.rstrip().endswith(template.rpartition("}")[2].rstrip()):
-                return f"the intervention was trained with the template {template!r:.60}, this prompt ends otherwise"
+            if isinstance(template, str) and not _filled(template, context.removeprefix(str(instruction or ""))):
+                return f"the intervention was trained with the template {template!r:.60}, this prompt has another"
             return None
         if trained[TEMPLATE] != template_sha256(tokenizer):
             return "the intervention was trained with another chat template than the tokenizer's"

@@ -27,6 +27,7 @@ from laai_core.locate import locate, verify_causal
 from lm_eval_laai.finite import named, watched
 from lm_eval_laai.known_models.folder import pretrained as known_or_as_is
 from lm_eval_laai.prefixes import SharedPrefixes, common_prefixes, takes_prefixes
+from lm_eval_laai.routing import Route
 from lm_eval_laai.scoring import Row, Scorer
 from lm_eval_laai.steered import Steered
 
@@ -86,11 +87,16 @@ class HFLaai(Steered, HFLM):
         self._layout = locate(self.model, projection)
         verify_causal(self._layout)
         self._prefixes = SharedPrefixes(self._layout)
-        interventions = [route.scaled for route in self._routing.routes.values()]
-        self._edits = {id(iv): Edit.of(iv, self._layout) for iv in interventions}
+        self._edits = {id(route.scaled): self._edit(route) for route in self._routing.routes.values()}
         used_on = self.pretrained if isinstance(self.pretrained, str) else self.config._name_or_path
         used_on = used_on or type(self.model).__name__
         self._warn_if_made_elsewhere(used_on, self.model.dtype)
+
+    def _edit(self, route: Route) -> Edit:
+        try:
+            return Edit.of(route.scaled, self._layout)
+        except LaaiError as error:
+            raise LaaiError(f"{route.file}: {error}" if route.file else str(error)) from None
 
     def _share_requests_between_processes(self) -> None:
         """Rank and world size of a launch of several processes, which HFLM sets only where it sees several GPUs."""

@@ -91,6 +91,14 @@ def baseline(document: dict[str, Any], put: Callable[[Any], Path], tmp_path: Pat
     return path
 
 
+def test_a_new_baseline_is_met_by_the_run_it_is_of(
+    document: dict[str, Any], put: Callable[[Any], Path], tmp_path: Path
+) -> None:
+    document["results"][TASK] |= {METRIC: 0.12039043, "exact_match_stderr,none": 1e-7}
+    line = ["check", str(put(document)), "--against", str(tmp_path / "new.yaml")]
+    assert cli.main([*line, "--update"]) == cli.main(line) == 0
+
+
 def edited(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     content = yaml.safe_load(path.read_text())
     change(content)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -329,6 +332,57 @@ def test_bad_files(spoil: Any, said: str, trained: Path, tmp_path: Path, refused
 
 def test_no_folder_of_data(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert f"--data {tmp_path}/no: no such folder" in refused("data", "--data", tmp_path / "no")
+
+
+def test_an_output_that_is_an_input(trained: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    vector, rows = tmp_path / "x.safetensors", tmp_path / "words.jsonl"
+    shutil.copy(trained, vector)
+    rows.write_text("".join(json.dumps({"input": f"w{n}", "output": "x"}) + "\n" for n in range(80)))
+    kept = vector.read_bytes(), rows.read_bytes()
+    for line in (
+        ["export", vector, "--to", "pyvene", "--output", vector],
+        ["compose", vector, trained, "--output", vector],
+        ["sweep", "--model", "reference", "--examples", rows, "--output", tmp_path],
+    ):
+        assert "is what this command reads: expected another file to write" in refused(*line)
+    train = ["train", "--model", "/no/model", "--examples", rows, "--output", f"{tmp_path}/"]
+    assert "exists and is no such log" in refused(*train, "--log-to", rows)
+    assert (vector.read_bytes(), rows.read_bytes()) == kept
+
+
+def test_names_with_laai_and_values_that_begin_with_a_minus(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", "--model", str(model), "--task", f"laai_{TASK}", "--steps", "2", "--layer", "1"]
+    assert cli.main([*line, "--l1", "9", "--group", "9", "--start", "zero", "--output", f"{tmp_path}/"]) == 0
+    assert "the vector is zero: the penalties are too strong" in capsys.readouterr().err
+    line = ["generate", "--model", str(model), "--intervention", str(tmp_path / FILE), "hot", "--scale", "-1,2"]
+    assert cli.main(line) == 0
+    assert "-1 · Δ" in capsys.readouterr().out
+
+
+def test_too_many_new_tokens(model: Path, trained: Path, refused: Callable[..., str]) -> None:
+    line = ["generate", "--model", model, "--intervention", trained, "hot", "--max-new-tokens", 100_000]
+    assert "--max-new-tokens is 100000: expected fewer than the model's" in refused(*line)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_standard_output_that_cannot_be_written_to() -> None:
+    line = [
+        sys.executable,
+        "-c",
+        "import sys; from lm_eval_laai.commands.entry import main; sys.exit(main())",
+        "tasks",
+    ]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "laai: error: cannot write to standard output: No space left on device\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_no_command(refused: Callable[..., str]) -> None:

@@ -128,6 +128,10 @@ def test_parents_of_different_models_are_warned_of(caplog: pytest.LogCaptureFixt
     assert not caplog.records
     compose([heads(1), Intervention({0: torch.ones(HEADS, 8)}, metadata={"base_model": "other"})])
     assert "different models" in caplog.text
+    with pytest.raises(LaaiError, match=r"models of num_attention_heads \[4, 8\]"):
+        compose(
+            [Intervention({at: torch.ones(n, 8)}, metadata={"num_attention_heads": n}) for at, n in ((0, 4), (1, 8))]
+        )
 
 
 @pytest.mark.parametrize(

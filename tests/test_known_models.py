@@ -24,6 +24,7 @@ from laai_core.errors import LaaiError
 from lm_eval_laai.commands import cli
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.experiments.setting import Setting
+from lm_eval_laai.known_models.folder import pretrained
 from lm_eval_laai.known_models.table import KNOWN, KnownModel, Package
 from lm_eval_laai.model import HFLaai
 
@@ -104,6 +105,16 @@ def hub(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 def same_weights(folder: Path, seed: int) -> bool:
     found, expected = AutoModelForCausalLM.from_pretrained(folder).state_dict(), tiny_model("Llama", seed).state_dict()
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_folder_of_results_is_no_model(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lm_eval --output_path .` makes a folder of the model's name."""
+    monkeypatch.chdir(tmp_path)
+    Path("smollm2-135m").mkdir()
+    with pytest.raises(LaaiError, match="smollm2-135m is not on this machine yet"):
+        pretrained("smollm2-135m")
+    Path("smollm2-135m", "config.json").write_text("{}")
+    assert pretrained("smollm2-135m") == "smollm2-135m"
 
 
 # The table

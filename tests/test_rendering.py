@@ -291,6 +291,8 @@ CHAT, BRIEF, LONG = (
         ([*CHAT, *LONG], True, "Be brief.", "trained under the system message 'Go on.', evaluated under 'Be brief.'"),
         (BRIEF, False, None, "trained under the instruction 'Be brief.', this prompt is not"),
         (["--prompt-template", "say {input} as"], False, None, "trained with the template 'say {input} as', this"),
+        (["--prompt-template", "Please: {input}\nA:"], False, None, "trained with the template 'Please: "),
+        ([], False, "Be brief.", "trained with the template 'Q: {input}"),
     ],
 )
 def test_hf_laai_says_where_evaluation_differs(

@@ -68,8 +68,8 @@ class OwnData(NamedTuple):
             if isinstance(n_train, int) and pool < n_train:  # what is no number, `split_items` refuses
                 raise LaaiError(
                     f"{self.name}: {pool} of the {len(self.items)} rows are for training (about three in ten, the "
-                    f"others are test items), expected {n_train}: bring more rows, or `laai train --split all` and "
-                    f"test elsewhere"
+                    f"others are test items), expected {n_train}: bring more rows"
+                    f"{f', or n_train {pool}' if pool else ''}, or `laai train --split all` and test elsewhere"
                 )
             drawn, test = split_items(self.items, lambda item: item.key, seed, n_train, self.name)
         return Split([i.example for i in drawn], [i.example for i in test], self.name, seed, self.sources)

@@ -5,6 +5,7 @@ Cache, login and endpoint are huggingface_hub's own (HF_HOME, HF_TOKEN, HF_ENDPO
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ def local_file(source: str | Path, local_files_only: bool = False) -> Path:
     """
     hub_path = parsed(source)
     if hub_path is None:
-        return Path(source)
+        return Path(os.path.expanduser(source))
     file = hub_path.file or _only(_files(hub_path, local_files_only), hub_path)
     with explained(HubPath(hub_path.repo, file, hub_path.revision), local_files_only):
         path = hf_hub_download(

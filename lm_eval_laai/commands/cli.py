@@ -6,6 +6,8 @@ import argparse
 import importlib
 import io
 import json
+import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -43,6 +45,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, module: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._module = module
+        self._negative_number_matcher = re.compile(r"-[\d.]+(,-?[\d.]+)*$")  # argparse's has no commas
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Called by argparse for the command that the command line names."""
@@ -96,7 +99,12 @@ def run(parser: Parser, argv: Sequence[str] | None = None) -> int:
         return _stop(why, code)
     if report is None:  # of several launched processes one reports
         return DONE
-    print(json.dumps(report.facts, indent=2) if arguments.json else report.text)
+    try:
+        print(json.dumps(report.facts, indent=2) if arguments.json else report.text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        if not isinstance(error, BrokenPipeError):  # a reader such as `head` may have had enough
+            return _stop(f"cannot write to standard output: {error.strerror}", FAILED)
     return FAILED if report.failed else DONE
 
 

@@ -11,7 +11,14 @@ from laai_core.encode import WHITESPACE
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from lm_eval_laai.commands.examples import add_own_data_arguments, own_or_named_split
-from lm_eval_laai.commands.options import add_model_arguments, decimals, model_source, output_path
+from lm_eval_laai.commands.options import (
+    add_model_arguments,
+    check_no_input,
+    decimals,
+    model_source,
+    output_path,
+    task_name,
+)
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.methods.compose import METHODS, compose
 from lm_eval_laai.tasks import HARNESS, harness_task
@@ -31,7 +38,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="fit finds the weights of a sum on the task's training examples (default: %(default)s)",
     )
     parser.add_argument("--weights", type=decimals, metavar="W1,W2,...", help="one a file (default: all 1)")
-    parser.add_argument("--task", help="the composed task without laai_: goes into the file; --method fit needs it")
+    parser.add_argument("--task", type=task_name, help="the composed task: goes into the file; --method fit needs it")
     fitting = parser.add_argument_group("for --method fit")
     add_model_arguments(fitting, required=False)
     fitting.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
@@ -54,6 +61,7 @@ def _command(arguments: argparse.Namespace) -> Report:
     task = None if arguments.task is None else harness_task(arguments.task)
     parents = [Intervention.load(file) for file in arguments.files]
     composed = compose(parents, arguments.method, arguments.weights, task, **_fit_arguments(arguments, split))
+    check_no_input(path, *arguments.files)
     composed.save(path)
     composition = composed.metadata["composition"]
     facts = {

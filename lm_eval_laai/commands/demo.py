@@ -61,7 +61,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", metavar="DIR", help="folder of the public data sets, for tasks that need one")
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
-    add_layer_argument(parser)
+    add_layer_argument(parser, "chosen by cross-validation on the training examples")
     parser.add_argument(
         "--limit", type=int, help=f"test items a task (default: {LIMIT}; all with the reference model)"
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from laai_core import files
 from laai_core.errors import LaaiError
-from lm_eval_laai.commands.options import add_model_arguments, check_writable, model_source
+from lm_eval_laai.commands.options import add_model_arguments, check_no_input, check_writable, model_source
 from lm_eval_laai.commands.report import Report
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def _command(arguments: argparse.Namespace) -> Report:
     if path.suffix != SUFFIXES[arguments.to]:
         raise LaaiError(f"--output {path}: expected a name that ends in {SUFFIXES[arguments.to]}")
     check_writable(path.parent)
+    check_no_input(path, arguments.file)
     intervention = Intervention.load(arguments.file)
     if arguments.to == "gguf":
         content = gguf_file.control_vector(intervention)

@@ -62,6 +62,10 @@ def _command(arguments: argparse.Namespace) -> Report:
     for scale in dict.fromkeys(arguments.scale):
         with warnings_off():
             lm = HFLaai(model, intervention, scale=scale, tokenizer=tokenizer, batch_size=len(prompts))
+            if arguments.max_new_tokens >= lm.max_length:
+                raise LaaiError(
+                    f"--max-new-tokens is {arguments.max_new_tokens}: expected fewer than the model's {lm.max_length}"
+                )
             contexts = [lm.apply_chat_template(p) if isinstance(p, list) else p for p in prompts]
             answers[scale] = _answers(lm, contexts, _stop(intervention), arguments.max_new_tokens)
     facts = {

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laai_core.errors import LaaiError
-from lm_eval_laai.commands.options import add_model_arguments, model_source
+from lm_eval_laai.commands.options import a_path, add_model_arguments, model_source
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.facts import flat
 from lm_eval_laai.inspection.plot import check_plot, heat_map
@@ -28,7 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The flags of `inspect`."""
     parser.set_defaults(command=_command)
     parser.add_argument("file", metavar="FILE", help="a .safetensors file, or org/repo[:file][@revision]")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw a heat map, heads by dimensions")
+    parser.add_argument("--plot", type=a_path, metavar="FILE.png", help="draw a heat map, heads by dimensions")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     writing = parser.add_argument_group(
         "what it writes: its size on a model, and the words it promotes and suppresses"
@@ -44,7 +43,7 @@ def _command(arguments: argparse.Namespace) -> Report:
     from laai_core.intervention import Intervention
 
     if arguments.plot:
-        check_plot(Path(arguments.plot))
+        check_plot(arguments.plot)
     path = local_file(arguments.file)
     intervention = Intervention.load(path)
     facts = {
@@ -57,8 +56,8 @@ def _command(arguments: argparse.Namespace) -> Report:
     elif arguments.task:
         raise LaaiError("--task says what to run a model on: expected --model with it")
     if arguments.plot:
-        heat_map(intervention, Path(arguments.plot))
-        facts["plot"] = arguments.plot
+        heat_map(intervention, arguments.plot)
+        facts["plot"] = str(arguments.plot)
     return Report(facts, _text(facts))
 
 

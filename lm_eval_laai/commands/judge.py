@@ -12,7 +12,7 @@ from typing import Any
 
 from laai_core import files
 from laai_core.errors import LaaiError
-from lm_eval_laai.commands.options import check_writable
+from lm_eval_laai.commands.options import check_no_input, check_writable
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.judge.cache import Cache
 from lm_eval_laai.judge.endpoint import KEY_VARIABLE, OPENAI_URL, REQUEST, Judge
@@ -79,6 +79,8 @@ def _command(arguments: argparse.Namespace) -> Report:
         task_named(task)
     samples = [read_samples(path) for path in paths]
     output = _output(arguments.output)
+    if output is not None:
+        check_no_input(output, *paths)
     where = Path(arguments.cache).expanduser()
     # A dry run makes no file.
     with Cache(":memory:" if arguments.dry_run and not where.exists() else where) as cache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -47,10 +48,9 @@ def model_source(arguments: argparse.Namespace) -> ModelSource:
     )
 
 
-def add_layer_argument(parser: argparse.ArgumentParser, kind: Any = int, more: str = "") -> None:
+def add_layer_argument(parser: argparse.ArgumentParser, default: str) -> None:
     """--layer, for `checked_layer`."""
-    text = "0-based, negative counts from the end (default: chosen by cross-validation on the training examples)"
-    parser.add_argument("--layer", type=kind, help=text + more)
+    parser.add_argument("--layer", type=int, help=f"0-based, negative counts from the end (default: {default})")
 
 
 def layer_count(config: Any) -> int:
@@ -85,6 +85,24 @@ def adapter_folder(output: str, task: str) -> Path:
         path = path / harness_task(task)
     check_writable(path.parent)
     return path
+
+
+def check_no_input(output: Path, *inputs: str | Path | None) -> None:
+    """LaaiError for an output that would replace a file which the command reads."""
+    for one in inputs:
+        path = None if one is None else Path(os.path.expanduser(one))
+        if path is not None and path.exists() and output.exists() and output.samefile(path):
+            raise LaaiError(f"{output} is what this command reads: expected another file to write")
+
+
+def a_path(text: str) -> Path:
+    """The type of a flag: a shell leaves the ~ in --flag=~/file."""
+    return Path(text).expanduser()
+
+
+def task_name(text: str) -> str:
+    """The type of a flag: a task with or without laai_."""
+    return text.removeprefix("laai_")
 
 
 def check_writable(folder: Path) -> None:

@@ -63,7 +63,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="of OpinionQA, for Table 3, as in SEX=Female; may be repeated (default: the paper's four)",
     )
     parser.add_argument("--seeds", type=int, default=5, help="draws of examples: 0, 1, ... (default: %(default)s)")
-    add_layer_argument(parser, more=f"; on public sets layer {PAPER_LAYER}, the paper's")
+    add_layer_argument(parser, f"{PAPER_LAYER}, the paper's; on the lexicon the middle")
     parser.add_argument("--limit", type=int, help="test items a task (default: all)")
     parser.add_argument("--batch-size", type=int, default=64, help="prompts at once (default: %(default)s)")
     parser.add_argument(

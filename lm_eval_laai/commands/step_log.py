@@ -16,10 +16,15 @@ if TYPE_CHECKING:  # torch
     from laai_core.optimize import Step
 
 
+_BEGIN = b'{"evaluation":'  # of every line
+
+
 def check_log(path: Path) -> None:
     """LaaiError for a file that could not be written. Nothing is made, or emptied, yet."""
     if path.is_dir():
         raise LaaiError(f"--log-to {path} is a folder: expected a file")
+    if path.exists() and path.stat().st_size and not path.read_bytes().startswith(_BEGIN):
+        raise LaaiError(f"--log-to {path} exists and is no such log: expected a new file, or a log to replace")
     check_writable(path.parent)
 
 

@@ -19,12 +19,14 @@ from lm_eval_laai.commands.examples import add_own_data_arguments, own_data
 from lm_eval_laai.commands.options import (
     add_model_arguments,
     check_counts,
+    check_no_input,
     check_writable,
     checked_layer,
     decimals,
     layer_count,
     model_source,
     numbers,
+    task_name,
 )
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.experiments.cells import Store
@@ -64,7 +66,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def _words(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return [task_name(part.strip()) for part in text.split(",") if part.strip()]
 
 
 def _layers(text: str) -> list[int] | str:
@@ -86,6 +88,8 @@ def _command(arguments: argparse.Namespace) -> Report | None:
     if arguments.plot:
         check_plot(folder / "sweep.png")
     process = Process()
+    if own is not None:
+        check_no_input(folder / f"{own.name}.jsonl", arguments.examples)
     tasks = arguments.task or [_own_task(own, folder)]
     source = model_source(arguments)
     source = replace(source, device=process.device(source.device))

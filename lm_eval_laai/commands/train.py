@@ -20,12 +20,15 @@ from laai_core.settings import check as check_field
 from laai_core.train import TrainResult
 from lm_eval_laai.commands.examples import add_own_data_arguments, add_rendering_arguments, training_split, unescaped
 from lm_eval_laai.commands.options import (
+    a_path,
     adapter_folder,
     add_layer_argument,
     add_model_arguments,
+    check_no_input,
     checked_layer,
     model_source,
     output_path,
+    task_name,
 )
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.commands.step_log import check_log, step_log
@@ -54,13 +57,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="docs/methods.md says what each is (default: %(default)s)",
     )
     add_model_arguments(parser, required=True)
-    parser.add_argument("--task", help="a task without laai_, for example lexicon_antonym")
+    parser.add_argument("--task", type=task_name, help="a task, with or without laai_, for example lexicon_antonym")
     add_own_data_arguments(parser)
     add_rendering_arguments(parser)
     parser.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
     parser.add_argument("--n-train", type=int, default=10, help="training examples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
-    add_layer_argument(parser)
+    add_layer_argument(parser, "of laai chosen by cross-validation; of the others as docs/methods.md says")
     _add_training_arguments(parser)
     parser.add_argument("--heads", type=int, help="of fv: how many heads it sums (default: the share its paper takes)")
     parser.add_argument(
@@ -72,7 +75,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--log-to",
-        type=Path,
+        type=a_path,
         metavar="FILE.jsonl",
         help="of laai: a line of JSON for each evaluation of the training, none for the cross-validation, as soon as "
         "it is made: objective, loss, penalty, non-zeros, active heads",
@@ -142,6 +145,7 @@ def _command(arguments: argparse.Namespace) -> Report:
     method.check(path, arguments.layer, {name: options[name] for name in method.options})
     if arguments.log_to is not None:
         check_log(arguments.log_to)
+        check_no_input(arguments.log_to, arguments.examples)
     source = model_source(arguments)
     source.checked_device()
     layer = checked_layer(arguments.layer, source.config())
@@ -188,6 +192,13 @@ def _train(
     except NotFinite as stopped:
         raise WorkFailed(_kept(stopped, path)) from None
     result.intervention.save(path)
+    if not any(result.intervention.vector(at).any() for at in result.intervention.layers):
+        print("the vector is zero: the penalties are too strong", file=sys.stderr)
+    elif choice.steps == 1 and options["steps"] is None:
+        print(
+            "the vector is its start: no evaluation behind it had a lower held-out loss, so penalties did nothing",
+            file=sys.stderr,
+        )
     return {
         **summary(result),
         "l1": choice.l1,

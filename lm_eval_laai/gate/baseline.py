@@ -100,7 +100,7 @@ class Baseline:
             for key, one in task.metrics.items():
                 stderr = {} if one.stderr is None else {"stderr": _short(one.stderr)}
                 kind, size = one.tolerance
-                metrics[key] = {"value": _short(one.value), **stderr, "tolerance": {kind: size}}
+                metrics[key] = {"value": one.value, **stderr, "tolerance": {kind: size}}
             tasks[name] = {**task.setting, "metrics": metrics}
         content = {"tasks": tasks, "interventions": self.interventions}
         return _HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None)

@@ -39,9 +39,12 @@ def record_of(name: str) -> dict[str, Any] | None:
 def pretrained(name: str) -> str:
     """The argument of `from_pretrained` for `--model NAME`: a known model's folder, or the name as it is.
 
-    A folder of that name in the current one comes first. Raises LaaiError for a known model that is not fetched yet.
+    A model's folder of that name in the current one comes first; one of results, as `lm_eval --output_path .` makes
+    for a model, does not. Raises LaaiError for a known model that is not fetched yet.
     """
-    if Path(name).is_dir():
+    here = Path(name)
+    other = name in {*KNOWN, REFERENCE} and not [*here.glob("config.json"), *here.glob("*.gguf")]
+    if here.is_dir() and not other:
         return name
     if name == REFERENCE:
         return reference_model()

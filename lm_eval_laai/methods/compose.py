@@ -79,6 +79,10 @@ def compose(
         raise LaaiError(f"{len(parents)} intervention to compose: expected at least two")
     total = reduce(operator.add, parents)  # refuses parents that do not fit each other
     stacks = {layer: torch.stack([_scaled(p, layer, total) for p in parents]) for layer in total.layers}
+    for size in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+        found = {int(value) for parent in parents if isinstance(value := parent.metadata.get(size), int)}
+        if len(found) > 1:
+            raise LaaiError(f"the interventions are for models of {size} {sorted(found)}: expected those of one model")
     models = {str(name) for parent in parents if (name := parent.metadata.get("base_model")) is not None}
     if len(models) > 1:
         logger.warning("the interventions were made for different models: %s", ", ".join(sorted(models)))
