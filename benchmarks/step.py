@@ -105,10 +105,15 @@ def timed(
 
 def compiled(layout: Layout, layer: int) -> dict[nn.Module, Any]:
     """{norm or feed-forward: its compiled forward} of the replayed blocks; an attention's would be another for every
-    layer's cache."""
+    layer's cache. Each is told to run so: a model under hooks does not, and these modules have none."""
     attentions = set(layout.projections)
     parts = (part for block in layout.blocks[layer:] for part in block.children())
-    return {part: torch.compile(part.forward, dynamic=False) for part in parts if not attentions & set(part.modules())}
+    compiles = torch.compiler.set_stance("default")
+    return {
+        part: compiles(torch.compile(part.forward, dynamic=False))
+        for part in parts
+        if not attentions & set(part.modules())
+    }
 
 
 def shadowing(forwards: dict[nn.Module, Any], call: Callable[[], Any]) -> Any:
