@@ -216,10 +216,16 @@ def test_the_command_pushes_with_the_scores_of_a_results_file(hub, monkeypatch, 
     arguments = ["push", str(tmp_path / "a.safetensors"), "org/new", "--results", str(tmp_path), "--private"]
     assert cli.main(arguments) == 0
     repository = hub.repositories["org/new"]
-    assert capsys.readouterr().out.strip() == f"{hub.endpoint}/org/new/commit/{repository.branches['main']}"
+    told = capsys.readouterr()
+    assert told.out.strip() == f"{hub.endpoint}/org/new/commit/{repository.branches['main']}"
+    assert f"names no intervention of SHA-256 {example().sha256}" in told.err
     files = repository.commits[repository.branches["main"]]
     assert repository.private and files["laai_toy.safetensors"] == example().to_bytes()
     assert "| laai_toy | exact_match | 0.875 |" in files["README.md"].decode().splitlines()
+    results["config"] = {"interventions": [{"source": "a.safetensors", "sha256": example().sha256}]}
+    (tmp_path / "results_2026.json").write_text(json.dumps(results))
+    assert cli.main(arguments) == 0
+    assert "names no intervention" not in capsys.readouterr().err
 
 
 def test_push_again_replaces_and_to_a_branch_or_privately(hub, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from lm_eval_laai.commands.report import Report
 from lm_eval_laai.gate.results_file import Results, read_results
@@ -26,7 +27,7 @@ def _command(arguments: argparse.Namespace) -> Report:
     from lm_eval_laai.hub import push_to_hub
 
     intervention = Intervention.load(arguments.file)
-    scores = _scores(read_results(arguments.results)) if arguments.results else None
+    scores = _scores(read_results(arguments.results), intervention.sha256) if arguments.results else None
     commit = push_to_hub(
         intervention,
         arguments.repository,
@@ -39,6 +40,8 @@ def _command(arguments: argparse.Namespace) -> Report:
     return Report({"commit": commit}, commit)
 
 
-def _scores(results: Results) -> dict[str, dict[str, float]]:
-    """{task: {`metric,filter`: value}}."""
+def _scores(results: Results, sha256: str) -> dict[str, dict[str, float]]:
+    """{task: {`metric,filter`: value}}, with a warning where the run was not under the intervention."""
+    if sha256 not in {one.get("sha256") for one in results.interventions.values()}:
+        print(f"{results.path} names no intervention of SHA-256 {sha256}: are its scores this one's?", file=sys.stderr)
     return {name: {key: metric.value for key, metric in task.metrics.items()} for name, task in results.tasks.items()}
