@@ -96,7 +96,7 @@ class HFLaai(Steered, HFLM):
         try:
             return Edit.of(route.scaled, self._layout)
         except LaaiError as error:
-            raise LaaiError(f"{route.file}: {error}" if route.file else str(error)) from None
+            raise LaaiError(f"{error} ({route.file})" if route.file else str(error)) from None
 
     def _share_requests_between_processes(self) -> None:
         """Rank and world size of a launch of several processes, which HFLM sets only where it sees several GPUs."""

@@ -334,6 +334,7 @@ def test_a_folder_of_that_name_comes_first(cache: Path, tmp_path: Path, monkeypa
     assert (Path(ModelSource("reference").pretrained) / "config.json").is_file()
     for name in ("reference", "smollm2-135m"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
         assert ModelSource(name).pretrained == name
     assert ModelSource("org/model").pretrained == "org/model"
 
