@@ -178,25 +178,26 @@ def _compared(scores: Scores, record: Record) -> None:
         figures = [f"{means[row][title]:.3f}" if title in means[row] else "-" for title in cells]
         if row in whole:
             rank = statistics.fmean(float(one[whole.index(row)]) for one in ranks)
-            seconds = _seconds([entry for of in entries[row].values() for entry in of])
+            seconds = _seconds(entries[row].values())
             figures += [f"{statistics.fmean(means[row].values()):.3f}", f"{rank:.1f}", seconds]
         else:
             figures += ["-"] * 3
         lines.append([row if row == SHOTS else METHODS[row].title, *figures])
     names = [f"{title} (seeds {', '.join(numbers)})" for title, numbers in cells.items()]
     columns = ["method", *names, "average", "average rank", "CPU s to train"]
-    note = "CPU seconds are the process's, choosing included: the median over cells and seeds. A method that has not "
-    note += "been measured in every cell has no average, and the ranks are those among the others. "
+    note = "CPU seconds are the process's, choosing included: the median over cells of the means over seeds. A method "
+    note += "that has not been measured in every cell has no average, and the ranks are those among the others. "
     note += "A soft prompt begins as the rule in words (docs/methods.md), which no other method is told, and adds "
     note += "eight tokens to a request. LAAI alone is trained on pseudo-labels too, where it makes any "
     note += "(docs/methods.md): here on gemma-3-270m en_fr only."
     record.table("Methods, exact match", columns, lines, note)
 
 
-def _seconds(measured: list[list[Any]]) -> str:
-    """The median of the CPU seconds, where all are known."""
-    seconds = [spent for _, _, *known in measured for spent in known]
-    return f"{statistics.median(seconds):.0f}" if len(seconds) == len(measured) else "-"
+def _seconds(measured: Iterable[list[list[Any]]]) -> str:
+    """The median over cells of the mean CPU seconds, where all are known."""
+    seconds = [[spent for _, _, *known in of for spent in known] for of in measured]
+    known = all(len(some) == len(of) for some, of in zip(seconds, measured, strict=True))
+    return f"{statistics.median(map(statistics.fmean, seconds)):.0f}" if known else "-"
 
 
 def _text(entry: Entry) -> str:
