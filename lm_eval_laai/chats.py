@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from laai_core.data.examples import is_filled
 from laai_core.intervention import Intervention
 
 # Keys of a rendering.
@@ -29,12 +29,6 @@ def rendering_of(intervention: Intervention) -> dict[str, Any]:
     training = intervention.metadata.get("training")
     rendering = training.get("rendering") if isinstance(training, dict) else None
     return rendering if isinstance(rendering, dict) else {}
-
-
-def _filled(template: str, context: str) -> bool:
-    """Whether a context, of solved examples too, begins and ends as the template does."""
-    first, *_, last = re.split(r"\{\w+\}", template)
-    return context.lstrip().startswith(first.lstrip()) and context.rstrip().endswith(last.rstrip())
 
 
 class Chats:
@@ -62,7 +56,7 @@ class Chats:
             if isinstance(instruction, str) and not context.startswith(instruction):
                 return f"the intervention was trained under the instruction {instruction!r:.60}, this prompt is not"
             template = trained.get(PROMPT_TEMPLATE)
-            if isinstance(template, str) and not _filled(template, context.removeprefix(str(instruction or ""))):
+            if isinstance(template, str) and not is_filled(template, context.removeprefix(str(instruction or ""))):
                 return f"the intervention was trained with the template {template!r:.60}, this prompt has another"
             return None
         if trained[TEMPLATE] != template_sha256(tokenizer):

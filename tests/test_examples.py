@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from tiny import REFERENCE
 
 import laai_core as laai
-from laai_core.data.examples import read_examples
+from laai_core.data.examples import is_filled, read_examples
 from laai_core.data.split import in_training_pool
 from lm_eval_laai import own_task
 from lm_eval_laai.commands import cli
@@ -134,6 +134,12 @@ def test_bad_rows(name: str, content: Any, said: str, tmp_path: Path, refused: C
         assert not (tmp_path / "out").exists()
     assert said in refused("sweep", "--model", "reference", "--examples", path, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_that_a_template_makes() -> None:
+    assert is_filled("Q: {input}\nA:", "Q: hot\nA:") and is_filled("{a} to {b}:", "hot to cold:")
+    assert not is_filled("Q: {input}\nA:", "Say: hot\nA:") and not is_filled("Q: {input}\nA:", "Q: hot\nB:")
+    assert is_filled("no column", "no column") and not is_filled("no column", "another")  # of a file, not of ours
 
 
 @pytest.mark.parametrize(

@@ -107,16 +107,6 @@ def same_weights(folder: Path, seed: int) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_folder_of_results_is_no_model(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`lm_eval --output_path .` makes a folder of the model's name."""
-    monkeypatch.chdir(tmp_path)
-    Path("smollm2-135m").mkdir()
-    with pytest.raises(LaaiError, match="smollm2-135m is not on this machine yet"):
-        pretrained("smollm2-135m")
-    Path("smollm2-135m", "config.json").write_text("{}")
-    assert pretrained("smollm2-135m") == "smollm2-135m"
-
-
 # The table
 
 
@@ -337,6 +327,16 @@ def test_a_folder_of_that_name_comes_first(cache: Path, tmp_path: Path, monkeypa
         (tmp_path / name / "config.json").write_text("{}")
         assert ModelSource(name).pretrained == name
     assert ModelSource("org/model").pretrained == "org/model"
+
+
+def test_a_folder_of_results_is_no_model(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lm_eval --output_path .` makes a folder of the model's name."""
+    monkeypatch.chdir(tmp_path)
+    Path("smollm2-135m").mkdir()
+    with pytest.raises(LaaiError, match="smollm2-135m is not on this machine yet"):
+        pretrained("smollm2-135m")
+    Path("smollm2-135m", "config.json").write_text("{}")
+    assert pretrained("smollm2-135m") == "smollm2-135m"
 
 
 # A GGUF file as it is

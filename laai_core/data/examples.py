@@ -210,6 +210,12 @@ def columns(template: str) -> list[str]:
     return list(dict.fromkeys(_COLUMN.findall(template)))
 
 
+def is_filled(template: str, text: str) -> bool:
+    """Whether a text begins and ends as the template does, white space at its ends left aside."""
+    parts = _COLUMN.split(template)
+    return text.lstrip().startswith(parts[0].lstrip()) and text.rstrip().endswith(parts[-1].rstrip())
+
+
 def filled(template: str, row: dict[str, Any], where: str) -> str:
     """The template with each {column} replaced by the row's text. LaaiError for a column the row lacks."""
     if not _COLUMN.search(template):

@@ -58,10 +58,10 @@ def _command(arguments: argparse.Namespace) -> Report:
     if split is not None and arguments.task is None:
         arguments.task = f"{HARNESS}:{split.name}"
     path = _path(arguments)
+    check_no_input(path, *arguments.files)
     task = None if arguments.task is None else harness_task(arguments.task)
     parents = [Intervention.load(file) for file in arguments.files]
     composed = compose(parents, arguments.method, arguments.weights, task, **_fit_arguments(arguments, split))
-    check_no_input(path, *arguments.files)
     composed.save(path)
     composition = composed.metadata["composition"]
     facts = {

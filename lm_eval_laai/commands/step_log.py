@@ -23,9 +23,14 @@ def check_log(path: Path) -> None:
     """LaaiError for a file that could not be written. Nothing is made, or emptied, yet."""
     if path.is_dir():
         raise LaaiError(f"--log-to {path} is a folder: expected a file")
-    if path.exists() and path.stat().st_size and not path.read_bytes().startswith(_BEGIN):
+    if path.exists() and path.stat().st_size and _beginning(path) != _BEGIN:
         raise LaaiError(f"--log-to {path} exists and is no such log: expected a new file, or a log to replace")
     check_writable(path.parent)
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(_BEGIN))
 
 
 def step_log(path: Path) -> Callable[[Step], None]:

@@ -88,9 +88,7 @@ def _command(arguments: argparse.Namespace) -> Report | None:
     if arguments.plot:
         check_plot(folder / "sweep.png")
     process = Process()
-    if own is not None:
-        check_no_input(folder / f"{own.name}.jsonl", arguments.examples)
-    tasks = arguments.task or [_own_task(own, folder)]
+    tasks = arguments.task or [_own_task(own, folder, arguments.examples)]
     source = model_source(arguments)
     source = replace(source, device=process.device(source.device))
     source.checked_device()
@@ -110,10 +108,11 @@ def _command(arguments: argparse.Namespace) -> Report | None:
     return _reported(sweep, store, folder, arguments.plot)
 
 
-def _own_task(own: OwnData | None, folder: Path) -> str:
+def _own_task(own: OwnData | None, folder: Path, source: str) -> str:
     """The name of the task of own rows, which are kept with their prompts beside the sweep's results."""
     assert own is not None
     path = folder / f"{own.name}.jsonl"
+    check_no_input(path, source)
     write_rows(own, path)
     return examples_task(own, path)
 

@@ -24,7 +24,6 @@ from lm_eval_laai.commands.options import (
     adapter_folder,
     add_layer_argument,
     add_model_arguments,
-    check_no_input,
     checked_layer,
     model_source,
     output_path,
@@ -145,7 +144,6 @@ def _command(arguments: argparse.Namespace) -> Report:
     method.check(path, arguments.layer, {name: options[name] for name in method.options})
     if arguments.log_to is not None:
         check_log(arguments.log_to)
-        check_no_input(arguments.log_to, arguments.examples)
     source = model_source(arguments)
     source.checked_device()
     layer = checked_layer(arguments.layer, source.config())

@@ -98,7 +98,7 @@ class Baseline:
         for name, task in self.tasks.items():
             metrics = {}
             for key, one in task.metrics.items():
-                stderr = {} if one.stderr is None else {"stderr": _short(one.stderr)}
+                stderr = {} if one.stderr is None else {"stderr": one.stderr}
                 kind, size = one.tolerance
                 metrics[key] = {"value": one.value, **stderr, "tolerance": {kind: size}}
             tasks[name] = {**task.setting, "metrics": metrics}
@@ -242,8 +242,3 @@ def _number(value: Any, where: str, least: float = -math.inf) -> float:
         shown = repr(value) if isinstance(value, int | float | str) else type(value).__name__
         raise LaaiError(f"{where} is {shown:.60}: expected a finite number{', 0 or above' if least == 0 else ''}")
     return float(value)
-
-
-def _short(value: float) -> float:
-    """Six digits: more than any results file means."""
-    return float(f"{value:.6g}")

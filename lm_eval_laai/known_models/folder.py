@@ -43,8 +43,8 @@ def pretrained(name: str) -> str:
     for a model, does not. Raises LaaiError for a known model that is not fetched yet.
     """
     here = Path(name)
-    other = name in {*KNOWN, REFERENCE} and not [*here.glob("config.json"), *here.glob("*.gguf")]
-    if here.is_dir() and not other:
+    no_model = name in {*KNOWN, REFERENCE} and not [*here.glob("config.json"), *here.glob("*.gguf")]
+    if here.is_dir() and not no_model:
         return name
     if name == REFERENCE:
         return reference_model()

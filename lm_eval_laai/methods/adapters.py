@@ -74,7 +74,7 @@ def train_adapter(
     layout = locate(model)
     config = ADAPTERS[method](layout, None if layer is None else layout.layer(layer))
     base_model = model_facts(layout)["base_model"]
-    data = _Data(layout, tokenizer, examples, VIRTUAL_TOKENS if config.is_prompt_learning else 0)
+    data = _Data(layout, tokenizer, examples, _columns_before(config))
     with _wrapped(layout, config, seed) as wrapped:
         if config.is_prompt_learning:
             _start_from(wrapped, tokenizer, description(task))
@@ -127,6 +127,11 @@ def _soft_prompt(layout: Layout, layer: int | None) -> peft.PeftConfig:
 
 
 # PEFT's configuration of each method on a model, for one layer or (None) all; modules by their full paths.
+def _columns_before(config: Any) -> int:
+    """Columns that an adapter puts before every row: its virtual tokens."""
+    return int(config.num_virtual_tokens) if config.is_prompt_learning else 0
+
+
 ADAPTERS: dict[str, Callable[[Layout, int | None], peft.PeftConfig]] = {
     "lora": _lora,
     "ia3": _ia3,
@@ -147,7 +152,7 @@ class _Data:
         self, layout: Layout, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], before: int = 0
     ) -> None:
         self._tokenizer, self._examples, self._device = tokenizer, examples, layout.device
-        self._limit = layout.max_positions and layout.max_positions - before  # `before`: virtual tokens of every row
+        self._limit = layout.max_positions and layout.max_positions - before  # `before`: as of `_columns_before`
         self.objective = Objective(examples)
         self.folds = held_out_by_fold(len(examples)) if len(examples) > 1 else []
 
@@ -177,8 +182,7 @@ class _Trainer:
     def __init__(self, wrapped: Any, data: _Data) -> None:
         self._wrapped, self._data = wrapped, data
         self._head = wrapped.get_base_model().get_output_embeddings()
-        prompt = wrapped.active_peft_config
-        self._before = prompt.num_virtual_tokens if prompt.is_prompt_learning else 0  # columns of every row
+        self._before = _columns_before(wrapped.active_peft_config)
         self.parameters = [p for p in wrapped.parameters() if p.requires_grad]
         self._start = [p.detach().clone() for p in self.parameters]
 
