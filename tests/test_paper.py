@@ -452,6 +452,14 @@ def test_dry_run_lists_without_computing(small: Path, tmp_path: Path, facts_of: 
     assert not (tmp_path / "out").exists()
 
 
+def test_figure_1_of_one_rule(small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]) -> None:
+    line = ["paper", "--model", small, "--data", "lexicon", "--tables", "", "--figures", "1", "--rules", "synonym"]
+    facts = facts_of(*line, "--seeds", 1, "--limit", 2, "--output", tmp_path)
+    assert {record["task"] for record in facts["figure_1"]} == {"laai_lexicon_synonym"}
+    assert facts["missing"] == [] and "--rules synonym" in facts["command"]
+    assert "![figure 1](paper_figure1.png)" in (tmp_path / "report.md").read_text()
+
+
 def test_what_fails_leaves_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Function vectors need prompts of several examples, and this model has no room for them."""
     narrow = Setting(ModelSource(str(small_model_folder(tmp_path / "model", positions=48))), limit=2)
@@ -555,6 +563,7 @@ def test_the_whole_of_it(small: Path, tmp_path: Path, facts_of: Callable[..., di
         ([], "which model?"),
         (["--tables", "7"], "--tables 7"),
         (["--figures", "3"], "--figures 3"),
+        (["--rules", "antonym,capital"], "--rules capital: expected some of en_fr, en_de, antonym, synonym"),
         (["--tables", "", "--figures", ""], "nothing to do"),
         (["--data", "lexicon", "--seeds", "0"], "--seeds is 0"),
         (["--data", "lexicon", "--layer", "6"], "layer 6 is out of range"),

@@ -53,6 +53,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tables", type=numbers, default=list(TITLES), metavar="N[,N]", help="default: all six")
     parser.add_argument("--figures", type=numbers, default=list(FIGURES), metavar="N[,N]", help="default: both")
     parser.add_argument(
+        "--rules",
+        type=lambda text: text.split(","),
+        default=list(FOUR_RULES),
+        metavar="R[,R]",
+        help=f"of Figure 1 (default: the paper's, {','.join(FOUR_RULES)})",
+    )
+    parser.add_argument(
         "--examples", type=numbers, default=[], metavar="N[,N]", help="and a table of these numbers of examples"
     )
     parser.add_argument(
@@ -103,6 +110,9 @@ def _check_choices(arguments: argparse.Namespace) -> None:
         unknown = sorted(set(getattr(arguments, name)) - set(known))
         if unknown:
             raise LaaiError(f"--{name} {unknown[0]}: expected some of {', '.join(map(str, known))}")
+    for rule in arguments.rules:
+        if rule not in FOUR_RULES:
+            raise LaaiError(f"--rules {rule}: expected some of {', '.join(FOUR_RULES)}")
     if not (arguments.tables or arguments.figures or arguments.examples):
         raise LaaiError("nothing to do: expected --tables, --figures or --examples")
     if arguments.groups and arguments.data == LEXICON:
@@ -125,7 +135,7 @@ def _content(arguments: argparse.Namespace, process: Process, judge: Judge | Non
         recipes=recipes,
         seeds=seeds,
         tables=tables,
-        sweep=_figure_1(first, seeds, arguments.quick) if 1 in arguments.figures else None,
+        sweep=_figure_1(first, seeds, arguments) if 1 in arguments.figures else None,
         maps=maps,
         judge=None if judge is None else judge.model,
     )
@@ -161,13 +171,13 @@ def _data_folder(arguments: argparse.Namespace) -> str | None:
     return None if arguments.data is None else os.path.expanduser(arguments.data)
 
 
-def _figure_1(recipe: Recipe, seeds: Sequence[int], quick: bool) -> Sweep:
+def _figure_1(recipe: Recipe, seeds: Sequence[int], arguments: argparse.Namespace) -> Sweep:
     """Every layer; in a quick run a few that are evenly spread."""
     count = layer_count(recipe.setting.source.config())
-    step = -(-count // QUICK_LAYERS) if quick else 1
+    step = -(-count // QUICK_LAYERS) if arguments.quick else 1
     return Sweep(
         recipe.setting,
-        tuple(map(recipe.task, FOUR_RULES)),
+        tuple(map(recipe.task, dict.fromkeys(arguments.rules))),
         tuple(range(0, count, step)),
         tuple(seeds),
         ((0.0, 0.0), (recipe.l1, recipe.group)),
@@ -238,6 +248,7 @@ def _command_line(arguments: argparse.Namespace) -> str:
         ("--data", arguments.data),
         ("--tables", ",".join(map(str, arguments.tables))),
         ("--figures", ",".join(map(str, arguments.figures))),
+        ("--rules", None if arguments.rules == list(FOUR_RULES) else ",".join(arguments.rules)),
         ("--examples", ",".join(map(str, arguments.examples)) or None),
         *(("--group", group) for group in arguments.groups or []),
         ("--seeds", arguments.seeds),
