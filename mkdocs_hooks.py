@@ -51,6 +51,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         markdown = markdown.replace(COMMANDS, commands())
     if API in markdown:
         markdown = markdown.replace(API, api())
+    if not page.file.src_uri.startswith("notebooks/"):  # these offer the file itself
+        markdown = markdown.replace(".ipynb)", ".md)")
     return OUTSIDE.sub(_name, markdown) if page.file.src_uri.count("/") == 0 else markdown
 
 

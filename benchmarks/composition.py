@@ -1,11 +1,12 @@
 """Can the vectors of two tasks be made into a vector for one task after the other?
 
 The reference model and the four compositions of the bundled lexicon (en_fr_antonym: the French word for the antonym).
-A vector is trained on ten examples of each rule and, as "re-optimised", of each composition, as `laai train` does
-without flags, and again under penalties ten times as strong. `laai compose` then makes one vector of a composition's
-two rules, by each of its methods. Of these only `fit` sees examples of the composition: the ten of re-optimised, for
-two numbers. Every figure is the exact match of greedy generation on the 441 test words, through the harness
-(`hf-laai`, one model load, vectors routed by task): mean ± standard deviation over seeds, which draw the examples.
+A vector is trained on ten examples of each rule and, as "re-optimised", of each composition, by `laai_core.train` with
+its defaults at the middle layer (100 evaluations; nothing is chosen by cross-validation), and again under penalties
+ten times as strong. `laai compose` then makes one vector of a composition's two rules, by each of its methods. Of
+these only `fit` sees examples of the composition: the ten of re-optimised, for two numbers. Every figure is the exact
+match of greedy generation on the 441 test words, through the harness (`hf-laai`, one model load, vectors routed by
+task): mean ± standard deviation over seeds, which draw the examples.
 
 Stopped, the command goes on where it was: what was measured is kept in `runs/`.
 """
@@ -291,7 +292,7 @@ def spread(values: Sequence[float], sign: str = "") -> str:
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default: 0 1 2 3 4")
-    flags.add_argument("--layer", type=int, help="default: that of `laai train`")
+    flags.add_argument("--layer", type=int, help="default: the middle one")
     flags.add_argument("--model", default=str(REFERENCE_MODEL), help="default: the bundled reference model")
     arguments = flags.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns, once a task and run, of what is meant

@@ -9,14 +9,15 @@ K one distribution, the same for all questions of K options, that minimises the 
 training questions that have K options: q proportional to the geometric mean of their (smoothed) distributions; where
 none has K options, uniform. It sees what Δ sees of the answers, and nothing of the questions.
 
-The bundled survey is invented, and the reference model has learnt it in context; Δ is trained by `laai train` without
-flags. The real data are OpinionQA's 494 contested questions by sex and by race (all groups but people who gave no
-race), which so small a model cannot read: there Δ is asked for no more than a good guess, and what matters is not to
-learn more from ten questions than is in them. So layer and penalty, as a share of the smallest under which nothing is
-learnt from the ten (`critical_penalty` of a training), are chosen, once for all groups and seeds, on questions of the
-training pool, which nothing is tested on: those outside the ten, for three groups and two seeds.
-Questions nobody of a group answered are left out. Ten solved questions of the real data are more than the 1,024 tokens
-the model takes, so the harness cuts off the first of them; ten-shot is measured on a part of the test questions there.
+The bundled survey is invented, and the reference model has learnt it in context; Δ is trained by `laai_core.train`
+with its defaults at the middle layer (100 evaluations; nothing is chosen by cross-validation). The real data are
+OpinionQA's 494 contested questions by sex and by race (all groups but people who gave no race), which so small a model
+cannot read: there Δ is asked for no more than a good guess, and what matters is not to learn more from ten questions
+than is in them. So layer and penalty, as a share of the smallest under which nothing is learnt from the ten
+(`critical_penalty` of a training), are chosen, once for all groups and seeds, on questions of the training pool, which
+nothing is tested on: those outside the ten, for three groups and two seeds. Questions nobody of a group answered are
+left out. Ten solved questions of the real data are more than the 1,024 tokens the model takes, so the harness cuts off
+the first of them; ten-shot is measured on a part of the test questions there.
 
 Stopped, the command goes on where it was: what was measured is kept in `runs/`.
 """
@@ -107,7 +108,7 @@ class Bench:
         return laai.load_task(group.data_set, seed=seed, n_train=SHOTS, data=self._data)
 
     def trained(self, group: Group, seed: int, setting: Setting | None = None) -> laai.Intervention:
-        """What `laai train` gives, without flags or with `--layer ... --l1 ... --group ...`."""
+        """What `laai_core.train` gives with its defaults at the middle layer, or in a setting."""
         layer = setting.layer if setting else middle_layer(self.model.config.num_hidden_layers)
         fit = partial(laai.train, self.model, self.tokenizer, self.split(group, seed).train, layer, seed=seed)
         if setting is None:

@@ -1,11 +1,11 @@
 """Planted regressions, and whether the shipped baseline catches them.
 
-The gate's own steps on the reference model: a vector trained for each lexicon rule, all evaluated in one run of the
-harness (441 words a rule), the results file compared with benchmarks/baseline.yaml by `laai check`. Before the
-evaluation something is broken, in the vectors or in the code that applies them. Figures are exact match; what fails is
-named by metric (the number is worse than the tolerance allows) or by what the harness recorded of the intervention.
-Damage without effect on the answers is no regression, and passes: noise of a tenth of the vector's norm.
-"""
+The gate's steps on the reference model: a vector trained for each lexicon rule (by `laai_core.train` with its defaults
+at the middle layer; the gate's `laai train` chooses by cross-validation), all evaluated in one run of the harness (441
+words a rule), the results file compared with benchmarks/baseline.yaml by `laai check`. Before the evaluation something
+is broken, in the vectors or in the code that applies them. Figures are exact match; what fails is named by metric (the
+number is worse than the tolerance allows) or by what the harness recorded of the intervention. Damage without effect
+on the answers is no regression, and passes: noise of a tenth of the vector's norm. """
 
 from __future__ import annotations
 

@@ -411,18 +411,24 @@ def test_update_keeps_tolerances_and_absent_tasks(
     before = load_baseline(baseline)
     lose = "laai_lexicon_en_fr"
     del document["results"][lose]
+    applied = document["config"]["interventions"]
+    document["config"]["interventions"] = [one for one in applied if lose not in one["source"]]
+    del document["task_hashes"][TASK]  # as a run without --log_samples
     document["results"][TASK][METRIC] = 0.7
     document["results"]["new"] = {"acc,none": 0.5, "acc_stderr,none": 0.1, "nll,none": 3.0, "nll_stderr,none": "N/A"}
     assert cli.main(["check", str(put(document)), "--against", str(baseline), "--update"]) == 0
     after = load_baseline(baseline)
     assert after.tasks[lose] == before.tasks[lose]
+    assert after.interventions == before.interventions and lose in after.interventions
+    assert after.tasks[TASK].setting == before.tasks[TASK].setting and "data" in after.tasks[TASK].setting
     mine = after.tasks[TASK].metrics[METRIC]
     assert (mine.value, mine.tolerance) == (0.7, ("relative", 0.3))
     new = after.tasks["new"].metrics
     assert new["acc,none"].tolerance == ("standard_errors", 2.0) and new["nll,none"].tolerance == ("relative", 0.02)
     assert {path.name for path in baseline.parent.iterdir()} == {"baseline.yaml", "results.json"}
     del document["results"]["new"]
-    assert bad(compare(read_results(put(document)), after)) == [(lose, "task"), ("new", "task")]
+    unmet = [(TASK, "data"), (lose, "task"), ("new", "task"), (lose, "intervention")]
+    assert bad(compare(read_results(put(document)), after)) == unmet
 
 
 def test_a_written_baseline_is_read_back(document: dict[str, Any], put: Callable[[Any], Path], baseline: Path) -> None:

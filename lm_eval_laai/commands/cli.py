@@ -25,7 +25,7 @@ COMMANDS = {
     "task": "write a harness task of examples of your own",
     "generate": "answers without and with an intervention, side by side",
     "tasks": "list the harness tasks, and the --include_path to give",
-    "demo": "train a Δ for each lexicon rule; compare with zero-shot and ten-shot",
+    "demo": "train a Δ for a few word rules; compare with zero-shot and ten-shot",
     "check": "compare a results file of the harness with a baseline, or with another run",
     "judge": "GPT-Eval: ask a language model which logged predictions are right",
     "sweep": "a score for every layer, seed and penalty, through the harness",

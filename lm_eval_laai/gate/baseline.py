@@ -58,16 +58,17 @@ class Baseline:
     def of(cls, results: Results, before: Baseline | None = None) -> Baseline:
         """The baseline that expects exactly these results.
 
-        Tolerances, and tasks that are not in these results, are those of `before`: a partial run must not take the
-        other tasks out of the gate.
+        Tolerances are those of `before`; so are tasks that are not in these results, the interventions if there are
+        such tasks, and a task's `data` where no samples were logged: a partial run must take nothing out of the gate.
         """
         kept = {} if before is None else before.tasks
         tasks = dict(kept)
         for name, task in results.tasks.items():
-            old = kept[name].metrics if name in kept else {}
-            metrics = {k: _expected(f"{name}, {k}", m, old.get(k)) for k, m in task.metrics.items()}
-            tasks[name] = ExpectedTask(task.setting, metrics)
-        return cls(tasks, results.interventions)
+            old = kept.get(name, ExpectedTask({}, {}))
+            metrics = {k: _expected(f"{name}, {k}", m, old.metrics.get(k)) for k, m in task.metrics.items()}
+            tasks[name] = ExpectedTask(old.setting | task.setting, metrics)
+        partial = before is not None and not kept.keys() <= results.tasks.keys()
+        return cls(tasks, (before.interventions if partial else {}) | results.interventions)
 
     @classmethod
     def parse(cls, text: str, where: str) -> Baseline:
