@@ -5,7 +5,8 @@ at the middle layer; the gate's `laai train` chooses by cross-validation), all e
 words a rule), the results file compared with benchmarks/baseline.yaml by `laai check`. Before the evaluation something
 is broken, in the vectors or in the code that applies them. Figures are exact match; what fails is named by metric (the
 number is worse than the tolerance allows) or by what the harness recorded of the intervention. Damage without effect
-on the answers is no regression, and passes: noise of a tenth of the vector's norm. """
+on the answers is no regression, and passes: noise of a tenth of the vector's norm.
+"""
 
 from __future__ import annotations
 
