@@ -1,23 +1,25 @@
 """Ragged token rows as padded model inputs, and views of key-value caches that several forwards read.
 
-A view is a shallow copy with its own copies of the cache's layer objects. Layers replace their tensors instead of
-writing into them, so that the original cache stays unchanged.
+A view is a shallow copy with its own copies of the cache's layer objects. Layers of keys and values replace their tensors
+instead of writing into them, so that the original cache stays unchanged; recurrent states are written into.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import cache_utils
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from laai_core.locate import Layout
 
+_STATES = ("update_conv_state", "update_recurrent_state", "update_indexer")  # of layers that keep others
 # Exceptions of model code that does not support such arguments or such a cache.
 REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -56,19 +58,30 @@ def selected(cache: Any, rows: torch.Tensor) -> Any:
     """A view of `cache` with batch rows `rows` [n], in that order, repeats allowed.
 
     Raises:
-        AttributeError, NotImplementedError: for caches whose rows cannot be chosen (recurrent states).
+        AttributeError, NotImplementedError: for caches that hold more than keys and values.
     """
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen = _view(cache, copy.copy)
     chosen.batch_select_indices(rows)
     return chosen
 
 
 def read_only(cache: Any) -> Any:
-    """A view of `cache` whose `update` returns cached and new keys and values together without storing the new."""
-    frozen = copy.copy(cache)
-    frozen.layers = [_read_only_layer(layer) for layer in cache.layers]
-    return frozen
+    """A view of `cache` whose `update` returns cached and new keys and values together without storing the new.
+
+    Raises:
+        AttributeError, NotImplementedError: for caches that hold more than keys and values.
+    """
+    return _view(cache, _read_only_layer)
+
+
+def _view(cache: Any, copied: Callable[[Any], Any]) -> Any:
+    # A model's own class of cache or layer may keep anything.
+    ours = all(type(one).__module__ == cache_utils.__name__ for one in (cache, *cache.layers))
+    if not ours or any(hasattr(layer, update) for layer in cache.layers for update in _STATES):
+        raise NotImplementedError(f"{type(cache).__name__} with states besides keys and values")
+    view = copy.copy(cache)
+    view.layers = [copied(layer) for layer in cache.layers]
+    return view
 
 
 def _read_only_layer(layer: Any) -> Any:

@@ -78,12 +78,12 @@ class Products:
 def _linear(bias: torch.Tensor | None, weights: tuple[Any, Any], rows: Rows, x: torch.Tensor) -> torch.Tensor:
     """The forward of a linear module; only inputs of the batch's own shape [R, T, k] have rows to leave out."""
     chosen = (rows.real, rows.learnt) if x.shape[:-1] == rows.shape else (None, None)
-    result: torch.Tensor = _Product.apply(x, bias, *weights, *chosen)
-    return result
+    result: torch.Tensor = _Product.apply(x.flatten(0, -2), bias, *weights, *chosen)
+    return result.view(*x.shape[:-1], -1)  # here: what a Function returns as a view cannot be modified in place
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + bias for some rows, and g W for some; 0 in the others."""
+    """x W^T + bias for some rows of x [n, k], and g W for some; 0 in the others."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bias: Any, there: Any, back: Any, real: Any, learnt: Any) -> torch.Tensor:
@@ -97,15 +97,14 @@ class _Product(torch.autograd.Function):
 
 
 def _product(x: torch.Tensor, bias: Any, weight: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    flat = x.flatten(0, -2)
-    chosen = flat if rows is None else flat[rows]
+    chosen = x if rows is None else x[rows]
     if weight.is_mkldnn:
         found = torch.ops.mkldnn._linear_pointwise(chosen, weight, bias, "none", [], "")
     else:
         found = nn.functional.linear(chosen, weight, bias)
     if rows is not None:
-        found = found.new_zeros(len(flat), found.shape[1]).index_copy_(0, rows, found)
-    return found.view(*x.shape[:-1], -1)
+        found = found.new_zeros(len(x), found.shape[1]).index_copy_(0, rows, found)
+    return found
 
 
 def _packable(dtype: torch.dtype) -> bool:

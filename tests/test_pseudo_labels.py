@@ -50,13 +50,27 @@ def test_answers_end_at_the_stop_or_at_the_models_own_end(rows):
         assert any(expected)
 
 
-def test_a_model_that_makes_a_cache_of_another_kind_gets_none():
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"cache_implementation": "static"},
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": [*range(3, 200)]},
+        {"do_sample": True, "temperature": 9.0},
+        {"num_beams": 3},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_texts_are_greedy_whatever_the_models_own_settings(setting):
     model = tiny_model("Llama")
-    prompts = [f"{'ab ' * 30}{word}" for word in ("over", "there")]
-    writer = _Writer(locate(model), TOKENIZER, "", "refuse", 2)
-    free = writer._generated([TOKENIZER.encode(prompt) for prompt in prompts], 4).sequences
-    model.generation_config.cache_implementation = "static"
-    assert torch.equal(writer._generated([TOKENIZER.encode(prompt) for prompt in prompts], 4).sequences, free)
+    prompts = [TOKENIZER.encode(f"{'ab ' * 30}{word}") for word in ("over", "there")]
+    free = [slow_reference.greedy(model, prompt, 6, None) for prompt in prompts]
+    model.generation_config.update(**setting, eos_token_id=None)
+    before = model.generation_config.to_dict()
+    found = _Writer(locate(model), TOKENIZER, "", "refuse", 2)._generated(prompts, 6).sequences
+    assert found[:, -6:].tolist() == free
+    assert model.generation_config.to_dict() == before
 
 
 def test_the_texts_around_the_inputs():

@@ -252,6 +252,18 @@ def test_products_of_some_rows_equal_the_plain_path(name, fits, monkeypatch):
         assert (fast_gradient - gradient).norm() <= 1e-4 * gradient.norm()
 
 
+def test_a_product_may_be_modified_in_place(monkeypatch):
+    """As Llama 4 does with the output of its shared expert."""
+    monkeypatch.setattr(products, "SMALLEST", 0)
+    model = tiny_model("Llama")
+    for block in model.model.layers:
+        block.mlp.down_proj.register_forward_hook(lambda module, inputs, output: output.add_(1.0))
+    plain, replay = (
+        laai.train(model, TOKENIZER, rules(RAGGED), layer=1, steps=3, forward=f) for f in ("plain", "replay")
+    )
+    assert replay.objective == pytest.approx(plain.objective, rel=1e-5)
+
+
 def test_products_leave_the_model_as_it_was(monkeypatch):
     monkeypatch.setattr(products, "SMALLEST", 0)
     model = tiny_model("GPT2")

@@ -9,7 +9,7 @@ import slow_reference
 import torch
 import transformers
 from test_replay import RAGGED, TOKENIZER, calls_without_cache, rules
-from tiny import MAX_POSITIONS, PROJECTION_PATHS, VOCABULARY, hybrid_model, tiny_model
+from tiny import MAX_POSITIONS, PROJECTION_PATHS, VOCABULARY, gemma4_model, hybrid_model, tiny_model
 from tqdm.auto import tqdm
 
 import laai_core as laai
@@ -229,6 +229,12 @@ def test_layers_without_attention_are_not_tried(count):
     assert result.intervention.layers == [1] and {one.layer for one in choice.tried} <= {1}
     with pytest.raises(LaaiError, match="no attention output projection found in layer 2"):
         train_chosen(hybrid_model(), TOKENIZER, EXAMPLES[:count], 2)
+
+
+@pytest.mark.parametrize("start", ["icl", "zero"])
+def test_layers_whose_heads_differ_in_width(start):
+    _, choice = train_chosen(gemma4_model(), TOKENIZER, EXAMPLES[:4], steps=2, start=start)
+    assert len({one.layer % 2 for one in choice.tried}) == 2
 
 
 def test_what_is_fixed_stays_fixed():

@@ -609,6 +609,15 @@ def test_a_layer_without_attention_is_trained_and_recorded():
     assert result.intervention.metadata["head_dim"] == 32 // HEADS
 
 
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_a_recurrent_state_is_not_replayed(batch_size, caplog):
+    """A step would go on from the state that the step before left."""
+    options = dict(site="residual", batch_size=batch_size, steps=4)
+    plain, auto = (laai.train(hybrid_model(), TOKENIZER, RULES, 0, forward=f, **options) for f in ("plain", "auto"))
+    assert "cannot be replayed (NotImplementedError: DynamicCache with states besides keys and values)" in caplog.text
+    assert auto.objective == pytest.approx(plain.objective, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "start",
     [

@@ -128,7 +128,10 @@ def tiny_config(name: str) -> Any:
 
 def tiny_model(name: str, seed: int = 0) -> Any:
     """A random causal language model in evaluation mode, float32; the same seed gives the same weights."""
-    config = tiny_config(name)
+    return _random(tiny_config(name), seed)
+
+
+def _random(config: Any, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -152,6 +155,22 @@ _CORPUS = [
 _PIECES = ["▁▁", "th", "the", "▁the", "▁a", "▁c", "ol", "▁col", "in", "er"]
 _MERGES = [("▁", "▁"), ("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "a"), ("▁", "c"), ("o", "l"), ("▁c", "ol")]
 _MERGES += [("i", "n"), ("e", "r")]
+
+
+def gemma4_model(shared: int = 0) -> Any:
+    """Four layers, of which every second has heads twice as wide; the last `shared` take keys and values from below."""
+    config = transformers.Gemma4TextConfig(
+        **_without(_COMMON, "num_hidden_layers"),
+        num_hidden_layers=4,
+        head_dim=8,
+        global_head_dim=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        num_kv_shared_layers=shared,
+    )
+    return _random(config)
 
 
 def hybrid_model():

@@ -18,14 +18,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 
 from laai_core.cache import padded
 from laai_core.encode import Whitespace, encode_prompt
 from laai_core.example import Example
+from laai_core.hooks import shadowed
 from laai_core.locate import Layout
 from laai_core.memory import until_it_fits
 from laai_core.start import ROWS
-from lm_eval_laai.prefixes import SharedPrefixes, takes_prefixes
+from lm_eval_laai.prefixes import SharedPrefixes
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedTokenizerBase
@@ -117,7 +119,7 @@ class _Writer:
         self._stop, self._whitespace, self._rows = stop, whitespace, rows
         self._prefixes = SharedPrefixes(layout)
         ends = layout.model.generation_config.eos_token_id
-        self._ends = {*ends} if isinstance(ends, list) else {ends}
+        self._ends = {*ends} if isinstance(ends, list) else {ends} - {None}
 
     def encoded(self, text: str) -> list[int]:
         """Tokens of a prompt."""
@@ -185,17 +187,15 @@ class _Writer:
         tokens, mask = padded(prompts, self._layout.device, left=True)
         prefix = os.path.commonprefix([tuple(prompt) for prompt in prompts])
         model: Any = self._layout.model
-        cache = None
-        if takes_prefixes(model.generation_config):
-            cache = self._prefixes.cache(prompts, [None] * len(prompts), [prefix] * len(prompts), left=True)
-        return model.generate(
-            input_ids=tokens,
-            attention_mask=mask,
-            **({} if cache is None else {"past_key_values": cache}),  # recurrent models refuse the argument
-            max_new_tokens=count,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        cache = self._prefixes.cache(prompts, [None] * len(prompts), [prefix] * len(prompts), left=True)
+        # The model's own settings may penalise repetition, which an answer of few-shot prompts is.
+        greedy = GenerationConfig(eos_token_id=sorted(self._ends) or None, pad_token_id=0)
+        with shadowed(model, "generation_config", greedy):
+            return model.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                **({} if cache is None else {"past_key_values": cache}),  # recurrent models refuse the argument
+                max_new_tokens=count,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )

@@ -288,16 +288,16 @@ class _Folds:
         """Within the block, the model is frozen and every fold has its start at every layer."""
         with frozen(self._layout.model):
             verify_causal(self._layout)
-            shape = len(self._sets), *self._problem.shape(self._layers[0])
-            self._starts = {layer: torch.zeros(shape) for layer in self._layers}
+            shapes = {layer: (len(self._sets), *self._problem.shape(layer)) for layer in self._layers}
+            self._starts = {layer: torch.zeros(shape) for layer, shape in shapes.items()}
             if self._start != "zero":
                 # With two examples a fold is left with one, from which no few-shot prompt can be made.
                 numbers = [number for number, part in enumerate(self._sets) if len(part) > 1]
                 options = self._settings.site, self._settings.whitespace, self._settings.batch_size
                 sets = [self._sets[number] for number in numbers]
                 found = in_context_starts(self._layout, self._tokenizer, sets, self._layers, *options)
-                for layer in self._layers:
-                    self._starts[layer][numbers] = found[layer].view(-1, *shape[1:])
+                for layer, starts in self._starts.items():
+                    starts[numbers] = found[layer].view(-1, *starts.shape[1:])
             yield
 
     def starts(self, layer: int) -> list[Intervention]:
