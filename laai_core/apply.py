@@ -102,6 +102,7 @@ class _Steering:
         self._generate: Any = layout.model.generate
         self._tracker = PositionTracker(layout.virtual_tokens, lengths)
         self._parameters = list(inspect.signature(layout.decoder.forward).parameters)
+        self._outer: dict[str, Any] | None = None  # arguments of the module around the decoder
         self._call: Call | None = None
         self._hits: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
         self._cast: dict[tuple[int, int, torch.device, torch.dtype], torch.Tensor] = {}
@@ -109,6 +110,8 @@ class _Steering:
     def hooks(self) -> Iterator[Any]:
         """Register every hook, one at a time."""
         layout = self._layout
+        for module in layout.around:
+            yield module.register_forward_pre_hook(self._before_outer, with_kwargs=True)
         yield layout.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         for layer, site in sorted({(layer, edit.site) for edit in self._edits for layer in edit.vectors}):
             module = layout.module(layer, site)
@@ -128,11 +131,17 @@ class _Steering:
                 raise LaaiError(f"{len(given)} {name} were given for {len(mask)} prompts: expected one a prompt")
         if self._lengths is not None:
             check_lengths(self._lengths, mask.sum(1))
+        edited = (self._layout.blocks[layer] for edit in self._edits for layer in edit.vectors)
+        if any(getattr(module, "is_kv_shared_layer", False) for block in edited for module in block.modules()):
+            kwargs.setdefault("logits_to_keep", 0)  # else Gemma 4 runs such layers for the last column alone
         self._tracker.generation = Generation(mask)
         try:
             return self._generate(*args, **kwargs)
         finally:
             self._tracker.generation = outer
+
+    def _before_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._outer = kwargs
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record where this call's prompts end. A hook of the decoder, so that `model.model(...)` is covered too."""
@@ -145,7 +154,11 @@ class _Steering:
         cache: Any = given.get("past_key_values")
         past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         batch, length = tokens.shape[:2]
-        self._call = self._tracker.call(batch, length, past, given.get("attention_mask"))
+        mask = given.get("attention_mask")
+        if isinstance(mask, dict) and self._outer is not None:  # made by Gemma 3, say, from the mask that it was given
+            mask = self._outer.get("attention_mask")
+        self._outer = None
+        self._call = self._tracker.call(batch, length, past, mask)
         self._hits.clear()
 
     def _edit_input(self, layer: int, site: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

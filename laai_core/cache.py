@@ -1,7 +1,7 @@
 """Ragged token rows as padded model inputs, and views of key-value caches that several forwards read.
 
-A view is a shallow copy with its own copies of the cache's layer objects. Layers of keys and values replace their tensors
-instead of writing into them, so that the original cache stays unchanged; recurrent states are written into.
+A view is a shallow copy with its own copies of the cache's layer objects. Layers of keys and values replace their
+tensors instead of writing into them, so that the original cache stays unchanged; recurrent states are written into.
 """
 
 from __future__ import annotations

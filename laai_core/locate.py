@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,13 @@ class Layout:
     num_heads: int
     hidden_size: int
     virtual_tokens: int  # PEFT prompt learning puts this many in front of every row
+
+    @cached_property
+    def around(self) -> list[nn.Module]:
+        """The modules between the model and its decoder, from the outside in: those of a multimodal model."""
+        path = next(path for path, module in self.model.named_modules() if module is self.decoder)
+        parts = path.split(".")
+        return [self.model.get_submodule(".".join(parts[:count])) for count in range(1, len(parts))]
 
     @property
     def device(self) -> torch.device:
@@ -129,6 +137,11 @@ def locate(model: PreTrainedModel, projection: str | None = None) -> Layout:
     virtual_tokens = 0
     if hasattr(model, "get_base_model"):
         adapted: Any = model  # a PeftModel, a type of a package that the core does not import
+        if getattr(adapted.active_peft_config, "alora_invocation_tokens", None):
+            raise LaaiError(
+                "the adapter is an activated LoRA, which looks for its invocation tokens in every call, and not in a "
+                "cache: expected another kind of adapter"
+            )
         if adapted.active_peft_config.is_prompt_learning:
             virtual_tokens = adapted.active_peft_config.num_virtual_tokens
         model = adapted.get_base_model()

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,14 @@ class HFLaai(Steered, HFLM):
             edit = dataclasses.replace(edit, position="all")
         return Row(prompt, continuation, edit, name)
 
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.model, self._layout, self.max_length, self.softmax_dtype, self._prefixes)
+
     def _score(self, rows: list[Row], name: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
-        scorer = Scorer(self.model, self._layout, self.max_length, self.softmax_dtype, self._prefixes)
         bar = tqdm(total=len(rows), disable=disable_tqdm or self.rank != 0, desc=f"Running {name} requests")
         with bar, torch.no_grad(), self._autocast(), closing(self._prefixes):
-            return scorer.score(rows, self._batch_rows(rows), bar.update)
+            return self._scorer.score(rows, self._batch_rows(rows), bar.update)
 
     def _batch_rows(self, rows: list[Row]) -> int:
         if self.batch_size != "auto":

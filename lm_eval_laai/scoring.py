@@ -13,13 +13,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from laai_core.apply import Edit, hooked
-from laai_core.cache import model_inputs, padded, selected
+from laai_core.cache import REFUSALS, model_inputs, padded, selected
 from laai_core.errors import LaaiError
 from laai_core.locate import Layout
 from lm_eval_laai.finite import check
@@ -106,7 +107,7 @@ class Scorer:
         shared = [g for g, is_linear in zip(groups, linear, strict=True) if not is_linear]
         plain = [g for g, is_linear in zip(groups, linear, strict=True) if is_linear]
         # With virtual tokens a cached prompt could not be continued: PEFT would prepend them again.
-        if shared and (self._layout.virtual_tokens or not self._cache_can_be_shared(shared[0])):
+        if shared and (self._layout.virtual_tokens or not self._shares_exactly):
             plain += [_Group(g.prompt, g.edit, g.name, g.prefix, [member]) for g in shared for member in g.members]
             plain = _ordered(plain)
             shared = []
@@ -125,6 +126,8 @@ class Scorer:
     def _groups(self, rows: Sequence[Row]) -> list[_Group]:
         groups: dict[tuple[tuple[int, ...], int], _Group] = {}
         for number, row in enumerate(rows):
+            if not row.prompt:
+                raise LaaiError(f"{row.name}: its context has no tokens, of which the vector needs the last")
             room = room_for_prompt(row.continuation, self._max_length + 1, row.name)
             prompt = tuple(row.prompt[-room:])  # truncated from the left, as the harness does
             key = (prompt, id(row.edit))
@@ -206,15 +209,21 @@ class Scorer:
             [g.prompt for g in groups], [g.edit for g in groups], [g.prefix for g in groups], left
         )
 
-    def _cache_can_be_shared(self, group: _Group) -> bool:
-        """Whether this model returns a cache whose rows can be repeated (recurrent states may not)."""
-        ids = torch.tensor([group.prompt[:1]], device=self._device)
-        cache = getattr(self._model(input_ids=ids, use_cache=True), "past_key_values", None)
+    @cached_property
+    def _shares_exactly(self) -> bool:
+        """Whether continuations behind cached prompts score as whole rows do, tried on a few tokens: the rows of
+        recurrent states cannot be repeated, and some decoders count padding as positions.
+        """
+        continuations: list[tuple[int, tuple[int, ...]]] = [(0, (1, 2, 1)), (1, (2, 1, 2))]
+        groups = [_Group(prompt, None, "", (), continuations) for prompt in [(2, 1, 2, 2, 1), (2, 1)]]
+        alone = [_Group(g.prompt, None, "", (), [member]) for g in groups for member in g.members]
         try:
-            selected(cache, torch.tensor([0, 0]))
-        except (AttributeError, NotImplementedError):
+            shared = [score for _, (score, _) in self._shared(groups, 1)]
+        except REFUSALS:
             return False
-        return True
+        whole = [score for group in alone for _, (score, _) in self._plain([group])]
+        tolerance = 1e-4 if self._layout.dtype == torch.float32 else 3e-2
+        return all(abs(a - b) <= tolerance * abs(b) for a, b in zip(shared, whole, strict=True))
 
     def _log_softmax(self, logits: torch.Tensor, groups: Sequence[_Group]) -> torch.Tensor:
         """Log-softmax of logits [G, ..., V]; WorkFailed where a group under an edit has logits that are not finite."""

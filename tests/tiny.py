@@ -131,10 +131,10 @@ def tiny_model(name: str, seed: int = 0) -> Any:
     return _random(tiny_config(name), seed)
 
 
-def _random(config: Any, seed: int = 0) -> Any:
+def _random(config: Any, seed: int = 0, kind: Any = None) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = kind(config) if kind else transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -158,7 +158,7 @@ _MERGES += [("i", "n"), ("e", "r")]
 
 
 def gemma4_model(shared: int = 0) -> Any:
-    """Four layers, of which every second has heads twice as wide; the last `shared` take keys and values from below."""
+    """Four layers, every second with heads twice as wide; the last `shared` take keys and values of others."""
     config = transformers.Gemma4TextConfig(
         **_without(_COMMON, "num_hidden_layers"),
         num_hidden_layers=4,
@@ -171,6 +171,29 @@ def gemma4_model(shared: int = 0) -> Any:
         num_kv_shared_layers=shared,
     )
     return _random(config)
+
+
+def multimodal_model() -> Any:
+    """Gemma 3 as it is loaded with its vision tower: the decoder, of three layers, is a part of a part."""
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    text = transformers.Gemma3TextConfig(**_GEMMA3).to_dict()
+    tokens = dict(image_token_index=290, boi_token_index=291, eoi_token_index=292)
+    return _random(transformers.Gemma3Config(text_config=text, vision_config=vision | {"patch_size": 14}, **tokens))
+
+
+def decoder_with_positions(name: str) -> Any:
+    """A decoder of three layers that numbers its tokens by itself, from another number than 0 (Roberta) or by columns,
+    padding or not (Bart).
+    """
+    ids = dict(vocab_size=VOCABULARY, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, is_decoder=True)
+    if name == "Roberta":
+        sizes = dict(hidden_size=HIDDEN, num_hidden_layers=3, num_attention_heads=HEADS, intermediate_size=48)
+        return _random(transformers.RobertaConfig(**sizes, **ids, max_position_embeddings=MAX_POSITIONS + 1))
+    sizes = dict(d_model=HIDDEN, decoder_layers=3, decoder_attention_heads=HEADS, decoder_ffn_dim=48)
+    sizes |= dict(encoder_layers=3, encoder_attention_heads=HEADS)  # which the config gives for the decoder's
+    config = transformers.BartConfig(**sizes, **ids, max_position_embeddings=MAX_POSITIONS, decoder_start_token_id=EOS)
+    config.is_encoder_decoder = False
+    return _random(config, kind=transformers.BartForCausalLM)
 
 
 def hybrid_model():

@@ -61,13 +61,13 @@ class Baseline:
         Tolerances are those of `before`; so are tasks that are not in these results, the interventions if there are
         such tasks, and a task's `data` where no samples were logged: a partial run must take nothing out of the gate.
         """
-        kept = {} if before is None else before.tasks
-        tasks = dict(kept)
+        before = before or cls({}, {})
+        tasks = dict(before.tasks)
         for name, task in results.tasks.items():
-            old = kept.get(name, ExpectedTask({}, {}))
+            old = before.tasks.get(name, ExpectedTask({}, {}))
             metrics = {k: _expected(f"{name}, {k}", m, old.metrics.get(k)) for k, m in task.metrics.items()}
             tasks[name] = ExpectedTask(old.setting | task.setting, metrics)
-        partial = before is not None and not kept.keys() <= results.tasks.keys()
+        partial = not before.tasks.keys() <= results.tasks.keys()
         return cls(tasks, (before.interventions if partial else {}) | results.interventions)
 
     @classmethod
