@@ -136,6 +136,19 @@ def test_bad_rows(name: str, content: Any, said: str, tmp_path: Path, refused: C
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["source lang", "source-lang", "Sprache (von)", "1st", "über"])
+def test_a_column_may_have_any_name_that_begins_with_a_letter(
+    name: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(lines([{"input": "a", name: "b", "output": "c"}]))
+    template = '{"json": {}} {' + name + "}: {input} ="
+    assert laai.load_examples(path, template) == [laai.Example('{"json": {}} b: a =', " c")]
+    assert is_filled("{" + name + "}: {input} =", "b: a =")
+    said = refused("task", path, "--prompt-template", "{another lang}: {input}", "--output", tmp_path / "out")
+    assert 'row 1 has no "another lang"; its columns are input, ' in said
+
+
 def test_texts_that_a_template_makes() -> None:
     assert is_filled("Q: {input}\nA:", "Q: hot\nA:") and is_filled("{a} to {b}:", "hot to cold:")
     assert not is_filled("Q: {input}\nA:", "Say: hot\nA:") and not is_filled("Q: {input}\nA:", "Q: hot\nB:")

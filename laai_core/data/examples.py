@@ -27,7 +27,7 @@ from laai_core.example import Example
 
 STDIN = "-"
 DEFAULT_TEMPLATE = "Q: {input}\nA:"  # of rows with an "input", as the word tasks have it
-_COLUMN = re.compile(r"\{(\w+)\}")
+_COLUMN = re.compile(r"\{(\w[^{}\n]*)\}")  # a brace before anything but a letter or digit, as in JSON, is text
 _ROWS = '{"prompt", "target"}, {"input", "output"} or {"prompt", "options", "distribution"}'
 _Row = tuple[str, Any]  # where the row is, for messages, and its JSON value
 
