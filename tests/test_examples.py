@@ -93,6 +93,15 @@ def test_of_equal_inputs_the_first_stays(tmp_path: Path) -> None:
     assert [example.target for example in laai.load_examples(path)] == [" 1", " 3"]
 
 
+@pytest.mark.parametrize("empty", ["", " ", None])
+def test_an_empty_input_that_no_template_names_is_none(empty: Any, tmp_path: Path) -> None:
+    """As most rows of Alpaca have it: the prompt then decides about the split."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(lines([{"instruction": "Say a", "input": empty, "output": "a"}]))
+    (item,) = read_examples(path, "{instruction}:").items
+    assert (item.key, item.example) == ("Say a:", laai.Example("Say a:", " a"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -105,6 +114,7 @@ def test_of_equal_inputs_the_first_stays(tmp_path: Path) -> None:
         ("x.jsonl", '{"input": "a"}\n', 'x.jsonl: row 1 has no "target", no "output" and no "options"'),
         ("x.jsonl", '{"input": "a", "output": 4}\n', 'x.jsonl: row 1: "output" is a int'),
         ("x.jsonl", '{"input": " ", "output": "b"}\n', 'x.jsonl: row 1: "input" is empty'),
+        ("x.jsonl", '{"prompt": "a", "input": 4, "target": "b"}\n', 'x.jsonl: row 1: "input" is a int; expected'),
         ("x.jsonl", '{"input": "a", "output": "\\ud800"}\n', "is not valid Unicode"),
         ("x.jsonl", '{"prompt": "a", "options": ["b", "c"]}\n', 'row 1: "distribution" is missing'),
         (
@@ -130,7 +140,8 @@ def test_bad_rows(name: str, content: Any, said: str, tmp_path: Path, refused: C
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     for command in (["train", "--model", "reference", "--examples", path], ["task", path]):
-        assert said in refused(*command, "--output", f"{tmp_path}/out/")
+        line = refused(*command, "--output", f"{tmp_path}/out/")
+        assert said in line and f"row 1: {path}" not in line
         assert not (tmp_path / "out").exists()
     assert said in refused("sweep", "--model", "reference", "--examples", path, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -33,7 +33,7 @@ _Row = tuple[str, Any]  # where the row is, for messages, and its JSON value
 
 
 class Item(NamedTuple):
-    """An example and `key`, the text by which the split sorts it: the row's input, or else its prompt."""
+    """An example and `key`, the text by which the split sorts it: the row's input, or its prompt if that is empty."""
 
     key: str
     example: Example
@@ -196,11 +196,10 @@ def _item(row: Any, template: str | None, where: str) -> Item:
         answer = {"target": f" {_text(row, 'output', where).strip()}"}
     else:
         raise LaaiError(f'{where} has no "target", no "output" and no "options"; expected {_ROWS}')
+    key = prompt if _is_empty(row.get("input")) else _text(row, "input", where)
+    rendering = None if template is None else {"prompt_template": template}
     try:
-        rendering = None if template is None else {"prompt_template": template}
-        return Item(
-            _text(row, "input", where) if "input" in row else prompt, Example(prompt, **answer, rendering=rendering)
-        )
+        return Item(key, Example(prompt, **answer, rendering=rendering))
     except LaaiError as error:
         raise LaaiError(f"{where}: {error}") from None
 
@@ -227,13 +226,17 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
     if name not in row:
         raise LaaiError(f'{where} has no "{name}"; its columns are {", ".join(map(str, row))}')
     value = row[name]
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or _is_empty(value):
         raise LaaiError(f'{where}: "{name}" is {_kind(value)}; expected text')
     check_unicode(value, f'{where}: "{name}"')
     return value
 
 
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def _kind(value: Any) -> str:
     if isinstance(value, str):
-        return f"the text {value!r:.40}" if value.strip() else "empty"
+        return "empty" if _is_empty(value) else f"the text {value!r:.40}"
     return "missing" if value is None else f"a {type(value).__name__}"
