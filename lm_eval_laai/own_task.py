@@ -61,7 +61,7 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
     for item in data.items:
         if item.example.target is not None and len(item.example.target.strip().splitlines()) > 1:
             raise LaaiError(
-                f"target {item.example.target!r:.60} has a line break inside; "
+                f"{item.where}: target {item.example.target!r:.60} has a line break inside; "
                 f"expected one line, which exact match compares"
             )
     shared = _shared(data)

@@ -18,10 +18,11 @@ from lm_eval.tasks import TaskManager
 from tiny import REFERENCE
 
 import laai_core as laai
-from laai_core.data.examples import is_filled, read_examples
+from laai_core.data.examples import is_filled, read_examples, write_rows
 from laai_core.data.split import in_training_pool
 from lm_eval_laai import own_task
 from lm_eval_laai.commands import cli
+from lm_eval_laai.commands.examples import read_rows
 
 WORDS = [{"input": f"word{n}", "output": f"answer {n}"} for n in range(60)]
 SHARES = [
@@ -85,12 +86,40 @@ def test_kinds_of_rows_and_templates(tmp_path: Path) -> None:
     assert laai.load_examples(csv) == [laai.Example("q", options=[" a", " b"], distribution=[0.25, 0.75])]
 
 
-def test_of_equal_inputs_the_first_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("template", "stay"), [(None, "146"), ("{language}: {input} =", "1346"), ("{note}:", "156")])
+def test_of_equal_prompts_the_first_stays(template: str | None, stay: str, tmp_path: Path, caplog: Any) -> None:
+    """Whatever the input is; those that stay are the same in the file that is written of them."""
     path = tmp_path / "x.jsonl"
+    table = [
+        ("a", "fr", "x"),
+        (" a ", "fr", "x"),
+        ("a", "en", "x"),
+        ("b", "fr", "x"),
+        ("b", "fr", "y"),
+        ("c", "fr", "z"),
+    ]
     path.write_text(
-        lines([{"input": "a", "output": "1"}, {"input": " a ", "output": "2"}, {"input": "b", "output": "3"}])
+        lines([{"input": i, "language": o, "note": n, "output": str(k)} for k, (i, o, n) in enumerate(table, 1)])
     )
-    assert [example.target for example in laai.load_examples(path)] == [" 1", " 3"]
+    data = read_rows(str(path), template)
+    assert [item.example.target for item in data.items] == [f" {number}" for number in stay]
+    assert f"an earlier one has their prompt: {6 - len(stay)}" in caplog.text
+    write_rows(data, tmp_path / "written.jsonl")
+    assert [item[:2] for item in read_examples(tmp_path / "written.jsonl").items] == [item[:2] for item in data.items]
+
+
+def test_rows_of_one_input_and_several_prompts_are_on_one_side(tmp_path: Path) -> None:
+    rows = [{"input": row["input"], "to": to, "output": "x"} for row in WORDS for to in ("fr", "en")]
+    path = tmp_path / "x.jsonl"
+    path.write_text(lines(rows))
+    data = read_examples(path, "{input} {to}:")
+    pool = sum(in_training_pool(row["input"]) for row in WORDS)
+    split = data.split(0, 2 * pool)
+    assert (len(split.train), len(split.test)) == (2 * pool, 120 - 2 * pool)
+    assert not {e.prompt[:-4] for e in split.train} & {e.prompt[:-4] for e in split.test}
+    own_task.write(data, tmp_path / "tasks")
+    few = loaded(tmp_path / "tasks", "x", seed=1, n_train=5)
+    assert [doc["prompt"] for doc in few.fewshot_docs()] == [e.prompt for e in data.split(1, 5).train]
 
 
 @pytest.mark.parametrize("empty", ["", " ", None])
@@ -224,7 +253,11 @@ def test_a_written_task_can_be_moved_and_is_valid(file: Path, tmp_path: Path) ->
     [
         (WORDS, ["--name", "a b"], "expected letters, digits, - and _"),
         (WORDS[:1], [], "none of the 1 rows is in the"),
-        ([{"prompt": f"p{n}", "target": "a\nb"} for n in range(20)], [], "has a line break inside"),
+        (
+            [{"prompt": f"p{n}", "target": "a\nb" if n > 7 else "a"} for n in range(20)],
+            [],
+            "x.jsonl: row 9: target 'a\\nb' has a line break inside",
+        ),
         (WORDS, ["--max-gen-toks", "0"], "max_gen_toks is 0"),
     ],
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from laai_core.data.examples import STDIN, read_examples
+from laai_core.data.examples import STDIN
 from laai_core.data.split import in_training_pool
-from lm_eval_laai.commands.examples import add_template_argument
+from lm_eval_laai.commands.examples import add_template_argument, read_rows
 from lm_eval_laai.commands.options import check_writable
 from lm_eval_laai.commands.report import Report, table
 
@@ -24,7 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def _command(arguments: argparse.Namespace) -> Report:
-    data = read_examples(arguments.file, arguments.prompt_template)
+    data = read_rows(arguments.file, arguments.prompt_template)
     folder = Path(arguments.output).expanduser()
     check_writable(folder)
     from lm_eval_laai.own_task import write  # here: imports the harness, which takes seconds
