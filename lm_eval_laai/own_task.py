@@ -6,6 +6,7 @@ The folder is complete and may be moved: NAME.yaml, the YAML it includes, the ro
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from laai_core import files
 from laai_core.data.examples import OwnData, read_examples, write_rows
+from laai_core.data.reading import content
 from laai_core.data.split import Split, in_training_pool
 from laai_core.errors import LaaiError
 from laai_core.example import Example
@@ -23,6 +25,7 @@ from lm_eval_laai.tasks import include_path, read_yaml
 
 ROWS = "examples.jsonl"
 SHOTS = 10  # training examples, if there are as many
+_MARK = "ritten by `laai task`."  # in the first lines of the YAML and of utils.py
 _UTILS = '''"""What the YAML beside this file calls. Written by `laai task`."""
 
 from pathlib import Path
@@ -45,8 +48,9 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
         max_gen_toks: tokens to generate at most. Default: one for each byte of the longest target, 16 at least.
 
     Raises:
-        LaaiError: for a name that the harness or a file cannot have, examples that cannot be evaluated (a target of
-            several lines), or too few of them: there must be some to train on and some to test on.
+        LaaiError: for a name that the harness or a file cannot have, a file there that this function did not write,
+            examples that cannot be evaluated (a target of several lines), or too few of them: there must be some to
+            train on and some to test on.
     """
     name = data.name if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -67,12 +71,23 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
     shared = _shared(data)
     generation = "" if data.has_options else _generation(data, max_gen_toks)
     folder = folder / name
-    files.write(folder / shared, (include_path() / shared).read_bytes())
-    files.write(folder / "utils.py", _UTILS.encode())
-    write_rows(data, folder / ROWS)
-    path = folder / f"{name}.yaml"
+    path, utils, rows, included = (folder / each for each in (f"{name}.yaml", "utils.py", ROWS, shared))
+    for each in (path, utils, rows, included):
+        _check_replaceable(each, each if each in (path, utils) else utils)
+    files.write(utils, _UTILS.encode())  # the first, because it tells whose the folder is
+    files.write(included, (include_path() / shared).read_bytes())
+    write_rows(data, rows)
     files.write(path, _yaml(name, shared, delimiter(data), generation, min(SHOTS, sum(sides)), data).encode())
     return path
+
+
+def _check_replaceable(path: Path, marked: Path) -> None:
+    """LaaiError for an existing file of another origin than `write`, whose mark is in the first line of `marked`."""
+    if not os.path.exists(path):  # unlike Path's, False for a name that is too long: writing says so
+        return
+    first = content(marked, "a text file").partition(b"\n")[0] if marked.exists() else b""
+    if _MARK not in first.decode(errors="replace"):
+        raise LaaiError(f"{path} was not written by `laai task`: expected another --name or --output")
 
 
 def _shared(data: OwnData) -> str:

@@ -252,6 +252,7 @@ def test_a_written_task_can_be_moved_and_is_valid(file: Path, tmp_path: Path) ->
     ("rows", "flags", "said"),
     [
         (WORDS, ["--name", "a b"], "expected letters, digits, - and _"),
+        (WORDS, ["--name", "a" * 300], "File name too long"),
         (WORDS[:1], [], "none of the 1 rows is in the"),
         (
             [{"prompt": f"p{n}", "target": "a\nb" if n > 7 else "a"} for n in range(20)],
@@ -266,6 +267,26 @@ def test_what_cannot_be_a_task(rows: Any, flags: Any, said: str, tmp_path: Path,
     path.write_text(lines(rows))
     assert said in refused("task", path, *flags, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["utils.py", "words.yaml", "examples.jsonl", "_word_task_yaml"])
+def test_a_task_replaces_its_own_files_only(name: str, tmp_path: Path, refused: Callable[..., str], facts_of) -> None:
+    source, folder = tmp_path / "words.jsonl", tmp_path / "words"
+    source.write_text(lines(WORDS))
+    folder.mkdir()
+    (folder / name).write_text("mine\n")
+    line = ["task", source, "--output", tmp_path]
+    assert f"{folder / name} was not written by `laai task`" in refused(*line)
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "mine\n")]
+    (folder / name).unlink()
+    facts_of(*line)
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    assert len(before) == 4
+    facts_of(*line)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == before
+    rows = folder / "examples.jsonl"
+    assert "is what this command reads" in refused("task", rows, "--name", "words", "--output", tmp_path)
+    assert rows.read_text() == before["examples.jsonl"]
 
 
 # The commands

@@ -8,7 +8,7 @@ from pathlib import Path
 from laai_core.data.examples import STDIN
 from laai_core.data.split import in_training_pool
 from lm_eval_laai.commands.examples import add_template_argument, read_rows
-from lm_eval_laai.commands.options import check_writable
+from lm_eval_laai.commands.options import check_no_input, check_writable
 from lm_eval_laai.commands.report import Report, table
 
 
@@ -27,8 +27,9 @@ def _command(arguments: argparse.Namespace) -> Report:
     data = read_rows(arguments.file, arguments.prompt_template)
     folder = Path(arguments.output).expanduser()
     check_writable(folder)
-    from lm_eval_laai.own_task import write  # here: imports the harness, which takes seconds
+    from lm_eval_laai.own_task import ROWS, write  # here: imports the harness, which takes seconds
 
+    check_no_input(folder / (arguments.name or data.name) / ROWS, arguments.file)
     path = write(data, folder, arguments.name, arguments.max_gen_toks)
     pool = sum(in_training_pool(item.key) for item in data.items)
     facts = {
