@@ -15,7 +15,7 @@ from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
 from laai_core import files
-from laai_core.data.examples import OwnData, read_examples, write_rows
+from laai_core.data.examples import OwnData, as_lines, read_examples
 from laai_core.data.reading import content
 from laai_core.data.split import Split, in_training_pool
 from laai_core.errors import LaaiError
@@ -76,7 +76,7 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
         _check_replaceable(each, each if each in (path, utils) else utils)
     files.write(utils, _UTILS.encode())  # the first, because it tells whose the folder is
     files.write(included, (include_path() / shared).read_bytes())
-    write_rows(data, rows)
+    files.write(rows, as_lines(data))
     files.write(path, _yaml(name, shared, delimiter(data), generation, min(SHOTS, sum(sides)), data).encode())
     return path
 

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from tiny import REFERENCE
 
 import laai_core as laai
-from laai_core.data.examples import is_filled, read_examples, write_rows
+from laai_core.data.examples import as_lines, is_filled, read_examples
 from laai_core.data.split import in_training_pool
 from lm_eval_laai import own_task
 from lm_eval_laai.commands import cli
@@ -104,7 +104,7 @@ def test_of_equal_prompts_the_first_stays(template: str | None, stay: str, tmp_p
     data = read_rows(str(path), template)
     assert [item.example.target for item in data.items] == [f" {number}" for number in stay]
     assert f"an earlier one has their prompt: {6 - len(stay)}" in caplog.text
-    write_rows(data, tmp_path / "written.jsonl")
+    (tmp_path / "written.jsonl").write_bytes(as_lines(data))
     assert [item[:2] for item in read_examples(tmp_path / "written.jsonl").items] == [item[:2] for item in data.items]
 
 
@@ -252,7 +252,6 @@ def test_a_written_task_can_be_moved_and_is_valid(file: Path, tmp_path: Path) ->
     ("rows", "flags", "said"),
     [
         (WORDS, ["--name", "a b"], "expected letters, digits, - and _"),
-        (WORDS, ["--name", "a" * 300], "File name too long"),
         (WORDS[:1], [], "none of the 1 rows is in the"),
         (
             [{"prompt": f"p{n}", "target": "a\nb" if n > 7 else "a"} for n in range(20)],
@@ -287,6 +286,10 @@ def test_a_task_replaces_its_own_files_only(name: str, tmp_path: Path, refused: 
     rows = folder / "examples.jsonl"
     assert "is what this command reads" in refused("task", rows, "--name", "words", "--output", tmp_path)
     assert rows.read_text() == before["examples.jsonl"]
+
+
+def test_a_name_too_long_for_a_file(file: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert "File name too long" in refused("task", file, "--name", "a" * 300, "--output", tmp_path)
 
 
 # The commands
@@ -365,10 +368,13 @@ def test_sweep_and_compose(
         "--limit",
         4,
     ]
-    for path, metric in ((file, "exact_match"), (shares, "kl")):
-        facts = facts_of(*line, "--examples", path, "--output", tmp_path / "sweep")
+    kept = file.read_bytes(), shares.read_bytes()
+    for path, metric in ((file, "exact_match"), (shares, "kl"), (shares, "kl")):
+        facts = facts_of(*line, "--examples", path, "--output", tmp_path)
         (record,) = facts["scores"]
         assert record["metric"] == metric and record["mean"] is not None
+    assert (file.read_bytes(), shares.read_bytes()) == kept  # the rows' copies are none of the user's files
+    assert len(list((tmp_path / "rows").rglob("*.jsonl"))) == len(list((tmp_path / "cells").iterdir())) == 2
     parents = [tmp_path / f"{n}.safetensors" for n in range(2)]
     for seed, parent in enumerate(parents):
         flags = ["--layer", 1, "--steps", 2, "--n-train", 4, "--seed", seed, "--output", parent]

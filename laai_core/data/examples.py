@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from laai_core import files
 from laai_core.data.reading import content, decoded, parsed
 from laai_core.data.split import Split, check_unicode, draw, in_training_pool, item_key
 from laai_core.errors import LaaiError
@@ -122,15 +121,15 @@ def read_examples(source: str | os.PathLike[str], prompt_template: str | None = 
     return OwnData(items, stem, {path.name: hashlib.sha256(raw).hexdigest()}, repeated)
 
 
-def write_rows(data: OwnData, path: Path) -> None:
-    """Write JSON lines that `read_examples` reads as the same items, without a template."""
+def as_lines(data: OwnData) -> bytes:
+    """JSON lines that `read_examples` reads as the same items, without a template."""
     rows = []
     for key, example, _ in data.items:
         names = ("prompt", "target", "options", "distribution")
         given = {name: getattr(example, name) for name in names}
         own = {} if key == example.prompt else {"input": key}
         rows.append(own | {name: value for name, value in given.items() if value is not None})
-    files.write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _rows(raw: bytes, label: str, suffix: str) -> Iterator[_Row]:
