@@ -45,7 +45,7 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
     """Write `folder`/NAME/, the task NAME (default: the data's name); returns its YAML.
 
     Args:
-        max_gen_toks: tokens to generate at most. Default: one for each byte of the longest target, 16 at least.
+        max_gen_toks: tokens to generate at most. Default: `enough_tokens`.
 
     Raises:
         LaaiError: for a name that the harness or a file cannot have, a file there that this function did not write,
@@ -104,9 +104,13 @@ def _yaml(name: str, shared: str, between: str, generation: str, n_train: int, d
     )
 
 
+def enough_tokens(data: OwnData) -> int:
+    """Tokens that any target fits into, whatever the tokenizer: one for each byte of the longest, 16 at least."""
+    return max(16, *(len(str(item.example.target).encode()) for item in data.items))
+
+
 def _generation(data: OwnData, max_gen_toks: int | None) -> str:
-    longest = max(len(str(item.example.target).encode()) for item in data.items)
-    count = max(longest, 16) if max_gen_toks is None else max_gen_toks
+    count = enough_tokens(data) if max_gen_toks is None else max_gen_toks
     if count < 1:
         raise LaaiError(f"max_gen_toks is {count}: expected at least one")
     return f'generation_kwargs:\n  until: ["\\n"]\n  max_gen_toks: {count}\n  do_sample: false\n'

@@ -288,6 +288,21 @@ def test_a_task_replaces_its_own_files_only(name: str, tmp_path: Path, refused: 
     assert rows.read_text() == before["examples.jsonl"]
 
 
+def test_tokens_to_generate_are_told(
+    file: Path, shares: Path, tmp_path: Path, caplog: Any, facts_of: Callable[..., dict[str, Any]]
+) -> None:
+    def told(path: Path, *flags: object) -> Any:
+        caplog.clear()
+        return facts_of("task", path, *flags, "--output", tmp_path).get("max_gen_toks")
+
+    long = tmp_path / "long.jsonl"
+    long.write_text(lines([*WORDS, {"input": "new", "output": "é" * 500}]))
+    assert (told(file), told(shares), caplog.text) == (16, None, "")
+    assert told(long) == 1001 and "max_gen_toks is 1001" in caplog.text  # with the space before it
+    assert loaded(tmp_path, "long").config.generation_kwargs["max_gen_toks"] == 1001
+    assert (told(long, "--max-gen-toks", 256), caplog.text) == (256, "")
+
+
 def test_a_name_too_long_for_a_file(file: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "File name too long" in refused("task", file, "--name", "a" * 300, "--output", tmp_path)
 
