@@ -31,6 +31,15 @@ def rendering_of(intervention: Intervention) -> dict[str, Any]:
     return rendering if isinstance(rendering, dict) else {}
 
 
+def as_evaluated(prompt: str, rendering: Mapping[str, Any]) -> str | list[dict[str, str]]:
+    """A prompt of the task under the instruction of a rendering, or as the conversation that its template shows."""
+    if TEMPLATE not in rendering:
+        return str(rendering.get(INSTRUCTION, "")) + prompt
+    system = rendering.get(SYSTEM)
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": prompt}]
+
+
 class Chats:
     """The contexts that the harness rendered as chats, and their system messages."""
 

@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -155,6 +156,7 @@ class HFLaai(Steered, HFLM):
         """One batch may hold contexts of several tasks, each under its own intervention."""
         if self._routing is None:
             return super().generate_until(requests, disable_tqdm)
+        self._check_room_for_prompts(requests)
         routed = self._routed(requests)
         contexts = [request.args[0] for request in requests]
         prefixes = common_prefixes([task for _, _, task in routed], contexts, self.tok_encode)
@@ -167,6 +169,16 @@ class HFLaai(Steered, HFLM):
             marked[-1].arguments = (text, *rest)
         with closing(self._prefixes):
             return super().generate_until(marked, disable_tqdm)
+
+    def _check_room_for_prompts(self, requests: Sequence[Instance]) -> None:
+        """LaaiError, before any request runs, for one whose answer may take the model's whole window."""
+        for request in requests:
+            count = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            if count >= self.max_length:
+                raise LaaiError(
+                    f"{named(request)}: max_gen_toks is {count}, which leaves no room for a prompt in the model's "
+                    f"window of {self.max_length} tokens; expected fewer"
+                )
 
     def tok_batch_encode(self, strings: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """HFLM's, noting the contexts' edits for the `_model_generate` that follows."""

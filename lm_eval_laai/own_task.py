@@ -6,6 +6,7 @@ The folder is complete and may be moved: NAME.yaml, the YAML it includes, the ro
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
 from laai_core import files
-from laai_core.data.examples import OwnData, read_examples, write_rows
+from laai_core.data.examples import OwnData, as_lines, read_examples
+from laai_core.data.reading import content
 from laai_core.data.split import Split, in_training_pool
 from laai_core.errors import LaaiError
 from laai_core.example import Example
@@ -23,6 +25,7 @@ from lm_eval_laai.tasks import include_path, read_yaml
 
 ROWS = "examples.jsonl"
 SHOTS = 10  # training examples, if there are as many
+_MARK = "ritten by `laai task`."  # in the first lines of the YAML and of utils.py
 _UTILS = '''"""What the YAML beside this file calls. Written by `laai task`."""
 
 from pathlib import Path
@@ -42,11 +45,12 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
     """Write `folder`/NAME/, the task NAME (default: the data's name); returns its YAML.
 
     Args:
-        max_gen_toks: tokens to generate at most. Default: one for each byte of the longest target, 16 at least.
+        max_gen_toks: tokens to generate at most. Default: `enough_tokens`.
 
     Raises:
-        LaaiError: for a name that the harness or a file cannot have, examples that cannot be evaluated (a target of
-            several lines), or too few of them: there must be some to train on and some to test on.
+        LaaiError: for a name that the harness or a file cannot have, a file there that this function did not write,
+            examples that cannot be evaluated (a target of several lines), or too few of them: there must be some to
+            train on and some to test on.
     """
     name = data.name if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -61,18 +65,29 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
     for item in data.items:
         if item.example.target is not None and len(item.example.target.strip().splitlines()) > 1:
             raise LaaiError(
-                f"target {item.example.target!r:.60} has a line break inside; "
+                f"{item.where}: target {item.example.target!r:.60} has a line break inside; "
                 f"expected one line, which exact match compares"
             )
     shared = _shared(data)
     generation = "" if data.has_options else _generation(data, max_gen_toks)
     folder = folder / name
-    files.write(folder / shared, (include_path() / shared).read_bytes())
-    files.write(folder / "utils.py", _UTILS.encode())
-    write_rows(data, folder / ROWS)
-    path = folder / f"{name}.yaml"
+    path, utils, rows, included = (folder / each for each in (f"{name}.yaml", "utils.py", ROWS, shared))
+    for each in (path, utils, rows, included):
+        _check_replaceable(each, each if each in (path, utils) else utils)
+    files.write(utils, _UTILS.encode())  # the first, because it tells whose the folder is
+    files.write(included, (include_path() / shared).read_bytes())
+    files.write(rows, as_lines(data))
     files.write(path, _yaml(name, shared, delimiter(data), generation, min(SHOTS, sum(sides)), data).encode())
     return path
+
+
+def _check_replaceable(path: Path, marked: Path) -> None:
+    """LaaiError for an existing file of another origin than `write`, whose mark is in the first line of `marked`."""
+    if not os.path.exists(path):  # unlike Path's, False for a name that is too long: writing says so
+        return
+    first = content(marked, "a text file").partition(b"\n")[0] if marked.exists() else b""
+    if _MARK not in first.decode(errors="replace"):
+        raise LaaiError(f"{path} was not written by `laai task`: expected another --name or --output")
 
 
 def _shared(data: OwnData) -> str:
@@ -89,9 +104,13 @@ def _yaml(name: str, shared: str, between: str, generation: str, n_train: int, d
     )
 
 
+def enough_tokens(data: OwnData) -> int:
+    """Tokens that any target fits into, whatever the tokenizer: one for each byte of the longest, 16 at least."""
+    return max(16, *(len(str(item.example.target).encode()) for item in data.items))
+
+
 def _generation(data: OwnData, max_gen_toks: int | None) -> str:
-    longest = max(len(str(item.example.target).encode()) for item in data.items)
-    count = max(longest, 16) if max_gen_toks is None else max_gen_toks
+    count = enough_tokens(data) if max_gen_toks is None else max_gen_toks
     if count < 1:
         raise LaaiError(f"max_gen_toks is {count}: expected at least one")
     return f'generation_kwargs:\n  until: ["\\n"]\n  max_gen_toks: {count}\n  do_sample: false\n'

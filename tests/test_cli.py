@@ -342,7 +342,6 @@ def test_an_output_that_is_an_input(trained: Path, tmp_path: Path, refused: Call
     for line in (
         ["export", vector, "--to", "pyvene", "--output", vector],
         ["compose", vector, trained, "--output", vector],
-        ["sweep", "--model", "reference", "--examples", rows, "--output", tmp_path],
     ):
         assert "is what this command reads: expected another file to write" in refused(*line)
     train = ["train", "--model", "/no/model", "--examples", rows, "--output", f"{tmp_path}/"]

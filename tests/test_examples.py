@@ -18,10 +18,11 @@ from lm_eval.tasks import TaskManager
 from tiny import REFERENCE
 
 import laai_core as laai
-from laai_core.data.examples import is_filled, read_examples
+from laai_core.data.examples import as_lines, is_filled, read_examples
 from laai_core.data.split import in_training_pool
 from lm_eval_laai import own_task
 from lm_eval_laai.commands import cli
+from lm_eval_laai.commands.examples import read_rows
 
 WORDS = [{"input": f"word{n}", "output": f"answer {n}"} for n in range(60)]
 SHARES = [
@@ -85,12 +86,49 @@ def test_kinds_of_rows_and_templates(tmp_path: Path) -> None:
     assert laai.load_examples(csv) == [laai.Example("q", options=[" a", " b"], distribution=[0.25, 0.75])]
 
 
-def test_of_equal_inputs_the_first_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("template", "stay"), [(None, "146"), ("{language}: {input} =", "1346"), ("{note}:", "156")])
+def test_of_equal_prompts_the_first_stays(template: str | None, stay: str, tmp_path: Path, caplog: Any) -> None:
+    """Whatever the input is; those that stay are the same in the file that is written of them."""
     path = tmp_path / "x.jsonl"
+    table = [
+        ("a", "fr", "x"),
+        (" a ", "fr", "x"),
+        ("a", "en", "x"),
+        ("b", "fr", "x"),
+        ("b", "fr", "y"),
+        ("c", "fr", "z"),
+    ]
     path.write_text(
-        lines([{"input": "a", "output": "1"}, {"input": " a ", "output": "2"}, {"input": "b", "output": "3"}])
+        lines([{"input": i, "language": o, "note": n, "output": str(k)} for k, (i, o, n) in enumerate(table, 1)])
     )
-    assert [example.target for example in laai.load_examples(path)] == [" 1", " 3"]
+    data = read_rows(str(path), template)
+    assert [item.example.target for item in data.items] == [f" {number}" for number in stay]
+    assert f"an earlier one has their prompt: {6 - len(stay)}" in caplog.text
+    (tmp_path / "written.jsonl").write_bytes(as_lines(data))
+    assert [item[:2] for item in read_examples(tmp_path / "written.jsonl").items] == [item[:2] for item in data.items]
+
+
+def test_rows_of_one_input_and_several_prompts_are_on_one_side(tmp_path: Path) -> None:
+    rows = [{"input": row["input"], "to": to, "output": "x"} for row in WORDS for to in ("fr", "en")]
+    path = tmp_path / "x.jsonl"
+    path.write_text(lines(rows))
+    data = read_examples(path, "{input} {to}:")
+    pool = sum(in_training_pool(row["input"]) for row in WORDS)
+    split = data.split(0, 2 * pool)
+    assert (len(split.train), len(split.test)) == (2 * pool, 120 - 2 * pool)
+    assert not {e.prompt[:-4] for e in split.train} & {e.prompt[:-4] for e in split.test}
+    own_task.write(data, tmp_path / "tasks")
+    few = loaded(tmp_path / "tasks", "x", seed=1, n_train=5)
+    assert [doc["prompt"] for doc in few.fewshot_docs()] == [e.prompt for e in data.split(1, 5).train]
+
+
+@pytest.mark.parametrize("empty", ["", " ", None])
+def test_an_empty_input_that_no_template_names_is_none(empty: Any, tmp_path: Path) -> None:
+    """As most rows of Alpaca have it: the prompt then decides about the split."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(lines([{"instruction": "Say a", "input": empty, "output": "a"}]))
+    (item,) = read_examples(path, "{instruction}:").items
+    assert (item.key, item.example) == ("Say a:", laai.Example("Say a:", " a"))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +143,7 @@ def test_of_equal_inputs_the_first_stays(tmp_path: Path) -> None:
         ("x.jsonl", '{"input": "a"}\n', 'x.jsonl: row 1 has no "target", no "output" and no "options"'),
         ("x.jsonl", '{"input": "a", "output": 4}\n', 'x.jsonl: row 1: "output" is a int'),
         ("x.jsonl", '{"input": " ", "output": "b"}\n', 'x.jsonl: row 1: "input" is empty'),
+        ("x.jsonl", '{"prompt": "a", "input": 4, "target": "b"}\n', 'x.jsonl: row 1: "input" is a int; expected'),
         ("x.jsonl", '{"input": "a", "output": "\\ud800"}\n', "is not valid Unicode"),
         ("x.jsonl", '{"prompt": "a", "options": ["b", "c"]}\n', 'row 1: "distribution" is missing'),
         (
@@ -130,10 +169,24 @@ def test_bad_rows(name: str, content: Any, said: str, tmp_path: Path, refused: C
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     for command in (["train", "--model", "reference", "--examples", path], ["task", path]):
-        assert said in refused(*command, "--output", f"{tmp_path}/out/")
+        line = refused(*command, "--output", f"{tmp_path}/out/")
+        assert said in line and f"row 1: {path}" not in line
         assert not (tmp_path / "out").exists()
     assert said in refused("sweep", "--model", "reference", "--examples", path, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["source lang", "source-lang", "Sprache (von)", "1st", "über"])
+def test_a_column_may_have_any_name_that_begins_with_a_letter(
+    name: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(lines([{"input": "a", name: "b", "output": "c"}]))
+    template = '{"json": {}} {' + name + "}: {input} ="
+    assert laai.load_examples(path, template) == [laai.Example('{"json": {}} b: a =', " c")]
+    assert is_filled("{" + name + "}: {input} =", "b: a =")
+    said = refused("task", path, "--prompt-template", "{another lang}: {input}", "--output", tmp_path / "out")
+    assert 'row 1 has no "another lang"; its columns are input, ' in said
 
 
 def test_texts_that_a_template_makes() -> None:
@@ -200,7 +253,11 @@ def test_a_written_task_can_be_moved_and_is_valid(file: Path, tmp_path: Path) ->
     [
         (WORDS, ["--name", "a b"], "expected letters, digits, - and _"),
         (WORDS[:1], [], "none of the 1 rows is in the"),
-        ([{"prompt": f"p{n}", "target": "a\nb"} for n in range(20)], [], "has a line break inside"),
+        (
+            [{"prompt": f"p{n}", "target": "a\nb" if n > 7 else "a"} for n in range(20)],
+            [],
+            "x.jsonl: row 9: target 'a\\nb' has a line break inside",
+        ),
         (WORDS, ["--max-gen-toks", "0"], "max_gen_toks is 0"),
     ],
 )
@@ -209,6 +266,45 @@ def test_what_cannot_be_a_task(rows: Any, flags: Any, said: str, tmp_path: Path,
     path.write_text(lines(rows))
     assert said in refused("task", path, *flags, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["utils.py", "words.yaml", "examples.jsonl", "_word_task_yaml"])
+def test_a_task_replaces_its_own_files_only(name: str, tmp_path: Path, refused: Callable[..., str], facts_of) -> None:
+    source, folder = tmp_path / "words.jsonl", tmp_path / "words"
+    source.write_text(lines(WORDS))
+    folder.mkdir()
+    (folder / name).write_text("mine\n")
+    line = ["task", source, "--output", tmp_path]
+    assert f"{folder / name} was not written by `laai task`" in refused(*line)
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "mine\n")]
+    (folder / name).unlink()
+    facts_of(*line)
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    assert len(before) == 4
+    facts_of(*line)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == before
+    rows = folder / "examples.jsonl"
+    assert "is what this command reads" in refused("task", rows, "--name", "words", "--output", tmp_path)
+    assert rows.read_text() == before["examples.jsonl"]
+
+
+def test_tokens_to_generate_are_told(
+    file: Path, shares: Path, tmp_path: Path, caplog: Any, facts_of: Callable[..., dict[str, Any]]
+) -> None:
+    def told(path: Path, *flags: object) -> Any:
+        caplog.clear()
+        return facts_of("task", path, *flags, "--output", tmp_path).get("max_gen_toks")
+
+    long = tmp_path / "long.jsonl"
+    long.write_text(lines([*WORDS, {"input": "new", "output": "é" * 500}]))
+    assert (told(file), told(shares), caplog.text) == (16, None, "")
+    assert told(long) == 1001 and "max_gen_toks is 1001" in caplog.text  # with the space before it
+    assert loaded(tmp_path, "long").config.generation_kwargs["max_gen_toks"] == 1001
+    assert (told(long, "--max-gen-toks", 256), caplog.text) == (256, "")
+
+
+def test_a_name_too_long_for_a_file(file: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert "File name too long" in refused("task", file, "--name", "a" * 300, "--output", tmp_path)
 
 
 # The commands
@@ -287,10 +383,13 @@ def test_sweep_and_compose(
         "--limit",
         4,
     ]
-    for path, metric in ((file, "exact_match"), (shares, "kl")):
-        facts = facts_of(*line, "--examples", path, "--output", tmp_path / "sweep")
+    kept = file.read_bytes(), shares.read_bytes()
+    for path, metric in ((file, "exact_match"), (shares, "kl"), (shares, "kl")):
+        facts = facts_of(*line, "--examples", path, "--output", tmp_path)
         (record,) = facts["scores"]
         assert record["metric"] == metric and record["mean"] is not None
+    assert (file.read_bytes(), shares.read_bytes()) == kept  # the rows' copies are none of the user's files
+    assert len(list((tmp_path / "rows").rglob("*.jsonl"))) == len(list((tmp_path / "cells").iterdir())) == 2
     parents = [tmp_path / f"{n}.safetensors" for n in range(2)]
     for seed, parent in enumerate(parents):
         flags = ["--layer", 1, "--steps", 2, "--n-train", 4, "--seed", seed, "--output", parent]

@@ -237,6 +237,10 @@ def test_left_truncation_and_windows():
     got = lm.generate_until(requests("generate_until", [(context, {"until": [], "max_gen_toks": 3})]), True)
     tokens = slow_reference.greedy(lm.model, lm.tok_encode(context)[-5:], 3, spec("Llama"))
     assert got == [lm.tok_decode(tokens)]
+    for name in ("max_gen_toks", "max_new_tokens"):
+        whole = [(context, {"until": [], "max_gen_toks": 7}), (context, {"until": [], name: 8})]
+        with pytest.raises(laai.LaaiError, match="document 1.* max_gen_toks is 8, which leaves no room for a prompt"):
+            lm.generate_until(requests("generate_until", whole), True)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

@@ -27,6 +27,7 @@ from tiny import (
 
 import laai_core as laai
 from laai_core.apply import Edit
+from laai_core.data.examples import read_examples
 from laai_core.locate import locate
 from lm_eval_laai.commands import cli, inspect
 from lm_eval_laai.inspection.vocabulary import written
@@ -297,6 +298,39 @@ def test_inspect_shows_what_is_written(model_folder: Path, tmp_path: Path, capfd
     assert "warning" not in text
 
 
+@pytest.mark.parametrize(("known", "drawn_from_all"), [(60, False), (8, True)])
+@pytest.mark.parametrize("chat", [False, True])
+def test_rows_of_ones_own_are_shown_as_they_were_trained_on(
+    known: int, drawn_from_all: bool, chat: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the recorded template, chat, number and seed; too few in the training pool are taken from all rows."""
+    model, tokenizer = tiny_model("Llama"), tiny_tokenizer(bos=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }}: {{ m['content'] }} {% endfor %}a:"
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    rows = tmp_path / "antonym.jsonl"
+    rows.write_text("".join(json.dumps({"input": f"word{n}", "output": "x"}) + "\n" for n in range(known)))
+    rendering = {"prompt_template": "say {input}:"} | ({"chat_template_sha256": "", "system": "s"} if chat else {})
+    training = {"seed": 3, "n_train": 6, "rendering": rendering}
+    file = saved(tmp_path / "x.safetensors", 3.0, metadata={"task": "antonym", "training": training})
+    line = ["inspect", file, "--model", str(tmp_path / "model"), "--json"]
+    assert cli.main([*line, "--task", f"examples:{rows}"]) == 0
+    facts = json.loads(capfd.readouterr().out)["writes"]
+    assert facts["prompts"] == 6
+    drawn = read_examples(rows, "say {input}:").split(3, 6, drawn_from_all).train
+    texts = [f"s: s u: {example.prompt} a:" if chat else example.prompt for example in drawn]
+    part = laai.Intervention.load(file).vector(1).flatten().double()
+    want = torch.stack([llama(model, 1, tokenizer.encode(text), part) for text in texts]).mean(0)
+    for one in facts["total"]["promotes"]:
+        assert one["logits"] == pytest.approx(float(want[one["id"]]), rel=1e-3)
+
+    # `antonym` may be a file's name, `laai_antonym` is ours.
+    assert cli.main(line) == 2
+    assert "'antonym': expected --task with one of `laai tasks`" in capfd.readouterr().err
+    assert cli.main([*line, "--task", "laai_lexicon_antonym"]) == 0
+    assert json.loads(capfd.readouterr().out)["writes"]["task"] == "lexicon_antonym"
+
+
 @pytest.mark.parametrize(
     ("factor", "said"), [(0.9, "too weak"), (1.1, ""), (None, ""), (-0.9, ""), (-1.1, "so strong")]
 )
@@ -315,8 +349,12 @@ def test_inspect_refusals(model_folder: Path, tmp_path: Path, capfd: pytest.Capt
     file = saved(tmp_path / "x.safetensors", 1.0)
     other = tmp_path / "other.safetensors"
     laai.Intervention({1: torch.ones(2, 3)}).save(other)
+    chat = saved(tmp_path / "c.safetensors", 1.0, metadata={"training": {"rendering": {"chat_template_sha256": ""}}})
+    swept = saved(tmp_path / "s.safetensors", 1.0, metadata={"task": "laai_examples:words.jsonl"})
     for argv, said in [
         ([file, "--model", str(model_folder)], "expected --task"),
+        ([swept, "--model", str(model_folder)], "expected --task"),
+        ([chat, "--model", str(model_folder), "--task", "lexicon_antonym"], "has no chat template"),
         ([file, "--task", "lexicon_antonym"], "expected --model"),
         ([str(other), "--model", str(model_folder), "--task", "lexicon_antonym"], "has shape (2, 3)"),
         ([file, "--model", str(model_folder), "--task", "lexicon_antonim"], "did you mean lexicon_antonym"),

@@ -19,36 +19,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from laai_core import files
 from laai_core.data.reading import content, decoded, parsed
-from laai_core.data.split import Split, check_unicode, draw, in_training_pool, item_key, split_items
+from laai_core.data.split import Split, check_unicode, draw, in_training_pool, item_key
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 
 STDIN = "-"
 DEFAULT_TEMPLATE = "Q: {input}\nA:"  # of rows with an "input", as the word tasks have it
-_COLUMN = re.compile(r"\{(\w+)\}")
+_COLUMN = re.compile(r"\{(\w[^{}\n]*)\}")  # a brace before anything but a letter or digit, as in JSON, is text
 _ROWS = '{"prompt", "target"}, {"input", "output"} or {"prompt", "options", "distribution"}'
 _Row = tuple[str, Any]  # where the row is, for messages, and its JSON value
 
 
 class Item(NamedTuple):
-    """An example and `key`, the text by which the split sorts it: the row's input, or else its prompt."""
+    """An example, and `key`, the text by which the split sorts it: the row's input, or its prompt if that is empty.
+
+    `where` names file and row, for messages.
+    """
 
     key: str
     example: Example
+    where: str
 
 
 class OwnData(NamedTuple):
-    """The items of one file in file order, one for each key, all with targets or all with options.
+    """The items of one file in file order, one for each prompt, all with targets or all with options.
 
     `name`, the task's in the harness, is the file's name without its ending and with nothing but letters, digits, -
-    and _. `sources` is {file name: SHA-256 of its bytes}.
+    and _. `sources` is {file name: SHA-256 of its bytes}. `repeated` rows showed a prompt again and were left out.
     """
 
     items: list[Item]
     name: str
     sources: dict[str, str]
+    repeated: int
 
     @property
     def has_options(self) -> bool:
@@ -56,27 +60,26 @@ class OwnData(NamedTuple):
         return self.items[0].example.options is not None
 
     def split(self, seed: int, n_train: int, train_on_all: bool = False) -> Split:
-        """`n_train` examples drawn by `seed` from the training pool, and all test examples. Errors of `split_items`.
+        """`n_train` examples drawn by `seed` from the training pool, and all test examples. Errors of `draw`.
 
         With `train_on_all` they are drawn from all rows, and there is no test example.
         """
-        test: list[Item] = []
-        if train_on_all:
-            drawn = draw({item_key(item.key): item for item in self.items}, seed, n_train, self.name)
-        else:
-            pool = sum(in_training_pool(item.key) for item in self.items)
-            if isinstance(n_train, int) and pool < n_train:  # what is no number, `split_items` refuses
-                raise LaaiError(
-                    f"{self.name}: {pool} of the {len(self.items)} rows are for training (about three in ten, the "
-                    f"others are test items), expected {n_train}: bring more rows"
-                    f"{f', or n_train {pool}' if pool else ''}, or `laai train --split all` and test elsewhere"
-                )
-            drawn, test = split_items(self.items, lambda item: item.key, seed, n_train, self.name)
-        return Split([i.example for i in drawn], [i.example for i in test], self.name, seed, self.sources)
+        sides = [train_on_all or in_training_pool(item.key) for item in self.items]
+        # Prompts sort the rows of one key, which are all on one side.
+        pool = {(item_key(i.key), i.example.prompt): i for i, side in zip(self.items, sides, strict=True) if side}
+        if not train_on_all and isinstance(n_train, int) and len(pool) < n_train:  # what is no number, `draw` refuses
+            raise LaaiError(
+                f"{self.name}: {len(pool)} of the {len(self.items)} rows are for training (about three in ten, the "
+                f"others are test items), expected {n_train}: bring more rows"
+                f"{f', or n_train {len(pool)}' if pool else ''}, or `laai train --split all` and test elsewhere"
+            )
+        drawn = [item.example for item in draw(pool, seed, n_train, self.name)]
+        test = [item.example for item, side in zip(self.items, sides, strict=True) if not side]
+        return Split(drawn, test, self.name, seed, self.sources)
 
 
 def load_examples(source: str | os.PathLike[str], prompt_template: str | None = None) -> list[Example]:
-    """The examples of a file in file order; of rows with equal inputs (or else prompts) the first.
+    """The examples of a file in file order; of rows with equal prompts the first.
 
     Args:
         source: a file whose name ends in .jsonl, .csv or .json (a list of rows); `-` is JSON Lines on standard input.
@@ -96,7 +99,9 @@ def read_examples(source: str | os.PathLike[str], prompt_template: str | None = 
     path = Path(os.path.expanduser(name))
     raw = sys.stdin.buffer.read() if name == STDIN else content(path, f"a file of rows {_ROWS}")
     label = "standard input" if name == STDIN else str(path)
-    items: dict[str, Item] = {}
+    items: list[Item] = []
+    shown: set[str] = set()
+    repeated = 0
     kinds: dict[bool, str] = {}
     for where, row in _rows(raw, label, ".jsonl" if name == STDIN else path.suffix.lower()):
         item = _item(row, prompt_template, where)
@@ -104,22 +109,27 @@ def read_examples(source: str | os.PathLike[str], prompt_template: str | None = 
         if len(kinds) > 1:
             first, other = (("options" if kind else "a target", at) for kind, at in kinds.items())
             raise LaaiError(f"{other[1]} has {other[0]}, but {first[1]} {first[0]}; expected one kind in a file")
-        items.setdefault(item_key(item.key), item)
+        prompts = _prompts(item, row)
+        if prompts & shown:
+            repeated += 1
+        else:
+            items.append(item)
+        shown |= prompts
     if not items:
         raise LaaiError(f"{label} has no row; expected at least one {_ROWS}")
     stem = "examples" if name == STDIN else re.sub(r"[^\w-]+", "_", path.stem, flags=re.ASCII).strip("_") or "examples"
-    return OwnData(list(items.values()), stem, {path.name: hashlib.sha256(raw).hexdigest()})
+    return OwnData(items, stem, {path.name: hashlib.sha256(raw).hexdigest()}, repeated)
 
 
-def write_rows(data: OwnData, path: Path) -> None:
-    """Write JSON lines that `read_examples` reads as the same items, without a template."""
+def as_lines(data: OwnData) -> bytes:
+    """JSON lines that `read_examples` reads as the same items, without a template."""
     rows = []
-    for key, example in data.items:
+    for key, example, _ in data.items:
         names = ("prompt", "target", "options", "distribution")
         given = {name: getattr(example, name) for name in names}
         own = {} if key == example.prompt else {"input": key}
         rows.append(own | {name: value for name, value in given.items() if value is not None})
-    files.write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _rows(raw: bytes, label: str, suffix: str) -> Iterator[_Row]:
@@ -196,13 +206,22 @@ def _item(row: Any, template: str | None, where: str) -> Item:
         answer = {"target": f" {_text(row, 'output', where).strip()}"}
     else:
         raise LaaiError(f'{where} has no "target", no "output" and no "options"; expected {_ROWS}')
+    key = prompt if _is_empty(row.get("input")) else _text(row, "input", where)
+    rendering = None if template is None else {"prompt_template": template}
     try:
-        rendering = None if template is None else {"prompt_template": template}
-        return Item(
-            _text(row, "input", where) if "input" in row else prompt, Example(prompt, **answer, rendering=rendering)
-        )
+        return Item(key, Example(prompt, **answer, rendering=rendering), where)
     except LaaiError as error:
         raise LaaiError(f"{where}: {error}") from None
+
+
+def _prompts(item: Item, row: dict[str, Any]) -> set[str]:
+    """The identities of an item's prompt: as it is, and with the row's columns stripped before they were put in."""
+    identities = {item_key(item.example.prompt)}
+    if item.example.rendering is not None:
+        template = item.example.rendering["prompt_template"]
+        bare = {name: item_key(row[name]) for name in columns(template)}
+        identities.add(item_key(filled(template, bare, item.where)))
+    return identities
 
 
 def columns(template: str) -> list[str]:
@@ -227,13 +246,17 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
     if name not in row:
         raise LaaiError(f'{where} has no "{name}"; its columns are {", ".join(map(str, row))}')
     value = row[name]
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or _is_empty(value):
         raise LaaiError(f'{where}: "{name}" is {_kind(value)}; expected text')
     check_unicode(value, f'{where}: "{name}"')
     return value
 
 
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def _kind(value: Any) -> str:
     if isinstance(value, str):
-        return f"the text {value!r:.40}" if value.strip() else "empty"
+        return "empty" if _is_empty(value) else f"the text {value!r:.40}"
     return "missing" if value is None else f"a {type(value).__name__}"

@@ -111,10 +111,11 @@ def examples_task(data: OwnData, path: os.PathLike[str]) -> str:
     return f"{EXAMPLE_OPTIONS if data.has_options else EXAMPLES}:{os.fspath(path)}"
 
 
-def _own_data(kind: str, file: str) -> OwnData:
+def own_rows(kind: str, file: str, prompt_template: str | None = None) -> OwnData:
+    """The rows of `examples:FILE` or `example_options:FILE`. Errors of `read_examples`, or for the other kind."""
     if not file:
         raise LaaiError(f"task {kind!r} names no file; expected {kind}:FILE.jsonl")
-    data = read_examples(file)
+    data = read_examples(file, prompt_template)
     if data.has_options != (kind == EXAMPLE_OPTIONS):
         raise LaaiError(f"task {kind}:{file}: the file's rows are of the task {examples_task(data, Path(file))}")
     # Without the folder, which means nothing on another machine and would give equal trainings different bytes.
@@ -167,12 +168,12 @@ def load_task(name: str, seed: int = 0, n_train: int = 10, data: str | os.PathLi
         return Split(train, test, name, seed, opinions[2])
     kind, _, file = str(name).partition(":")
     if kind in (EXAMPLES, EXAMPLE_OPTIONS):
-        return _own_data(kind, file).split(seed, n_train)
+        return own_rows(kind, file).split(seed, n_train)
     if kind != PAIRS and name not in word_task_names():
         raise _unknown(name, task_names())
     pairs, sources = load_pairs(name, data)
     if kind == PAIRS:
-        # Without the folder, as in `_own_data`.
+        # Without the folder, as in `own_rows`.
         name = f"{PAIRS}:{pairs_file(file).name}"
     drawn, others = split_items(pairs, lambda pair: pair.input, seed, n_train, name)
 

@@ -81,7 +81,15 @@ def own_data(arguments: argparse.Namespace) -> OwnData | None:
         if arguments.prompt_template is not None:
             raise LaaiError("--prompt-template is for rows of your own: expected --examples with it")
         return None
-    return read_examples(arguments.examples, arguments.prompt_template)
+    return read_rows(arguments.examples, arguments.prompt_template)
+
+
+def read_rows(source: str, prompt_template: str | None) -> OwnData:
+    """`read_examples`, with a warning of the rows that were left out."""
+    data = read_examples(source, prompt_template)
+    if data.repeated:
+        logger.warning("%s: rows left out because an earlier one has their prompt: %d", source, data.repeated)
+    return data
 
 
 def own_or_named_split(arguments: argparse.Namespace) -> Split:

@@ -81,16 +81,11 @@ def _command(arguments: argparse.Namespace) -> Report:
 
 def _rendered(texts: list[str], intervention: Intervention) -> list[str | list[dict[str, str]]]:
     """The texts in the template of the file's training prompts; as conversations where those were chats."""
-    from lm_eval_laai.chats import INSTRUCTION, SYSTEM, TEMPLATE, rendering_of
+    from lm_eval_laai.chats import as_evaluated, rendering_of
 
     rendering = rendering_of(intervention)
     template = _template(intervention, rendering)
-    prompts = [text if template is None else _filled(template, text) for text in texts]
-    if TEMPLATE not in rendering:
-        return [str(rendering.get(INSTRUCTION, "")) + prompt for prompt in prompts]
-    system = rendering.get(SYSTEM)
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [[*first, {"role": "user", "content": prompt}] for prompt in prompts]
+    return [as_evaluated(text if template is None else _filled(template, text), rendering) for text in texts]
 
 
 def _template(intervention: Intervention, rendering: dict[str, Any]) -> str | None:

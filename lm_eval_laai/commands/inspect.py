@@ -7,7 +7,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from laai_core.errors import LaaiError
-from lm_eval_laai.commands.options import a_path, add_model_arguments, model_source
+from lm_eval_laai.commands.options import a_path, add_model_arguments, model_source, task_name
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.facts import flat
 from lm_eval_laai.inspection.plot import check_plot, heat_map
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from laai_core.example import Example
     from laai_core.intervention import Intervention
 
 SHOWN = 5  # vocabulary items at either end
@@ -33,7 +34,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "what it writes: its size on a model, and the words it promotes and suppresses"
     )
     add_model_arguments(writing, required=False)
-    writing.add_argument("--task", help="whose training prompts the model is run on (default: the file's own task)")
+    writing.add_argument(
+        "--task",
+        type=task_name,
+        help="whose training prompts the model is run on, or examples:FILE (default: the file's own task)",
+    )
     writing.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
     writing.add_argument("--projection", help="module path of the attention output projection, as for train")
 
@@ -89,21 +94,17 @@ def _writes(intervention: Intervention, arguments: argparse.Namespace) -> dict[s
     import torch
 
     from laai_core.apply import Edit
-    from laai_core.data import load_task, task_names
     from laai_core.encode import encode_text
     from laai_core.locate import locate
     from lm_eval_laai.inspection.vocabulary import written
 
-    task = arguments.task or str(intervention.metadata.get("task") or "").removeprefix("laai_")
-    if arguments.task is None and task.partition(":")[0] not in task_names():
-        raise LaaiError(
-            f"the file's task is {task or None!r:.60}: expected --task to take prompts from, or examples:FILE"
-        )
-    examples = load_task(task, data=arguments.data).train
+    task = arguments.task or _own_task(intervention)
+    examples = _examples(intervention, task, arguments.data)
     model, tokenizer = model_source(arguments).load()
+    prompts = [_rendered(example.prompt, intervention, tokenizer) for example in examples]
     layout = locate(model, arguments.projection)
     edit = Edit.of(intervention, layout)
-    found = written(layout, edit, [encode_text(tokenizer, example.prompt) for example in examples], progress=True)
+    found = written(layout, edit, [encode_text(tokenizer, prompt) for prompt in prompts], progress=True)
     layers: dict[str, Any] = {}
     for layer, writing in found.items():
         size = float(edit.vectors[layer].square().mean().sqrt()) / writing.activation_rms
@@ -117,11 +118,68 @@ def _writes(intervention: Intervention, arguments: argparse.Namespace) -> dict[s
     return {
         "model": arguments.model,
         "task": task,
-        "prompts": len(examples),
+        "prompts": len(prompts),
         "layers": layers,
         "total": _extremes(total, tokenizer),
         "warnings": [w for number, layer in layers.items() if (w := _warning(number, layer["relative_size"]))],
     }
+
+
+def _own_task(intervention: Intervention) -> str:
+    """The task that the file records, where prompts can be taken from its name.
+
+    Rows of one's own are recorded without their folder, or by a name of any kind, without the laai_ of ours.
+    """
+    from laai_core.data import task_names
+    from laai_core.data.tasks import EXAMPLE_OPTIONS, EXAMPLES
+
+    recorded = str(intervention.metadata.get("task") or "")
+    task = task_name(recorded)
+    if task == recorded or task.partition(":")[0] not in {*task_names()} - {EXAMPLES, EXAMPLE_OPTIONS}:
+        raise LaaiError(
+            f"the file's task is {recorded or None!r:.60}: expected --task with one of `laai tasks` to take prompts "
+            f"from, or --task {EXAMPLES}:FILE for rows of your own"
+        )
+    return task
+
+
+def _examples(intervention: Intervention, task: str, data: str | None) -> list[Example]:
+    """A task's training examples; of rows of one's own as many, by the seed and in the template that the file records.
+
+    Where the training pool has fewer, they are drawn from all rows, as by `laai train --split all`.
+    """
+    from laai_core.data import in_training_pool, load_task
+    from laai_core.data.tasks import EXAMPLE_OPTIONS, EXAMPLES, own_rows
+    from lm_eval_laai.chats import PROMPT_TEMPLATE, rendering_of
+
+    kind, _, file = task.partition(":")
+    if kind not in (EXAMPLES, EXAMPLE_OPTIONS):
+        return load_task(task, data=data).train
+    template = rendering_of(intervention).get(PROMPT_TEMPLATE)
+    rows = own_rows(kind, file, template if isinstance(template, str) else None)
+    count = min(_recorded_number(intervention, "n_train", 10), len(rows.items))
+    pool = sum(in_training_pool(item.key) for item in rows.items)
+    return rows.split(_recorded_number(intervention, "seed", 0), count, train_on_all=pool < count).train
+
+
+def _recorded_number(intervention: Intervention, name: str, default: int) -> int:
+    training = intervention.metadata.get("training")
+    number = training.get(name) if isinstance(training, dict) else None
+    return number if isinstance(number, int) else default
+
+
+def _rendered(prompt: str, intervention: Intervention, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A prompt of a task as those that the vector was trained on: under their instruction, or as a chat."""
+    from lm_eval_laai.chats import as_evaluated, rendering_of
+
+    made = as_evaluated(prompt, rendering_of(intervention))
+    if isinstance(made, str):
+        return made
+    from lm_eval_laai.rendering import ChatTemplate  # here: imports the harness, which takes seconds
+
+    if not tokenizer.chat_template:
+        raise LaaiError("the file was trained on chats, the model has no chat template: expected one that has")
+    return ChatTemplate(tokenizer)(made)
 
 
 def _extremes(effect: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[dict[str, Any]]]:

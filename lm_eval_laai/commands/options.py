@@ -91,7 +91,7 @@ def check_no_input(output: Path, *inputs: str | Path | None) -> None:
     """LaaiError for an output that would replace a file which the command reads."""
     for one in inputs:
         path = None if one is None else Path(os.path.expanduser(one))
-        if path is not None and path.exists() and output.exists() and output.samefile(path):
+        if path is not None and path.exists() and os.path.exists(output) and output.samefile(path):
             raise LaaiError(f"{output} is what this command reads: expected another file to write")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 from laai_core import files
 from laai_core.data import task_names
-from laai_core.data.examples import OwnData, write_rows
+from laai_core.data.examples import OwnData, as_lines
 from laai_core.data.tasks import examples_task
 from laai_core.errors import LaaiError
 from laai_core.settings import PENALTY_SCALES, Job, check
@@ -19,7 +20,6 @@ from lm_eval_laai.commands.examples import add_own_data_arguments, own_data
 from lm_eval_laai.commands.options import (
     add_model_arguments,
     check_counts,
-    check_no_input,
     check_writable,
     checked_layer,
     decimals,
@@ -88,7 +88,7 @@ def _command(arguments: argparse.Namespace) -> Report | None:
     if arguments.plot:
         check_plot(folder / "sweep.png")
     process = Process()
-    tasks = arguments.task or [_own_task(own, folder, arguments.examples)]
+    tasks = arguments.task or [_own_task(own, folder)]
     source = model_source(arguments)
     source = replace(source, device=process.device(source.device))
     source.checked_device()
@@ -108,12 +108,15 @@ def _command(arguments: argparse.Namespace) -> Report | None:
     return _reported(sweep, store, folder, arguments.plot)
 
 
-def _own_task(own: OwnData | None, folder: Path, source: str) -> str:
-    """The name of the task of own rows, which are kept with their prompts beside the sweep's results."""
+def _own_task(own: OwnData | None, folder: Path) -> str:
+    """The name of the task of own rows, which are kept with their prompts beside the sweep's results.
+
+    They lie under their hash, so that neither a file of the user's nor the rows of another sweep are replaced.
+    """
     assert own is not None
-    path = folder / f"{own.name}.jsonl"
-    check_no_input(path, source)
-    write_rows(own, path)
+    rows = as_lines(own)
+    path = folder / "rows" / hashlib.sha256(rows).hexdigest()[:16] / f"{own.name}.jsonl"
+    files.write(path, rows)
     return examples_task(own, path)
 
 
