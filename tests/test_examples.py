@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -150,6 +151,13 @@ def test_bad_templates(template: str, said: str, file: Path, tmp_path: Path, ref
 
 
 # The split
+
+
+def test_a_template_from_a_shell_has_line_breaks_and_tabs(file: Path, tmp_path: Path) -> None:
+    line = ["task", str(file), "--prompt-template", r"Q: {input}\n\tA:", "--output", str(tmp_path / "out")]
+    assert cli.main(line) == 0
+    rows = (tmp_path / "out" / "my_words" / "examples.jsonl").read_text().splitlines()
+    assert all(re.fullmatch(r"Q: \w+\n\tA:", json.loads(row)["prompt"]) for row in rows)
 
 
 def test_the_split_does_not_move_when_rows_are_added(file: Path, tmp_path: Path) -> None:

@@ -40,18 +40,19 @@ def add_own_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_template_argument(parser: Any) -> None:
-    """--prompt-template, in which a shell's \\n is a line break."""
+    """--prompt-template, in which a shell's \\n is a line break and \\t a tab."""
     parser.add_argument(
         "--prompt-template",
         type=unescaped,
         metavar="TEXT",
-        help="with {column} for a row's columns (default: the row's prompt, or 'Q: {input}\\nA:')",
+        help="with {column} for a row's columns, \\n for a line break and \\t for a tab (default: the row's prompt, "
+        "or 'Q: {input}\\nA:')",
     )
 
 
 def unescaped(text: str) -> str:
-    """A text from a command line, where a shell gives \\n as two characters."""
-    return text.replace("\\n", "\n")
+    """A text from a command line, where a shell gives \\n and \\t as two characters each."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def add_rendering_arguments(parser: argparse.ArgumentParser) -> None:
