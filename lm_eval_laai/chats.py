@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from laai_core.data.examples import is_filled
+from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 
 # Keys of a rendering.
@@ -17,6 +18,12 @@ PROMPT_TEMPLATE = "prompt_template"
 def template_sha256(tokenizer: Any) -> str:
     """SHA-256 of a tokenizer's chat template."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+
+
+def check_chat_template(tokenizer: Any) -> None:
+    """LaaiError for a tokenizer without a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise LaaiError("the model's tokenizer has no chat template: expected a chat model, or prompts without a chat")
 
 
 def system_message(messages: Sequence[Mapping[str, str]]) -> str | None:

@@ -335,6 +335,12 @@ def warned(model: Path, vector: Path, folder: Path, chat: bool, system: str | No
     return [line for line in capfd.readouterr().err.splitlines() if "the intervention was trained" in line]
 
 
+def test_hf_laai_refuses_a_chat_without_a_template(small: Path) -> None:
+    lm = HFLaai(pretrained=str(small), device="cpu")
+    with pytest.raises(laai.LaaiError, match="the model's tokenizer has no chat template: expected a chat model"):
+        lm.apply_chat_template([{"role": "user", "content": "hot"}])
+
+
 @pytest.mark.parametrize(
     ("flags", "chat", "said"),
     [
