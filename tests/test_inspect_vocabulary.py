@@ -317,7 +317,11 @@ def test_inspect_refusals(model_folder: Path, tmp_path: Path, capfd: pytest.Capt
     laai.Intervention({1: torch.ones(2, 3)}).save(other)
     for argv, said in [
         ([file, "--model", str(model_folder)], "expected --task"),
-        ([file, "--task", "lexicon_antonym"], "expected --model"),
+        ([file, "--task", "lexicon_antonym"], "--task: it is for a run of the model: expected --model with it"),
+        ([file, "--data", str(tmp_path)], "--data: it is for a run of the model: expected --model"),
+        ([file, "--revision", "main"], "--revision: it is"),
+        ([file, "--device", "cpu"], "--device: it is"),
+        ([file, "--projection", "o_proj"], "--projection: it is"),
         ([str(other), "--model", str(model_folder), "--task", "lexicon_antonym"], "has shape (2, 3)"),
         ([file, "--model", str(model_folder), "--task", "lexicon_antonim"], "did you mean lexicon_antonym"),
     ]:

@@ -14,6 +14,7 @@ from lm_eval_laai.commands.examples import add_own_data_arguments, own_or_named_
 from lm_eval_laai.commands.options import (
     add_model_arguments,
     check_no_input,
+    check_unused,
     decimals,
     model_source,
     output_path,
@@ -39,6 +40,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", type=decimals, metavar="W1,W2,...", help="one a file (default: all 1)")
     parser.add_argument("--task", type=task_name, help="the composed task: goes into the file; --method fit needs it")
+    _add_fit_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the method `fit` alone."""
     fitting = parser.add_argument_group("for --method fit")
     add_model_arguments(fitting, required=False)
     fitting.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
@@ -50,7 +57,6 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--whitespace", choices=WHITESPACE, default="refuse", help="as for train (default: %(default)s)"
     )
     add_own_data_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _command(arguments: argparse.Namespace) -> Report:
@@ -90,10 +96,8 @@ def _split(arguments: argparse.Namespace) -> Split | None:
         if (arguments.task is None) == (arguments.examples is None):
             raise LaaiError("--method fit needs --task or --examples, one of the two")
         return own_or_named_split(arguments)
-    if arguments.examples or arguments.prompt_template:
-        raise LaaiError(f"--examples: --method {arguments.method} uses no examples, only fit does")
-    if arguments.model is not None:
-        raise LaaiError(f"--model {arguments.model}: --method {arguments.method} uses no model, only fit does")
+    why = f"--method {arguments.method} uses no model and no examples, only fit does"
+    check_unused(arguments, _add_fit_arguments, why)
     return None
 
 

@@ -7,7 +7,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from laai_core.errors import LaaiError
-from lm_eval_laai.commands.options import a_path, add_model_arguments, model_source
+from lm_eval_laai.commands.options import a_path, add_model_arguments, check_unused, model_source
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.facts import flat
 from lm_eval_laai.inspection.plot import check_plot, heat_map
@@ -29,6 +29,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a .safetensors file, or org/repo[:file][@revision]")
     parser.add_argument("--plot", type=a_path, metavar="FILE.png", help="draw a heat map, heads by dimensions")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    _add_model_arguments(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how to run a model."""
     writing = parser.add_argument_group(
         "what it writes: its size on a model, and the words it promotes and suppresses"
     )
@@ -53,8 +58,8 @@ def _command(arguments: argparse.Namespace) -> Report:
     }
     if arguments.model:
         facts["writes"] = _writes(intervention, arguments)
-    elif arguments.task:
-        raise LaaiError("--task says what to run a model on: expected --model with it")
+    else:
+        check_unused(arguments, _add_model_arguments, "it is for a run of the model: expected --model with it")
     if arguments.plot:
         heat_map(intervention, arguments.plot)
         facts["plot"] = str(arguments.plot)
