@@ -341,6 +341,21 @@ def test_hf_laai_refuses_a_chat_without_a_template(small: Path) -> None:
         lm.apply_chat_template([{"role": "user", "content": "hot"}])
 
 
+@pytest.mark.parametrize("source", ["--examples", "--task"])
+def test_a_fit_is_on_prompts_like_the_vectors_own(source: str, chatty: Path, tmp_path: Path) -> None:
+    """In their chat and under their instruction: the very examples they were trained on."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"input": f"word{n}", "output": f"a{n}"}) + "\n" for n in range(40)))
+    data = [source, rows if source == "--examples" else "lexicon_antonym", "--n-train", 4, "--model", chatty]
+    vector, fitted = tmp_path / "v.safetensors", tmp_path / "fit.safetensors"
+    assert train(*data, *CHAT, *BRIEF, "--output", vector) == 0
+    line = ["compose", vector, vector, "--method", "fit", *data, "-o", fitted]
+    assert cli.main([*map(str, line)]) == 0
+    trained, training = (laai.Intervention.load(path).metadata["training"] for path in (vector, fitted))
+    assert training["rendering"] == trained["rendering"] and "chat_template_sha256" in trained["rendering"]
+    assert training["examples_sha256"] == trained["examples_sha256"]
+
+
 @pytest.mark.parametrize(
     ("flags", "chat", "said"),
     [
