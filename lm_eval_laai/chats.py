@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from laai_core.data.examples import is_filled
+from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 
 # Keys of a rendering.
@@ -19,16 +20,39 @@ def template_sha256(tokenizer: Any) -> str:
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
+def check_chat_template(tokenizer: Any) -> None:
+    """LaaiError for a tokenizer without a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise LaaiError("the model's tokenizer has no chat template: expected a chat model, or prompts without a chat")
+
+
 def system_message(messages: Sequence[Mapping[str, str]]) -> str | None:
     """The system message at the beginning of a conversation, if there is one."""
     return messages[0]["content"] if messages and messages[0]["role"] == "system" else None
 
 
-def rendering_of(intervention: Intervention) -> dict[str, Any]:
-    """The rendering of the training prompts that the file records; empty if it records none."""
-    training = intervention.metadata.get("training")
-    rendering = training.get("rendering") if isinstance(training, dict) else None
-    return rendering if isinstance(rendering, dict) else {}
+def rendering_of(intervention: Intervention) -> dict[str, Any] | None:
+    """The rendering of the training prompts that the file records; None where it is not known.
+
+    A training that records none was on prompts as they are: an empty rendering, without a chat. A composition that was
+    not fitted has the rendering of its parents.
+    """
+    training, composition = (intervention.metadata.get(name) for name in ("training", "composition"))
+    if isinstance(training, dict):
+        rendering = training.get("rendering", {})
+    else:
+        rendering = composition.get("rendering") if isinstance(composition, dict) else None
+    return rendering if isinstance(rendering, dict) else None
+
+
+def common_rendering(interventions: Sequence[Intervention]) -> dict[str, Any] | None:
+    """The rendering of all, without the name of a task; None where they differ or one is not known."""
+    names = (TEMPLATE, SYSTEM, INSTRUCTION, PROMPT_TEMPLATE)
+    first, *others = (
+        None if (found := rendering_of(one)) is None else {name: found[name] for name in names if name in found}
+        for one in interventions
+    )
+    return first if all(other == first for other in others) else None
 
 
 def as_evaluated(prompt: str, rendering: Mapping[str, Any]) -> str | list[dict[str, str]]:
@@ -52,11 +76,16 @@ class Chats:
         self._systems[context] = system_message(messages)
 
     def difference(self, intervention: Intervention, context: str, tokenizer: Any) -> str | None:
-        """How training and evaluation prompts differ, or None; only an intervention's first context is compared."""
+        """How training and evaluation prompts differ; None if they do not, or the training's are not known.
+
+        Only an intervention's first context is compared.
+        """
         if id(intervention) in self._compared:
             return None
         self._compared.add(id(intervention))
         trained, is_chat = rendering_of(intervention), context in self._systems
+        if trained is None:
+            return None
         if (TEMPLATE in trained) != is_chat:
             words = ("with", "without") if TEMPLATE in trained else ("without", "with")
             return "the intervention was trained {} a chat template and is evaluated {} one".format(*words)

@@ -12,15 +12,14 @@ from lm_eval.models.huggingface import HFLM
 from laai_core.encode import Whitespace
 from laai_core.errors import LaaiError
 from laai_core.example import Example
-from lm_eval_laai.chats import INSTRUCTION, SYSTEM, TEMPLATE, system_message, template_sha256
+from lm_eval_laai.chats import INSTRUCTION, SYSTEM, TEMPLATE, check_chat_template, system_message, template_sha256
 
 
 class ChatTemplate:
     """A tokenizer's chat template, applied by the harness's own method. Keeps the messages of the last call."""
 
     def __init__(self, tokenizer: Any) -> None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise LaaiError("--apply-chat-template: the model's tokenizer has no chat template")
+        check_chat_template(tokenizer)
         self.tokenizer = tokenizer
         self.chat_template_args: dict[str, Any] = {}  # as the harness without chat_template_args=
         self.messages: list[dict[str, str]] = []

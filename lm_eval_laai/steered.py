@@ -14,7 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
-from lm_eval_laai.chats import Chats
+from lm_eval_laai.chats import Chats, check_chat_template
 from lm_eval_laai.routing import Routing
 
 logger = logging.getLogger(__name__)
@@ -44,9 +44,17 @@ class Steered:
         self._chats = Chats()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The harness's; records the context, to warn of a vector that was trained on prompts rendered otherwise."""
+        """The harness's; records the context, to warn of a vector that was trained on prompts rendered otherwise.
+
+        Raises:
+            LaaiError: for a tokenizer without a chat template.
+        """
         base: Any = super()
-        text: str = base.apply_chat_template(chat_history, add_generation_prompt)
+        try:
+            text: str = base.apply_chat_template(chat_history, add_generation_prompt)
+        except ValueError:  # of transformers, for a tokenizer without one
+            check_chat_template(self.tokenizer)
+            raise
         if self._routing is not None:
             self._chats.note(text, chat_history)
         return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -203,6 +204,13 @@ def test_bad_templates(template: str, said: str, file: Path, tmp_path: Path, ref
 
 
 # The split
+
+
+def test_a_template_from_a_shell_has_line_breaks_and_tabs(file: Path, tmp_path: Path) -> None:
+    line = ["task", str(file), "--prompt-template", r"Q: {input}\n\tA:", "--output", str(tmp_path / "out")]
+    assert cli.main(line) == 0
+    rows = (tmp_path / "out" / "my_words" / "examples.jsonl").read_text().splitlines()
+    assert all(re.fullmatch(r"Q: \w+\n\tA:", json.loads(row)["prompt"]) for row in rows)
 
 
 def test_the_split_does_not_move_when_rows_are_added(file: Path, tmp_path: Path) -> None:
@@ -435,6 +443,30 @@ def test_generate(file: Path, tmp_path: Path, capfd: Any, facts_of: Callable[...
     facts_of("compose", path, path, "-o", tmp_path / "sum.safetensors")
     summed = facts_of("generate", "--model", REFERENCE, "--intervention", tmp_path / "sum.safetensors", "hot")
     assert summed["answers"][0]["prompt"] == "Q: hot\nA:"
+
+
+def test_generate_under_a_sum_of_vectors_of_own_rows(
+    file: Path, small: Path, tmp_path: Path, capfd: Any, facts_of: Callable[..., dict[str, Any]]
+) -> None:
+    """The template on which the parents agree; without one the word as it is, and a line that says so."""
+    paths = {name: tmp_path / f"{name}.safetensors" for name in ("a", "b", "other", "same", "mixed")}
+    flags = ["--layer", 1, "--steps", 2, "--n-train", 4]
+    for seed, name in enumerate(("a", "b", "other")):
+        template = ["--prompt-template", "{input} is"] if name == "other" else []
+        line = ["train", "--model", small, "--examples", file, "--seed", seed, *template, *flags]
+        facts_of(*line, "--output", paths[name])
+    facts_of("compose", paths["a"], paths["b"], "-o", paths["same"])
+    facts_of("compose", paths["a"], paths["other"], "-o", paths["mixed"])
+    said = "the file records no prompt template: the texts are taken as they are\n"
+    for name, prompt, more, told in (
+        ("same", "Q: hot\nA:", [], False),
+        ("mixed", "hot", [], True),
+        ("mixed", "hot", ["--raw"], False),
+    ):
+        line = ["generate", "--model", str(small), "--intervention", str(paths[name]), "hot", "--json", *more]
+        assert cli.main(line) == 0
+        out, err = capfd.readouterr()
+        assert json.loads(out)["answers"][0]["prompt"] == prompt and (said in err) == told
 
 
 def test_few_rows_and_rows_that_were_all_trained_on(

@@ -241,6 +241,18 @@ def test_the_rule_of_in_context_vectors_is_no_addition(
     assert code == 2 and "operation 'icv' cannot be exported" in capsys.readouterr().err and not path.exists()
 
 
+@pytest.mark.parametrize(("to", "site", "position"), [("pyvene", "heads", "last"), ("steering-vectors", "mlp", "all")])
+@pytest.mark.parametrize(
+    "flags", [["--model", "reference"], ["--device", "cpu"], ["--dtype", "float32"], ["--trust-remote-code"]]
+)
+def test_flags_of_a_model_that_is_not_used(
+    flags: list[str], to: str, site: str, position: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, path = export(vector("Llama", site, position), to, tmp_path, *flags)
+    said = f"laai: error: {flags[0]}: --to {to} at site {site} uses no model, only steering-vectors at heads does\n"
+    assert code == 2 and capsys.readouterr().err == said and not path.exists()
+
+
 def test_a_control_vector_names_a_model_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _ = export(laai.Intervention({1: torch.ones(4)}, "residual", "all"), "gguf", tmp_path)
     assert code == 2 and "does not say its model_type" in capsys.readouterr().err

@@ -355,7 +355,11 @@ def test_inspect_refusals(model_folder: Path, tmp_path: Path, capfd: pytest.Capt
         ([file, "--model", str(model_folder)], "expected --task"),
         ([swept, "--model", str(model_folder)], "expected --task"),
         ([chat, "--model", str(model_folder), "--task", "lexicon_antonym"], "has no chat template"),
-        ([file, "--task", "lexicon_antonym"], "expected --model"),
+        ([file, "--task", "lexicon_antonym"], "--task: it is for a run of the model: expected --model with it"),
+        ([file, "--data", str(tmp_path)], "--data: it is for a run of the model: expected --model"),
+        ([file, "--revision", "main"], "--revision: it is"),
+        ([file, "--device", "cpu"], "--device: it is"),
+        ([file, "--projection", "o_proj"], "--projection: it is"),
         ([str(other), "--model", str(model_folder), "--task", "lexicon_antonym"], "has shape (2, 3)"),
         ([file, "--model", str(model_folder), "--task", "lexicon_antonim"], "did you mean lexicon_antonym"),
     ]:

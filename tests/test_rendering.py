@@ -312,12 +312,18 @@ def test_hf_laai_says_where_evaluation_differs(
     vector = tmp_path / "v.safetensors"
     assert train("--model", chatty, "--examples", rows, "--n-train", 4, *flags, "--output", vector) == 0
     monkeypatch.setattr(logging.root, "handlers", [])
+    told = warned(chatty, vector, tmp_path, chat, system, capfd)
+    assert [] == told if said is None else len(told) == 1 and said in told[0]
+
+
+def warned(model: Path, vector: Path, folder: Path, chat: bool, system: str | None, capfd: Any) -> list[str]:
+    """What an evaluation of the task `rows` says of the vector's training prompts."""
     capfd.readouterr()
     found = lm_eval.simple_evaluate(
         "hf-laai",
-        model_args={"pretrained": str(chatty), "intervention": str(vector)},
+        model_args={"pretrained": str(model), "intervention": str(vector)},
         tasks=["rows"],
-        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False),
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
         system_instruction=system,
@@ -325,6 +331,58 @@ def test_hf_laai_says_where_evaluation_differs(
         bootstrap_iters=0,
         device="cpu",
     )
-    told = [line for line in capfd.readouterr().err.splitlines() if "the intervention was trained" in line]
     assert len(found["samples"]["rows"]) == 3
-    assert [] == told if said is None else len(told) == 1 and said in told[0]
+    return [line for line in capfd.readouterr().err.splitlines() if "the intervention was trained" in line]
+
+
+def test_hf_laai_refuses_a_chat_without_a_template(small: Path) -> None:
+    lm = HFLaai(pretrained=str(small), device="cpu")
+    with pytest.raises(laai.LaaiError, match="the model's tokenizer has no chat template: expected a chat model"):
+        lm.apply_chat_template([{"role": "user", "content": "hot"}])
+
+
+@pytest.mark.parametrize("source", ["--examples", "--task"])
+def test_a_fit_is_on_prompts_like_the_vectors_own(source: str, chatty: Path, tmp_path: Path) -> None:
+    """In their chat and under their instruction: the very examples they were trained on."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"input": f"word{n}", "output": f"a{n}"}) + "\n" for n in range(40)))
+    data = [source, rows if source == "--examples" else "lexicon_antonym", "--n-train", 4, "--model", chatty]
+    vector, fitted = tmp_path / "v.safetensors", tmp_path / "fit.safetensors"
+    assert train(*data, *CHAT, *BRIEF, "--output", vector) == 0
+    line = ["compose", vector, vector, "--method", "fit", *data, "-o", fitted]
+    assert cli.main([*map(str, line)]) == 0
+    trained, training = (laai.Intervention.load(path).metadata["training"] for path in (vector, fitted))
+    assert training["rendering"] == trained["rendering"] and "chat_template_sha256" in trained["rendering"]
+    assert training["examples_sha256"] == trained["examples_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "chat", "said"),
+    [
+        ([CHAT + BRIEF, CHAT + BRIEF], True, None),
+        ([CHAT + BRIEF, CHAT + BRIEF], False, "trained with a chat template and is evaluated without one"),
+        ([[], []], True, "trained without a chat template and is evaluated with one"),
+        ([CHAT + BRIEF, CHAT + LONG], True, None),
+        ([[], CHAT + BRIEF], True, None),
+        ([[], CHAT + BRIEF], False, None),
+        ([["--prompt-template", "Please: {input}\nA:"]] * 2, False, "trained with the template 'Please: "),
+    ],
+)
+def test_a_composition_has_what_its_parents_have_in_common(
+    flags: Any, chat: bool, said: Any, chatty: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of parents that were trained on prompts of different kinds nothing is known, and nothing said."""
+    rows, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+    for path in (rows, other):
+        path.write_text("".join(json.dumps({"input": f"word{n}", "output": f"a{n}"}) + "\n" for n in range(40)))
+    own_task.write(read_examples(rows), tmp_path / "tasks")
+    parents = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path, data, more in zip(parents, (rows, other), flags, strict=True):
+        assert train("--model", chatty, "--examples", data, "--n-train", 4, *more, "--output", path) == 0
+    both, again = tmp_path / "both.safetensors", tmp_path / "again.safetensors"
+    assert cli.main(["compose", *map(str, parents), "-o", str(both)]) == 0
+    assert cli.main(["compose", str(both), str(parents[0]), "-o", str(again)]) == 0
+    monkeypatch.setattr(logging.root, "handlers", [])
+    for vector in (both, again):
+        told = warned(chatty, vector, tmp_path, chat, "Be brief." if chat else None, capfd)
+        assert [] == told if said is None else len(told) == 1 and said in told[0]

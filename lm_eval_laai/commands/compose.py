@@ -10,10 +10,13 @@ from laai_core.data.split import Split
 from laai_core.encode import WHITESPACE
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
-from lm_eval_laai.commands.examples import add_own_data_arguments, own_or_named_split
+from laai_core.settings import Settings
+from lm_eval_laai.chats import common_rendering
+from lm_eval_laai.commands.examples import add_own_data_arguments, fitting_split
 from lm_eval_laai.commands.options import (
     add_model_arguments,
     check_no_input,
+    check_unused,
     decimals,
     model_source,
     output_path,
@@ -21,7 +24,7 @@ from lm_eval_laai.commands.options import (
 )
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.methods.compose import METHODS, compose
-from lm_eval_laai.tasks import HARNESS, harness_task
+from lm_eval_laai.tasks import harness_task
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +42,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", type=decimals, metavar="W1,W2,...", help="one a file (default: all 1)")
     parser.add_argument("--task", type=task_name, help="the composed task: goes into the file; --method fit needs it")
+    _add_fit_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the method `fit` alone."""
     fitting = parser.add_argument_group("for --method fit")
     add_model_arguments(fitting, required=False)
     fitting.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
@@ -46,21 +55,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     fitting.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
     fitting.add_argument("--batch-size", type=int, help="rows per forward (default: all)")
     fitting.add_argument("--projection", help="module path of the attention output projection, as for train")
-    fitting.add_argument(
-        "--whitespace", choices=WHITESPACE, default="refuse", help="as for train (default: %(default)s)"
-    )
+    fitting.add_argument("--whitespace", choices=WHITESPACE, help=f"as for train (default: {Settings.whitespace})")
     add_own_data_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _command(arguments: argparse.Namespace) -> Report:
-    split = _split(arguments)
-    if split is not None and arguments.task is None:
-        arguments.task = f"{HARNESS}:{split.name}"
+    _check_method(arguments)
+    parents = [Intervention.load(file) for file in arguments.files]
+    # Fitted on prompts like those that the parents were trained on.
+    split = fitting_split(arguments, common_rendering(parents) or {}) if arguments.method == "fit" else None
     path = _path(arguments)
     check_no_input(path, *arguments.files)
     task = None if arguments.task is None else harness_task(arguments.task)
-    parents = [Intervention.load(file) for file in arguments.files]
     composed = compose(parents, arguments.method, arguments.weights, task, **_fit_arguments(arguments, split))
     composed.save(path)
     composition = composed.metadata["composition"]
@@ -82,19 +88,15 @@ def _path(arguments: argparse.Namespace) -> Path:
     return output_path(arguments.output, arguments.task)
 
 
-def _split(arguments: argparse.Namespace) -> Split | None:
-    """The examples of the method `fit`; the other methods use neither examples nor a model."""
-    if arguments.method == "fit":
-        if arguments.model is None:
-            raise LaaiError("--method fit needs --model")
-        if (arguments.task is None) == (arguments.examples is None):
-            raise LaaiError("--method fit needs --task or --examples, one of the two")
-        return own_or_named_split(arguments)
-    if arguments.examples or arguments.prompt_template:
-        raise LaaiError(f"--examples: --method {arguments.method} uses no examples, only fit does")
-    if arguments.model is not None:
-        raise LaaiError(f"--model {arguments.model}: --method {arguments.method} uses no model, only fit does")
-    return None
+def _check_method(arguments: argparse.Namespace) -> None:
+    """LaaiError for what the method `fit` lacks, or for its model or examples with another method."""
+    if arguments.method != "fit":
+        why = f"--method {arguments.method} uses no model and no examples, only fit does"
+        check_unused(arguments, _add_fit_arguments, why)
+    elif arguments.model is None:
+        raise LaaiError("--method fit needs --model")
+    elif (arguments.task is None) == (arguments.examples is None):
+        raise LaaiError("--method fit needs --task or --examples, one of the two")
 
 
 def _fit_arguments(arguments: argparse.Namespace, split: Split | None) -> dict[str, Any]:
@@ -106,7 +108,8 @@ def _fit_arguments(arguments: argparse.Namespace, split: Split | None) -> dict[s
         "model": model,
         "tokenizer": tokenizer,
         "examples": split.train,
-        **{name: getattr(arguments, name) for name in ("seed", "batch_size", "projection", "whitespace")},
+        "whitespace": arguments.whitespace or Settings.whitespace,
+        **{name: getattr(arguments, name) for name in ("seed", "batch_size", "projection", "stop")},
         "progress": True,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from laai_core.data.split import Split, draw
 from laai_core.errors import LaaiError
 from laai_core.objective import LOSSES
 from laai_core.settings import Settings
+from lm_eval_laai.chats import INSTRUCTION, TEMPLATE
 from lm_eval_laai.commands.options import model_source
 from lm_eval_laai.methods import LAAI
 from lm_eval_laai.tasks import HARNESS, harness_metadata, harness_task, include_path
@@ -40,18 +41,19 @@ def add_own_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_template_argument(parser: Any) -> None:
-    """--prompt-template, in which a shell's \\n is a line break."""
+    """--prompt-template, in which a shell's \\n is a line break and \\t a tab."""
     parser.add_argument(
         "--prompt-template",
         type=unescaped,
         metavar="TEXT",
-        help="with {column} for a row's columns (default: the row's prompt, or 'Q: {input}\\nA:')",
+        help="with {column} for a row's columns, \\n for a line break and \\t for a tab (default: the row's prompt, "
+        "or 'Q: {input}\\nA:')",
     )
 
 
 def unescaped(text: str) -> str:
-    """A text from a command line, where a shell gives \\n as two characters."""
-    return text.replace("\\n", "\n")
+    """A text from a command line, where a shell gives \\n and \\t as two characters each."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def add_rendering_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,12 +94,19 @@ def read_rows(source: str, prompt_template: str | None) -> OwnData:
     return data
 
 
-def own_or_named_split(arguments: argparse.Namespace) -> Split:
-    """The split of --examples, or else of --task."""
+def fitting_split(arguments: argparse.Namespace, rendering: Mapping[str, Any]) -> Split:
+    """The split of --examples, or else of --task, in the chat and under the instruction of a recorded rendering.
+
+    Sets `task` for --examples and, where the prompts are rendered so and it is not given, `whitespace`.
+    """
+    instruction = rendering.get(INSTRUCTION)
+    arguments.apply_chat_template = TEMPLATE in rendering
+    arguments.system_instruction = instruction if isinstance(instruction, str) else None
+    arguments.stop = Settings.stop
     data = own_data(arguments)
     if data is None:
-        return load_task(arguments.task, seed=arguments.seed, n_train=arguments.n_train, data=arguments.data)
-    return data.split(arguments.seed, arguments.n_train)
+        return _named_split(arguments)
+    return _own_split(arguments, data, data.split(arguments.seed, arguments.n_train))
 
 
 def training_split(arguments: argparse.Namespace) -> Split:
@@ -117,8 +126,7 @@ def training_split(arguments: argparse.Namespace) -> Split:
         got = " and ".join(sources) or "none"
         raise LaaiError(f"expected one of --task, --examples and --harness-task, got {got}")
     _check_companions(arguments, sources[0])
-    rendered = arguments.apply_chat_template or arguments.system_instruction is not None
-    if (rendered or arguments.harness_task) and arguments.method != LAAI.name:
+    if (_is_rendered(arguments) or arguments.harness_task) and arguments.method != LAAI.name:
         raise LaaiError(
             f"the method {arguments.method} trains on --task and --examples as they are: expected --method {LAAI.name}"
         )
@@ -128,12 +136,27 @@ def training_split(arguments: argparse.Namespace) -> Split:
         if arguments.split == ALL:
             logger.warning("--split all: a score on %s would be of rows that were trained on", arguments.examples)
         _check_stops(split, Settings.stop if arguments.stop is None else arguments.stop)
-        arguments.task = f"{HARNESS}:{data.name}"
-        return _render_own(arguments, data, split) if rendered else replace(split, name=arguments.task)
+        return _own_split(arguments, data, split)
     if arguments.harness_task is not None:
         return _harness_split(arguments)
+    return _named_split(arguments)
+
+
+def _is_rendered(arguments: argparse.Namespace) -> bool:
+    """Whether prompts are put into a chat or under an instruction."""
+    return arguments.apply_chat_template or arguments.system_instruction is not None
+
+
+def _own_split(arguments: argparse.Namespace, data: OwnData, split: Split) -> Split:
+    """A split of own rows, rendered where the flags say so."""
+    arguments.task = f"{HARNESS}:{data.name}"
+    return _render_own(arguments, data, split) if _is_rendered(arguments) else replace(split, name=arguments.task)
+
+
+def _named_split(arguments: argparse.Namespace) -> Split:
+    """The split of --task, rendered where the flags say so."""
     split = load_task(arguments.task, seed=arguments.seed, n_train=arguments.n_train, data=arguments.data)
-    return _render_named(arguments, split) if rendered else split
+    return _render_named(arguments, split) if _is_rendered(arguments) else split
 
 
 def _given(arguments: argparse.Namespace, name: str) -> bool:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 from laai_core import files
 from laai_core.errors import LaaiError
-from lm_eval_laai.commands.options import add_model_arguments, check_no_input, check_writable, model_source
+from lm_eval_laai.commands.options import (
+    add_model_arguments,
+    check_no_input,
+    check_unused,
+    check_writable,
+    model_source,
+)
 from lm_eval_laai.commands.report import Report
 
 if TYPE_CHECKING:
@@ -25,6 +31,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=SUFFIXES, metavar="FORMAT", help=text)
     parser.add_argument("--output", "-o", required=True, metavar="PATH", help=".gguf, or else .safetensors")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_model_arguments(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the model whose W_o is needed."""
     model = parser.add_argument_group(
         "for steering-vectors, at site heads: the model whose W_o the vector is multiplied by"
     )
@@ -42,6 +53,9 @@ def _command(arguments: argparse.Namespace) -> Report:
     check_writable(path.parent)
     check_no_input(path, arguments.file)
     intervention = Intervention.load(arguments.file)
+    if arguments.to != "steering-vectors" or intervention.site != "heads":
+        why = f"--to {arguments.to} at site {intervention.site} uses no model, only steering-vectors at heads does"
+        check_unused(arguments, _add_model_arguments, why)
     if arguments.to == "gguf":
         content = gguf_file.control_vector(intervention)
         code = f"llama-cli --model MODEL.gguf --control-vector {path}"

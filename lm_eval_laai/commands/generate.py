@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 from laai_core.errors import LaaiError
@@ -53,7 +54,7 @@ def _command(arguments: argparse.Namespace) -> Report:
     intervention = Intervention.load(arguments.intervention)
     prompts = list(arguments.prompts) if arguments.raw else _rendered(arguments.prompts, intervention)
     model, tokenizer = model_source(arguments).load()
-    if not arguments.raw and TEMPLATE in rendering_of(intervention) and not tokenizer.chat_template:
+    if not arguments.raw and TEMPLATE in (rendering_of(intervention) or {}) and not tokenizer.chat_template:
         raise LaaiError(
             f"the file was trained on chats, {arguments.model} has no chat template: expected --raw prompts"
         )
@@ -83,8 +84,10 @@ def _rendered(texts: list[str], intervention: Intervention) -> list[str | list[d
     """The texts in the template of the file's training prompts; as conversations where those were chats."""
     from lm_eval_laai.chats import as_evaluated, rendering_of
 
-    rendering = rendering_of(intervention)
+    rendering = rendering_of(intervention) or {}
     template = _template(intervention, rendering)
+    if template is None:
+        print("the file records no prompt template: the texts are taken as they are", file=sys.stderr)
     return [as_evaluated(text if template is None else _filled(template, text), rendering) for text in texts]
 
 

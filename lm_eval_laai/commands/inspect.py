@@ -7,7 +7,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from laai_core.errors import LaaiError
-from lm_eval_laai.commands.options import a_path, add_model_arguments, model_source, task_name
+from lm_eval_laai.commands.options import a_path, add_model_arguments, check_unused, model_source, task_name
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.facts import flat
 from lm_eval_laai.inspection.plot import check_plot, heat_map
@@ -30,6 +30,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a .safetensors file, or org/repo[:file][@revision]")
     parser.add_argument("--plot", type=a_path, metavar="FILE.png", help="draw a heat map, heads by dimensions")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    _add_model_arguments(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how to run a model."""
     writing = parser.add_argument_group(
         "what it writes: its size on a model, and the words it promotes and suppresses"
     )
@@ -58,8 +63,8 @@ def _command(arguments: argparse.Namespace) -> Report:
     }
     if arguments.model:
         facts["writes"] = _writes(intervention, arguments)
-    elif arguments.task:
-        raise LaaiError("--task says what to run a model on: expected --model with it")
+    else:
+        check_unused(arguments, _add_model_arguments, "it is for a run of the model: expected --model with it")
     if arguments.plot:
         heat_map(intervention, arguments.plot)
         facts["plot"] = str(arguments.plot)
@@ -155,7 +160,7 @@ def _examples(intervention: Intervention, task: str, data: str | None) -> list[E
     kind, _, file = task.partition(":")
     if kind not in (EXAMPLES, EXAMPLE_OPTIONS):
         return load_task(task, data=data).train
-    template = rendering_of(intervention).get(PROMPT_TEMPLATE)
+    template = (rendering_of(intervention) or {}).get(PROMPT_TEMPLATE)
     rows = own_rows(kind, file, template if isinstance(template, str) else None)
     count = min(_recorded_number(intervention, "n_train", 10), len(rows.items))
     pool = sum(in_training_pool(item.key) for item in rows.items)
@@ -172,13 +177,11 @@ def _rendered(prompt: str, intervention: Intervention, tokenizer: PreTrainedToke
     """A prompt of a task as those that the vector was trained on: under their instruction, or as a chat."""
     from lm_eval_laai.chats import as_evaluated, rendering_of
 
-    made = as_evaluated(prompt, rendering_of(intervention))
+    made = as_evaluated(prompt, rendering_of(intervention) or {})
     if isinstance(made, str):
         return made
     from lm_eval_laai.rendering import ChatTemplate  # here: imports the harness, which takes seconds
 
-    if not tokenizer.chat_template:
-        raise LaaiError("the file was trained on chats, the model has no chat template: expected one that has")
     return ChatTemplate(tokenizer)(made)
 
 

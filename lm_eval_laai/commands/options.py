@@ -48,6 +48,15 @@ def model_source(arguments: argparse.Namespace) -> ModelSource:
     )
 
 
+def check_unused(arguments: argparse.Namespace, add: Callable[[argparse.ArgumentParser], None], why: str) -> None:
+    """LaaiError for a flag, of those that `add` gives a parser, that is not at its default: it would do nothing."""
+    parser = argparse.ArgumentParser()
+    add(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        if getattr(arguments, name) != default:
+            raise LaaiError(f"--{name.replace('_', '-')}: {why}")
+
+
 def add_layer_argument(parser: argparse.ArgumentParser, default: str) -> None:
     """--layer, for `checked_layer`."""
     parser.add_argument("--layer", type=int, help=f"0-based, negative counts from the end (default: {default})")

@@ -22,6 +22,7 @@ from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate, verify_causal
 from laai_core.objective import SMOOTHING, Objective
 from laai_core.record import training_facts
+from lm_eval_laai.chats import common_rendering
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +69,8 @@ def compose(
 
     Returns:
         An intervention of scale 1. Its metadata has the `composition`: the method, and SHA-256, task and weight of
-        every parent; after `fit`, `training` records the examples and the fit.
+        every parent, and the rendering of their training prompts, where it is the same; after `fit`, `training`
+        records the examples and the fit.
 
     Raises:
         LaaiError: parents that do not fit each other, or arguments that do not fit the method.
@@ -106,6 +108,8 @@ def compose(
             for parent, weight in zip(parents, factors, strict=True)
         ],
     }
+    if (rendering := common_rendering(parents)) is not None:
+        composition["rendering"] = rendering
     if method == "ties":
         composition["density"] = TIES_DENSITY
     metadata = {**total.metadata, "task": task, "method": "compose", "composition": composition}
