@@ -23,6 +23,7 @@ from tiny import (
     gemma4_model,
     head_dim,
     multimodal_model,
+    parallel_hybrid_model,
     tiny_model,
     tiny_tokenizer,
 )
@@ -473,6 +474,7 @@ def of_layer(path: str, layer: int, head_dim: int = 8) -> tuple[laai.Interventio
 
 
 OTHERWISE = {
+    "FalconH1": (parallel_hybrid_model, "model.layers.1.self_attn.o_proj", 8),
     "Roberta": (lambda: decoder_with_positions("Roberta"), "roberta.encoder.layer.1.attention.output.dense", 8),
     "Bart": (lambda: decoder_with_positions("Bart"), "model.decoder.layers.1.self_attn.out_proj", 8),
     "multimodal": (multimodal_model, "model.language_model.layers.1.self_attn.o_proj", 16),

@@ -196,6 +196,12 @@ def decoder_with_positions(name: str) -> Any:
     return _random(config, kind=transformers.BartForCausalLM)
 
 
+def parallel_hybrid_model() -> Any:
+    """Falcon-H1: every one of its three layers has attention and a state-space model side by side."""
+    sizes = dict(mamba_n_heads=HEADS, mamba_d_head=16, mamba_d_state=8, mamba_d_ssm=64, head_dim=8)
+    return _random(transformers.FalconH1Config(**_COMMON, **sizes))
+
+
 def hybrid_model():
     """LFM2, which mixes convolutions and attention: three layers, the middle one with attention."""
     config = transformers.Lfm2Config(
