@@ -7,7 +7,7 @@ names the folder of the public word sets. Finished trainings and scores are kept
 `benchmarks/results/real_models.json`, each with the commit it was measured at. What is there is not measured again.
 
     python benchmarks/real_models.py                       # Δ and ten shots, five seeds
-    python benchmarks/real_models.py --methods laai,fv,icv,lora,ia3,soft_prompt --seeds 1
+    python benchmarks/real_models.py --methods laai,fv,icv,lora,ia3,soft_prompt        # the table of all methods
     python benchmarks/real_models.py --models gemma-3-270m --rules synonym --items 500  # where scores are near zero
     python benchmarks/real_models.py --items 100 --seeds 3 \\
         --rules pairs:laai_core/data/word_sets/past_tense.json  # any word pairs, here for both models
