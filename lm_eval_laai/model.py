@@ -156,8 +156,8 @@ class HFLaai(Steered, HFLM):
         """One batch may hold contexts of several tasks, each under its own intervention."""
         if self._routing is None:
             return super().generate_until(requests, disable_tqdm)
-        self._check_room_for_prompts(requests)
         routed = self._routed(requests)
+        self._check_room_for_prompts(requests)
         contexts = [request.args[0] for request in requests]
         prefixes = common_prefixes([task for _, _, task in routed], contexts, self.tok_encode)
         marked = []
