@@ -17,7 +17,7 @@ from lm_eval.api.task import ConfigurableTask
 from laai_core import files
 from laai_core.data.examples import OwnData, as_lines, read_examples
 from laai_core.data.reading import content
-from laai_core.data.split import Split, in_training_pool
+from laai_core.data.split import Split
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 from lm_eval_laai import metrics
@@ -55,11 +55,11 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
     name = data.name if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise LaaiError(f"task name {name!r:.60}: expected letters, digits, - and _")
-    sides = [in_training_pool(item.key) for item in data.items]
-    if not 0 < sum(sides) < len(sides):
-        part = "test" if sum(sides) else "training"
+    pool, count = data.pool_size, len(data.items)
+    if not 0 < pool < count:
+        part = "test" if pool else "training"
         raise LaaiError(
-            f"{', '.join(data.sources)}: none of the {len(sides)} rows is in the {part} part, "
+            f"{', '.join(data.sources)}: none of the {count} rows is in the {part} part, "
             f"which the text of a row decides; expected more rows"
         )
     for item in data.items:
@@ -77,7 +77,7 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
     files.write(utils, _UTILS.encode())  # the first, because it tells whose the folder is
     files.write(included, (include_path() / shared).read_bytes())
     files.write(rows, as_lines(data))
-    files.write(path, _yaml(name, shared, delimiter(data), generation, min(SHOTS, sum(sides)), data).encode())
+    files.write(path, _yaml(name, shared, delimiter(data), generation, min(SHOTS, pool), data).encode())
     return path
 
 

@@ -59,6 +59,11 @@ class OwnData(NamedTuple):
         """Whether the examples are options with a distribution."""
         return self.items[0].example.options is not None
 
+    @property
+    def pool_size(self) -> int:
+        """The number of rows in the training pool; the others are test items."""
+        return sum(in_training_pool(item.key) for item in self.items)
+
     def split(self, seed: int, n_train: int, train_on_all: bool = False) -> Split:
         """`n_train` examples drawn by `seed` from the training pool, and all test examples. Errors of `draw`.
 

@@ -153,7 +153,7 @@ def _examples(intervention: Intervention, task: str, data: str | None) -> list[E
 
     Where the training pool has fewer, they are drawn from all rows, as by `laai train --split all`.
     """
-    from laai_core.data import in_training_pool, load_task
+    from laai_core.data import load_task
     from laai_core.data.tasks import EXAMPLE_OPTIONS, EXAMPLES, own_rows
     from lm_eval_laai.chats import PROMPT_TEMPLATE, rendering_of
 
@@ -163,8 +163,8 @@ def _examples(intervention: Intervention, task: str, data: str | None) -> list[E
     template = (rendering_of(intervention) or {}).get(PROMPT_TEMPLATE)
     rows = own_rows(kind, file, template if isinstance(template, str) else None)
     count = min(_recorded_number(intervention, "n_train", 10), len(rows.items))
-    pool = sum(in_training_pool(item.key) for item in rows.items)
-    return rows.split(_recorded_number(intervention, "seed", 0), count, train_on_all=pool < count).train
+    seed = _recorded_number(intervention, "seed", 0)
+    return rows.split(seed, count, train_on_all=rows.pool_size < count).train
 
 
 def _recorded_number(intervention: Intervention, name: str, default: int) -> int:

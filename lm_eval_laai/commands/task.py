@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from laai_core.data.examples import STDIN
-from laai_core.data.split import in_training_pool
 from lm_eval_laai.commands.examples import add_template_argument, read_rows
 from lm_eval_laai.commands.options import check_no_input, check_writable
 from lm_eval_laai.commands.report import Report, table
@@ -46,13 +45,12 @@ def _command(arguments: argparse.Namespace) -> Report:
             "--max-gen-toks N sets another",
             count,
         )
-    pool = sum(in_training_pool(item.key) for item in data.items)
     facts: dict[str, Any] = {
         "task": path.stem,
         "yaml": str(path),
         "include_path": str(folder),
-        "training_pool": pool,
-        "test_items": len(data.items) - pool,
+        "training_pool": data.pool_size,
+        "test_items": len(data.items) - data.pool_size,
         **({} if data.has_options else {"max_gen_toks": count}),
     }
     return Report(facts, table([(name.replace("_", " "), value) for name, value in facts.items()]))
