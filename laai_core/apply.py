@@ -69,11 +69,11 @@ def apply(
     rows: Edit | list[Edit | None]
     if isinstance(intervention, Intervention):
         rows = Edit.of(intervention, layout)
-    elif not all(one is None or isinstance(one, Intervention) for one in intervention):
-        raise LaaiError(f"got {intervention!r:.60}: expected an Intervention, as Intervention.load(FILE) gives")
-    else:
+    elif isinstance(intervention, Sequence) and all(isinstance(one, Intervention | None) for one in intervention):
         edits = {id(iv): Edit.of(iv, layout) for iv in intervention if iv is not None}
         rows = [None if iv is None else edits[id(iv)] for iv in intervention]
+    else:
+        raise LaaiError(f"got {intervention!r:.60}: expected an Intervention, as Intervention.load(FILE) gives")
     with hooked(layout, rows, prompt_lengths):
         yield
 
@@ -154,6 +154,8 @@ class _Steering:
         cache: Any = given.get("past_key_values")
         past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         batch, length = tokens.shape[:2]
+        if self._row_edits is not None and self._tracker.generation is None and len(self._row_edits) != batch:
+            raise LaaiError(f"{len(self._row_edits)} interventions were given for a batch of {batch} rows")
         mask = given.get("attention_mask")
         if isinstance(mask, dict) and self._outer is not None:  # made by Gemma 3, say, from the mask that it was given
             mask = self._outer.get("attention_mask")
@@ -176,8 +178,6 @@ class _Steering:
             if self._row_edits is None:
                 rows = torch.arange(batch)
             else:
-                if self._tracker.generation is None and len(self._row_edits) != batch:
-                    raise LaaiError(f"{len(self._row_edits)} interventions were given for a batch of {batch} rows")
                 rows = (repeated(self._row_edits, batch) == edit).nonzero().squeeze(1)
             row, column = self._call.hits(self._edits[edit].position, rows)
             self._hits[key] = row.to(device), column.to(device)

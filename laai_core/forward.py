@@ -209,8 +209,7 @@ class Forward(ABC):
         """Log-probabilities of a part's scored tokens [m], float32, with vectors [rows, D] applied."""
         logits = self._logits(part, self._edit(vectors))
         token = self._batch.token[part.scored]
-        logprobs: torch.Tensor = _Logprobs.apply(logits, part.logit.to(logits.device), token.to(logits.device))
-        return logprobs
+        return _Logprobs.apply(logits, part.logit.to(logits.device), token.to(logits.device))
 
     def _mean_squares(self, part: Part, vectors: torch.Tensor) -> torch.Tensor:
         """Mean squares [rows] of the site's activation at a part's last prompt tokens."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import numbers
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 
 from laai_core import files, storage
 from laai_core.errors import LaaiError
+from laai_core.numeric import real, whole
 from laai_core.words import OPERATIONS, POSITIONS, SITES
 
 if TYPE_CHECKING:
@@ -23,7 +25,9 @@ _MODEL_KEYS = ("base_model", "model_type", "num_hidden_layers", "num_attention_h
 
 
 class Intervention:
-    """Vectors to write into a frozen model: {layer: vector} at one site, position and operation. Immutable.
+    """Vectors to write into a frozen model: {layer: vector} at one site, position and operation.
+
+    Not to be changed: operations return new ones.
 
     Args:
         vectors: layer (negative counts from the end) to tensor: [H, d], or [H * d] together with `head_dim`, at
@@ -56,19 +60,19 @@ class Intervention:
         ):
             if value not in allowed:
                 raise LaaiError(f"unknown {word} {value!r:.60}: expected one of {', '.join(allowed)}")
-        try:
-            self.scale = float(scale)
-        except (TypeError, ValueError, OverflowError):
-            self.scale = math.nan
-        if not math.isfinite(self.scale):
-            raise LaaiError(f"scale is {scale!r:.60}: expected a finite number")
+        if not isinstance(vectors, Mapping):
+            raise LaaiError(f"vectors are a {type(vectors).__name__}: expected {{layer: tensor}}")
         if not vectors:
             raise LaaiError("an intervention needs at least one layer, got none")
+        if head_dim is not None and (whole(head_dim) or 0) < 1:
+            raise LaaiError(f"head_dim is {head_dim!r:.60}: expected a whole number, at least 1")
         self.site = site
         self.position = position
         self.operation = operation
+        self.scale = finite(scale)
         self.metadata: dict[str, Any] = copy.deepcopy(dict(metadata or {}))
-        self._vectors = {layer: _checked(v, layer, site, head_dim) for layer, v in sorted(vectors.items())}
+        checked = {_layer(layer): _checked(v, layer, site, head_dim) for layer, v in vectors.items()}
+        self._vectors = dict(sorted(checked.items()))
 
     @classmethod
     def load(cls, source: str | Path, local_files_only: bool = False) -> Intervention:
@@ -91,13 +95,14 @@ class Intervention:
 
     def save(self, path: str | Path) -> None:
         """Write one .safetensors file (see `laai_core.storage`), atomically. Equal content gives equal bytes."""
-        files.write(Path(path), self.to_bytes())
+        files.write(Path(path).expanduser(), self.to_bytes())
 
     def to_bytes(self) -> bytes:
         """The bytes of the file that `save` writes.
 
         Raises:
-            LaaiError: when a layer is negative and the metadata does not say how many layers there are.
+            LaaiError: when a layer is negative and the metadata does not say how many layers there are; when
+                the metadata is no JSON.
         """
         vectors = self._resolved(self.metadata.get("num_hidden_layers"))
         return storage.encode(vectors, {key: getattr(self, key) for key in storage.ACT}, self.metadata)
@@ -158,12 +163,12 @@ class Intervention:
 
     # Arithmetic folds the scales into the vectors, so that equal results are equal objects.
 
-    def __mul__(self, factor: float) -> Intervention:
-        if not isinstance(factor, int | float):
+    def __mul__(self, factor: Any) -> Intervention:
+        if not isinstance(factor, numbers.Real):
             return NotImplemented
         if self.operation != "add":
             raise LaaiError(f"operation {self.operation!r} is not linear: change its scale instead of multiplying it")
-        return self._like({k: v * (self.scale * factor) for k, v in self._vectors.items()}, self.metadata)
+        return self._like({k: v * (self.scale * float(factor)) for k, v in self._vectors.items()}, self.metadata)
 
     __rmul__ = __mul__
 
@@ -207,18 +212,20 @@ class Intervention:
 
 def finite(scale: Any) -> float:
     """A factor on an intervention's scale; LaaiError for anything but a finite number."""
-    try:
-        number = math.nan if isinstance(scale, bool) or not isinstance(scale, int | float) else float(scale)
-    except OverflowError:
-        number = math.inf
+    number = real(scale)
     if not math.isfinite(number):
         raise LaaiError(f"scale is {scale!r:.60}: expected a finite number")
     return number
 
 
-def _checked(vector: torch.Tensor, layer: int, site: str, head_dim: int | None) -> torch.Tensor:
-    if isinstance(layer, bool) or not isinstance(layer, int):
+def _layer(layer: Any) -> int:
+    number = whole(layer)
+    if number is None:
         raise LaaiError(f"layer {layer!r} is a {type(layer).__name__}: expected an int")
+    return number
+
+
+def _checked(vector: torch.Tensor, layer: int, site: str, head_dim: int | None) -> torch.Tensor:
     if not isinstance(vector, torch.Tensor) or not vector.is_floating_point():
         found = vector.dtype if isinstance(vector, torch.Tensor) else type(vector).__name__
         raise LaaiError(f"layer {layer}: expected a floating-point tensor, got {found}")
@@ -228,7 +235,7 @@ def _checked(vector: torch.Tensor, layer: int, site: str, head_dim: int | None) 
         if vector.ndim == 1:
             if head_dim is None:
                 raise LaaiError(f"layer {layer}: a flat vector at site heads needs head_dim=, or give it as [H, d]")
-            if head_dim < 1 or vector.numel() % head_dim:
+            if vector.numel() % head_dim:
                 raise LaaiError(f"layer {layer}: width {vector.numel()} does not split into heads of {head_dim}")
             vector = vector.view(-1, head_dim)
         elif vector.ndim != 2 or (head_dim is not None and shape[1] != head_dim):

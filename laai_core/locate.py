@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from laai_core.errors import LaaiError
 from laai_core.hooks import recorded
+from laai_core.numeric import whole
 from laai_core.words import SITES
 
 if TYPE_CHECKING:  # importing transformers takes a second
@@ -44,10 +45,14 @@ class Layout:
     virtual_tokens: int  # PEFT prompt learning puts this many in front of every row
 
     @cached_property
+    def paths(self) -> dict[nn.Module, str]:
+        """The path of every module of the model."""
+        return {module: path for path, module in self.model.named_modules()}
+
+    @cached_property
     def around(self) -> list[nn.Module]:
         """The modules between the model and its decoder, from the outside in: those of a multimodal model."""
-        path = next(path for path, module in self.model.named_modules() if module is self.decoder)
-        parts = path.split(".")
+        parts = self.paths[self.decoder].split(".")
         return [self.model.get_submodule(".".join(parts[:count])) for count in range(1, len(parts))]
 
     @property
@@ -69,11 +74,12 @@ class Layout:
     def layer(self, index: int) -> int:
         """`index` counted from the front, or LaaiError when the model has no such layer."""
         count = len(self.blocks)
-        if isinstance(index, bool) or not isinstance(index, int):
+        number = whole(index)
+        if number is None:
             raise LaaiError(f"layer is {index!r:.60}: expected an int")
-        if not -count <= index < count:
-            raise LaaiError(f"layer {index} is out of range: this model has layers 0 to {count - 1}")
-        return index % count
+        if not -count <= number < count:
+            raise LaaiError(f"layer {number} is out of range: this model has layers 0 to {count - 1}")
+        return number % count
 
     def having(self, site: str) -> list[int]:
         """The layers that have a site: hybrid models have blocks without attention. LaaiError where none has it."""
@@ -101,7 +107,7 @@ class Layout:
         if site != "heads":
             self.module(layer, site)
             return (self.hidden_size,)
-        return (self.num_heads, _widths(self.module(layer, site))[0] // self.num_heads)
+        return (self.num_heads, widths(self.module(layer, site))[0] // self.num_heads)
 
     def own_slice(self, vector: torch.Tensor, layer: int, site: str) -> torch.Tensor:
         """The part of a site's vector [..., D] that this process's slice of the activation takes, where tensor
@@ -266,7 +272,7 @@ def _find_projection(block: nn.Module, layer: int, heads: int, hidden: int) -> n
     ]
     if len(found) == 1:
         path, module = found[0]
-        width, output = _widths(module)
+        width, output = widths(module)
         if output == hidden and width % heads == 0:
             return module
         reason = f"{path} maps {width} to {output}, expected a multiple of {heads} to {hidden}"
@@ -288,7 +294,7 @@ def _named_projection(model: nn.Module, path: str, layer: int, heads: int) -> nn
         module = model.get_submodule(name)
     except AttributeError:
         return f"projection={path!r}: the model has no module {name!r}"
-    if not _is_linear(module) or _widths(module)[0] % heads:
+    if not _is_linear(module) or widths(module)[0] % heads:
         return f"projection={path!r}: {name} is no linear module whose input splits into {heads} heads"
     return module
 
@@ -309,7 +315,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) or any(all(hasattr(module, name) for name in names) for names in _WIDTHS)
 
 
-def _widths(module: Any) -> tuple[int, int]:
+def widths(module: Any) -> tuple[int, int]:
     """Widths of a linear module's input and output. A quantised layer packs its weight, whose shape says nothing."""
     if isinstance(module, Conv1D):
         width, output = module.weight.shape

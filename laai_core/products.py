@@ -114,5 +114,4 @@ def _packable(dtype: torch.dtype) -> bool:
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor:
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-    return packed
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())

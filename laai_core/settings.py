@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -11,6 +11,7 @@ from laai_core.encode import WHITESPACE, Whitespace
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 from laai_core.intervention import Intervention
+from laai_core.numeric import real, whole
 from laai_core.optimize import OPTIMIZERS, OptimizerName
 from laai_core.words import POSITIONS, SITES, Site
 
@@ -19,13 +20,9 @@ PENALTY_SCALES: tuple[PenaltyScale, ...] = get_args(PenaltyScale)
 ForwardName = Literal["auto", "plain", "replay", "captured"]
 StartName = Literal["icl", "zero"]
 
-_COUNT = {"fits": lambda value: type(value) is int and value >= 1, "expected": "at least one, a whole number"}
-_WEIGHT = {"fits": lambda value: _real(value) and 0 <= value < 1e30, "expected": "a finite number, 0 to 1e30"}
-_POSITIVE = {"fits": lambda value: _real(value) and 0 < value < math.inf, "expected": "a finite number above 0"}
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+_COUNT = {"fits": lambda value: (whole(value) or 0) >= 1, "expected": "at least one, a whole number"}
+_WEIGHT = {"fits": lambda value: 0 <= real(value) < 1e30, "expected": "a finite number, 0 to 1e30"}
+_POSITIVE = {"fits": lambda value: 0 < real(value) < math.inf, "expected": "a finite number above 0"}
 
 
 def _setting(default: Any, text: str, **limits: Any) -> Any:
@@ -41,7 +38,14 @@ def check(kind: type, **values: Any) -> None:
         if value not in limits.get("choices", (value,)):
             raise LaaiError(f"unknown {one.name} {value!r}: expected one of {', '.join(limits['choices'])}")
         if "fits" in limits and not limits["fits"](value):
-            raise LaaiError(f"{one.name} is {value}: expected {limits['expected']}")
+            raise LaaiError(f"{one.name} is {value!r:.60}: expected {limits['expected']}")
+
+
+def _as_python(owner: Any, convert: Callable[[Any], Any], *names: str) -> None:
+    """Convert fields of a frozen dataclass that are set: no file takes NumPy's numbers, and they widen tensors."""
+    for name in names:
+        if getattr(owner, name) is not None:
+            object.__setattr__(owner, name, convert(getattr(owner, name)))
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(Settings, **vars(self))
+        _as_python(self, whole, "steps", "batch_size")
+        _as_python(self, real, "tolerance")
         if self.position != "last" and self.must_replay:
             raise LaaiError(f"position {self.position} cannot be replayed: expected forward auto or plain")
 
@@ -123,8 +129,16 @@ class Job:
     )
 
     def __post_init__(self) -> None:
+        if not isinstance(self.examples, Iterable):
+            raise LaaiError(f"examples: got a {type(self.examples).__name__}, expected Examples, as split.train has")
         object.__setattr__(self, "examples", tuple(self.examples))  # the class is frozen; a generator runs once
         check(Job, **vars(self))
+        if whole(self.seed) is None:
+            raise LaaiError(f"seed is {self.seed!r:.60}: expected a whole number")
+        if not isinstance(self.task, str | None):
+            raise LaaiError(f"task is {self.task!r:.60}: expected a name")
+        _as_python(self, whole, "seed")
+        _as_python(self, real, "l1", "group", "lr")
         if isinstance(self.start, Intervention):
             self.start.to_bytes()  # LaaiError now, not when the identity is recorded at the training's end
         strange = [type(one).__name__ for one in self.examples if not isinstance(one, Example)]

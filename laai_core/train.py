@@ -70,7 +70,7 @@ def train(
             optimizer, penalty_scale, tolerance, ...), documented there.
 
     Raises:
-        LaaiError: on bad arguments or data, before anything runs.
+        LaaiError: on bad arguments or data, before training begins.
         NotFinite: when a loss or a gradient was not finite; `results` has the best so far.
         WorkFailed: when they were not finite at the start.
         Interrupted: on Ctrl-C, once there is something to keep; `results` has the best so far.

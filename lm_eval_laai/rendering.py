@@ -27,8 +27,7 @@ class ChatTemplate:
     def __call__(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text; without `add_generation_prompt` its last message is left open."""
         self.messages = messages
-        text: str = HFLM.apply_chat_template(self, messages, add_generation_prompt)
-        return text
+        return HFLM.apply_chat_template(self, messages, add_generation_prompt)
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Renderer:
 
     def _context(self, doc: Any, shots: Sequence[Any] = ()) -> str | list[str]:
         self._task.sampler = _Given(shots)
-        context: str | list[str] = self._task.fewshot_context(
+        return self._task.fewshot_context(
             doc,
             num_fewshot=len(shots),
             system_instruction=self._system,
@@ -122,7 +121,6 @@ class Renderer:
             chat_template=self._chat,
             gen_prefix=self._task.doc_to_prefix(doc),
         )
-        return context
 
     def _example(self, doc: Any, loss: str, shares: bool) -> Example:
         context = self._context(doc)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from laai_core.errors import LaaiError
@@ -20,21 +21,17 @@ from lm_eval_laai.routing import Routing
 logger = logging.getLogger(__name__)
 
 
-class Steered:
+class Steered(TemplateLM):
     """Comes before a model class of the harness among the bases; without routing everything is that class's own."""
 
-    tokenizer: Any
     _routing: Routing | None
     _chats: Chats
     _routed_rows: list[Any] | None = None  # of the loglikelihood call in progress
-    _window_less = 0  # by so many tokens a rolling window is shorter than max_length
+    _window_reserve = 0  # by so many tokens a rolling window is shorter than max_length
     # What the class that runs the model has.
     _routed: Any  # (requests): what it must know of each, the intervention first
     _window_row: Any  # (prompt, continuation, one of _routed, whether it acts on every token): what _score takes
     _score: Any  # (rows, kind of request, disable_tqdm): log-probability and is_greedy of each
-    max_length: Any
-    prefix_token_id: Any
-    tok_encode: Any
 
     def _route(self, intervention: str | Path | Intervention | None, scale: float, unrouted: str) -> None:
         """Read the interventions: the first thing to do, before the model loads."""
@@ -49,9 +46,8 @@ class Steered:
         Raises:
             LaaiError: for a tokenizer without a chat template.
         """
-        base: Any = super()
         try:
-            text: str = base.apply_chat_template(chat_history, add_generation_prompt)
+            text: str = super().apply_chat_template(chat_history, add_generation_prompt)
         except ValueError:  # of transformers, for a tokenizer without one
             check_chat_template(self.tokenizer)
             raise
@@ -63,8 +59,7 @@ class Steered:
         """LaaiError for a response cache: its keys are texts, so it would answer for another intervention."""
         if self._routing is not None and cache_hook.dbdict is not None:
             raise LaaiError("--use_cache is refused with an intervention: its keys do not say which one was applied")
-        base: Any = super()
-        base.set_cache_hook(cache_hook)
+        super().set_cache_hook(cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
         """The harness's facts on the model, and the identity of every intervention."""
@@ -75,15 +70,12 @@ class Steered:
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Exact per request: its own intervention, where its own context ends."""
-        base: Any = super()
-        scores: list[tuple[float, bool]]
         if self._routing is not None:
             self._routed_rows = self._routed(requests)
         try:
-            scores = base.loglikelihood(requests, disable_tqdm)
+            return super().loglikelihood(requests, disable_tqdm)
         finally:
             self._routed_rows = None
-        return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The prefix token is the prompt: position `last` acts on it in a text's first window only.
@@ -91,15 +83,13 @@ class Steered:
         For `generated` and `all` every later token of the text counts, so later windows are written to throughout.
         """
         if self._routing is None:
-            base: Any = super()
-            scores: list[float] = base.loglikelihood_rolling(requests, disable_tqdm)
-            return scores
+            return super().loglikelihood_rolling(requests, disable_tqdm)
         rows, counts = [], []
         for request, routed in zip(requests, self._routed(requests), strict=True):
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length - self._window_less,
+                max_seq_len=self.max_length - self._window_reserve,
                 context_len=1,
             )
             parts = [*map(make_disjoint_window, windows)]

@@ -68,7 +68,7 @@ class VLLMLaai(Steered, VLLM):
         LaaiError: one line, before the engine starts where that is possible.
     """
 
-    _window_less = 2  # as VLLM has it: one token of context, one that it must generate
+    _window_reserve = 2  # as VLLM has it: one token of context, one that it must generate
 
     def __init__(
         self,

@@ -337,7 +337,11 @@ def test_models_without_attention_are_refused(name, projection):
     assert type(model).__name__ in str(error.value) and linear in str(error.value)
 
 
-@pytest.mark.parametrize("given", ["vectors/antonym.safetensors", [{1: torch.ones(4, 8)}]])
+@pytest.mark.parametrize(
+    "given",
+    ["vectors/antonym.safetensors", [{1: torch.ones(4, 8)}], None, (intervention("Llama") for _ in range(2))],
+    ids=["a path", "vectors", "None", "an iterator"],
+)
 def test_what_is_no_intervention_is_refused(given):
     with pytest.raises(laai.LaaiError, match="expected an Intervention, as"), laai.apply(tiny_model("Llama"), given):
         pass
@@ -347,8 +351,12 @@ def test_wrong_rows_are_refused():
     model = tiny_model("Llama")
     ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
     iv = intervention("Llama")
-    with laai.apply(model, [iv]), pytest.raises(laai.LaaiError, match="1 interventions.*2 rows"):
-        model(ids)
+    for rows in ([iv], [], [None, None, None]):
+        with (
+            laai.apply(model, rows),
+            pytest.raises(laai.LaaiError, match=f"{len(rows)} interventions were given for a batch of 2 rows"),
+        ):
+            model(ids)
     with laai.apply(model, iv, prompt_lengths=[3]), pytest.raises(laai.LaaiError, match="1 entries.*2 rows"):
         model(ids)
     with (

@@ -330,6 +330,12 @@ def test_bad_files(spoil: Any, said: str, trained: Path, tmp_path: Path, refused
     assert said in error and str(path) in error
 
 
+def test_flags_are_not_abbreviated(tmp_path: Path, refused: Callable[..., str]) -> None:
+    """`--seed` of a sweep would mean `--seeds`."""
+    line = ["sweep", "--model", tmp_path, "--task", TASK, "--layers", "1", "--seed", "3"]
+    assert "unrecognized arguments: --seed 3" in refused(*line)
+
+
 def test_no_folder_of_data(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert f"--data {tmp_path}/no: no such folder" in refused("data", "--data", tmp_path / "no")
 

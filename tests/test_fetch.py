@@ -10,6 +10,7 @@ import pytest
 
 from laai_core.data import fetch as fetch_function
 from laai_core.errors import LaaiError
+from lm_eval_laai.commands import cli
 
 fetch_module = __import__("sys").modules[fetch_function.__module__]
 NAMES = list(fetch_module.SHA256)
@@ -71,6 +72,13 @@ def refused(server, folder):
 def assert_whole(server, folder):
     sets = folder / "function_vectors"
     assert {path.name: path.read_bytes() for path in sets.iterdir()} == server.files
+
+
+@pytest.mark.parametrize("flags", [["--data", "F", "fetch"], ["fetch", "--output", "F"]], ids=["data", "output"])
+def test_the_command(flags, server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", *flags, "--base-url", server.url]) == 0
+    assert_whole(server, tmp_path / "F")
 
 
 def test_whole(server, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -110,6 +111,10 @@ BAD_CONSTRUCTIONS = {
     "a list": (dict(vectors={0: [[1.0]]}), "list"),
     "layer as text": (dict(vectors={"0": V}), "'0'"),
     "layer as bool": (dict(vectors={True: V}), "True"),
+    "layers of two kinds": (dict(vectors={"4": V, 3: V}), "'4'"),
+    "no mapping": (dict(vectors=[V]), "vectors are a list: expected {layer: tensor}"),
+    "head_dim a fraction": (dict(vectors={0: torch.ones(4)}, head_dim=2.0), "head_dim is 2.0"),
+    "scale as text": (dict(vectors={0: V}, scale="2"), "scale is '2'"),
 }
 
 
@@ -125,6 +130,18 @@ def test_refused_constructions(case):
 def test_unknown_layer_names_the_known_ones():
     with pytest.raises(LaaiError, match=r"no layer 3.*\[1, 2\]"):
         Intervention({1: V, 2: V}).vector(3)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plain = Intervention({1: torch.ones(4)}, head_dim=2, scale=0.5)
+    of_numpy = Intervention({np.int64(1): torch.ones(4)}, head_dim=np.int64(2), scale=np.float32(0.5))
+    assert of_numpy.layers == [1] and of_numpy.sha256 == plain.sha256
+    for half in (np.float32(0.5), np.float64(0.5)):
+        assert (of_numpy * half).sha256 == (plain * 0.5).sha256
+        assert of_numpy.rescaled(half).scale == 0.25
+    of_numpy.save("~/vector.safetensors")
+    assert Intervention.load(tmp_path / "vector.safetensors").sha256 == plain.sha256
 
 
 # --- immutability

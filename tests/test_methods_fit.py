@@ -63,6 +63,14 @@ def test_default_layers(tmp_path):
     assert {name.split(".")[2] for name in ia3.target_modules} == {str(LAYERS - 1)}
 
 
+def test_laai_takes_every_setting_of_train(tmp_path):
+    options = dict(optimizer="adam", lr=0.01, site="residual", stop="", whitespace="generation", forward="plain")
+    options |= dict(l1=0.02, group=0.0, steps=3, start="zero", batch_size=2)
+    path = fitted("laai", tmp_path / "x.safetensors", layer=0, **options)
+    direct = laai.train(tiny_model("Llama"), TOKENIZER, SPLIT.train, 0, task=f"laai_{TASK}", **options)
+    assert path.read_bytes() == direct.intervention.to_bytes()
+
+
 def test_laai_is_train(tmp_path):
     path = fitted("laai", tmp_path / "x.safetensors", layer=0, l1=0.02, group=0.0, penalty_scale="absolute", steps=5)
     direct = laai.train(

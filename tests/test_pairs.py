@@ -18,6 +18,7 @@ import laai_core as laai
 from laai_core.data import load_task, read_pairs
 from laai_core.data.pairs import WORD_SETS, word_set_names
 from laai_core.data.tasks import load_pairs
+from lm_eval_laai.commands import cli
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.experiments.setting import Setting
@@ -139,7 +140,9 @@ def test_a_task_without_a_file(tmp_path: Path, refused: Callable[..., str]) -> N
 # The commands
 
 
-def test_train_and_compose(file: Path, small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]) -> None:
+def test_train_and_compose(
+    file: Path, small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]], capfd: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--model", small, "--task", f"pairs:{file}", "--n-train", 5]
     facts = facts_of("train", *flags, "--steps", 3, "--output", f"{tmp_path}/one/")
     assert facts["file"] == str(tmp_path / "one" / "laai_pairs.safetensors")
@@ -154,6 +157,8 @@ def test_train_and_compose(file: Path, small: Path, tmp_path: Path, facts_of: Ca
     composed = facts_of("compose", *files, "--method", "fit", *flags, "--output", f"{tmp_path}/sum/")
     assert composed["file"] == str(tmp_path / "sum" / "laai_pairs.safetensors")
     assert facts_of("inspect", facts["file"], "--model", small, "--task", f"pairs:{file}")["writes"]["prompts"] == 10
+    assert cli.main(["inspect", facts["file"], "--model", str(small)]) == 2
+    assert "--task examples:FILE or pairs:FILE" in capfd.readouterr().err
 
 
 def test_sweep(file: Path, small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]) -> None:

@@ -569,7 +569,7 @@ def test_the_whole_of_it(small: Path, tmp_path: Path, facts_of: Callable[..., di
         (["--data", "lexicon", "--layer", "6"], "layer 6 is out of range"),
         (["--data", "lexicon", "--examples", "100000"], "n_train is 100000"),
         (["--model", "no/such/folder"], "no/such/folder"),
-        (["--data", "lexicon", "--judge", "m", "--base-url", "nowhere"], "base_url"),
+        (["--data", "lexicon", "--judge-model", "m", "--base-url", "nowhere"], "base_url"),
     ],
 )
 def test_bad_input(words: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -247,9 +247,7 @@ def stored(folder: Path) -> dict[str, Any]:
         timed = path.parent.name == "seconds"
         found[str(path.relative_to(folder))] = None if timed else path.read_bytes()
         if path.parent.name == "cells":
-            cell = json.loads(path.read_text())
-            cell["result"].pop("seconds")
-            found[str(path.relative_to(folder))] = cell
+            found[str(path.relative_to(folder))] = json.loads(path.read_text())
     return found
 
 

@@ -7,6 +7,7 @@ import json
 import weakref
 from dataclasses import dataclass
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -529,6 +530,9 @@ REFUSALS = {
     "layer too high": (dict(layer=LAYERS), f"layer {LAYERS} is out of range.*0 to {LAYERS - 1}"),
     "layer too low": (dict(layer=-LAYERS - 1), "out of range"),
     "no examples": (dict(examples=[]), "example"),
+    "one example": (dict(examples=RULES[0]), "got a Example, expected Examples, as split.train has"),
+    "seed as text": (dict(seed="a"), "seed is 'a': expected a whole number"),
+    "no task's name": (dict(task=3), "task is 3: expected a name"),
     "mixed examples": (dict(examples=[*RULES, *SURVEY]), "mix"),
     "too long": (dict(examples=[Example(prompt="x." * 100, target=" a")]), "tokens"),
     "projection": (dict(projection="model.layers.{}.nothing"), "nothing"),
@@ -548,6 +552,14 @@ def test_refusals_in_one_line_before_anything_runs(case):
     assert "\n" not in str(error.value)
     assert not forwards
     assert_unchanged(before, state(model))
+
+
+def test_numbers_of_numpy_give_the_same_bytes():
+    plain = train(l1=0.5, group=0.25, steps=2, seed=3, batch_size=2, tolerance=0.5)
+    for kind in (np.float32, np.float64):
+        numbers = dict(l1=kind(0.5), group=kind(0.25), tolerance=kind(0.5), layer=np.int64(LAYER))
+        found = train(steps=np.int64(2), seed=np.int64(3), batch_size=np.int64(2), **numbers)
+        assert found.intervention.to_bytes() == plain.intervention.to_bytes()
 
 
 _SIZES = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)

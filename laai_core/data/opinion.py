@@ -47,15 +47,11 @@ class Opinion:
     question: Question
     distribution: tuple[float, ...]
 
-    @property
-    def answers(self) -> list[str]:
-        """The possible continuations of the prompt: one letter per option."""
-        return [f" {letter}" for letter in LETTERS[: len(self.distribution)]]
-
     def example(self) -> Example:
         """The example for the task loss `kl`."""
         prompt = question_prompt(self.question.text, self.question.options)
-        return Example(prompt, options=self.answers, distribution=self.distribution)
+        letters = [f" {letter}" for letter in LETTERS[: len(self.distribution)]]
+        return Example(prompt, options=letters, distribution=self.distribution)
 
 
 def opinion(question: Question, counts: Mapping[str, float]) -> Opinion | None:

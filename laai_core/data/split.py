@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from laai_core.errors import LaaiError
 from laai_core.example import Example
+from laai_core.numeric import whole
 
 Item = TypeVar("Item")
 
@@ -66,11 +67,13 @@ def split_items(
 
 def draw(pool: Mapping[Any, Item], seed: int, n_train: int, name: str) -> list[Item]:
     """`n_train` of the pool's items by its sorted keys, in the order drawn; errors as `split_items`."""
-    if isinstance(n_train, bool) or not isinstance(n_train, int) or not 1 <= n_train <= len(pool):
+    count, number = whole(n_train), whole(seed)
+    if count is None or not 1 <= count <= len(pool):
         raise LaaiError(
-            f"task {name}: n_train is {n_train}; expected a whole number from 1 to {len(pool)}, its training pool"
+            f"task {name}: n_train is {n_train!r:.60}; "
+            f"expected a whole number from 1 to {len(pool)}, its training pool"
         )
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:  # random.Random draws alike for -1 and 1
-        raise LaaiError(f"task {name}: seed is {seed!r}; expected a whole number, 0 or above")
+    if number is None or number < 0:  # random.Random draws alike for -1 and 1
+        raise LaaiError(f"task {name}: seed is {seed!r:.60}; expected a whole number, 0 or above")
     # Sorted, so that the draw does not depend on the order of the file.
-    return [pool[key] for key in random.Random(seed).sample(sorted(pool), n_train)]
+    return [pool[key] for key in random.Random(number).sample(sorted(pool), count)]

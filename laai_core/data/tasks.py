@@ -8,7 +8,7 @@ import difflib
 import os
 from pathlib import Path
 
-from laai_core.data.examples import OwnData, read_examples
+from laai_core.data.examples import DEFAULT_TEMPLATE, OwnData, read_examples
 from laai_core.data.lexicon import LEXICON, lexicon_pairs
 from laai_core.data.opinion import Opinion
 from laai_core.data.opinionqa import load_opinionqa
@@ -57,11 +57,6 @@ def opinion_task_names() -> list[str]:
 def opinionqa_group(attribute: str, group: str) -> str:
     """The name of the task of any group of OpinionQA."""
     return f"{OPINIONQA_GROUP}:{attribute}={group}"
-
-
-def is_opinion_task(name: str) -> bool:
-    """Whether a name is an opinion task's."""
-    return str(name).partition(":")[0] in opinion_task_names()
 
 
 def load_pairs(name: str, data: str | os.PathLike[str] | None = None) -> tuple[list[WordPair], dict[str, str]]:
@@ -124,7 +119,7 @@ def own_rows(kind: str, file: str, prompt_template: str | None = None) -> OwnDat
 
 def rule_prompt(word: str) -> str:
     """The prompt of every word task."""
-    return f"Q: {word}\nA:"
+    return DEFAULT_TEMPLATE.replace("{input}", word)
 
 
 def load_opinions(name: str, data: str | os.PathLike[str] | None = None) -> tuple[list[Opinion], dict[str, str]]:
@@ -162,11 +157,11 @@ def load_task(name: str, seed: int = 0, n_train: int = 10, data: str | os.PathLi
     few-shot examples are those of `train`, in that order.
     Raises LaaiError for an unknown name, missing or malformed data, or an n_train outside 1..pool.
     """
-    if is_opinion_task(name):
+    kind, _, file = str(name).partition(":")
+    if kind in opinion_task_names():
         opinions = split_opinions(name, seed, n_train, data)
         train, test = ([opinion.example() for opinion in part] for part in opinions[:2])
         return Split(train, test, name, seed, opinions[2])
-    kind, _, file = str(name).partition(":")
     if kind in (EXAMPLES, EXAMPLE_OPTIONS):
         return own_rows(kind, file).split(seed, n_train)
     if kind != PAIRS and name not in word_task_names():

@@ -10,7 +10,6 @@ from pathlib import Path
 from laai_core.files import SUFFIX
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
-_REPOSITORY = re.compile(rf"{_NAME}/{_NAME}")
 _SPEC = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?::(?P<file>[^:@]+))?(?:@(?P<revision>[^:@]+))?")
 
 
@@ -25,11 +24,6 @@ class HubPath:
     def __str__(self) -> str:
         file, revision = f":{self.file}" if self.file else "", f"@{self.revision}" if self.revision else ""
         return f"{self.repo}{file}{revision}"
-
-
-def is_repository(name: str) -> bool:
-    """Whether `name` can name a repository: org/repo, and no local path of that name exists."""
-    return bool(_REPOSITORY.fullmatch(name)) and not name.endswith(SUFFIX) and not os.path.exists(name)
 
 
 def hub_path(source: str | Path) -> HubPath | None:

@@ -18,8 +18,6 @@ from torch import nn
 
 from laai_core.hooks import hidden_of, with_hidden
 
-_TABLE, _ROWS = "laai_table", "laai_rows"  # buffers of a changed module
-
 
 def steer(module: nn.Module, site: str, table: torch.Tensor, rows: torch.Tensor) -> None:
     """Make `module` add `table[rows]`: to its input at site `heads`, else to its output.
@@ -28,8 +26,8 @@ def steer(module: nn.Module, site: str, table: torch.Tensor, rows: torch.Tensor)
         table: [numbers, D] in the activation's dtype, on its device.
         rows: integer [max tokens of a step], shared by all modules.
     """
-    module.register_buffer(_TABLE, table, persistent=False)
-    module.register_buffer(_ROWS, rows, persistent=False)
+    module.register_buffer("laai_table", table, persistent=False)
+    module.register_buffer("laai_rows", rows, persistent=False)
     base: Any = type(module)
     module.__class__ = _adding_to_input(base) if site == "heads" else _adding_to_output(base)
 

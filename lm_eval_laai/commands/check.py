@@ -53,7 +53,7 @@ def _command(arguments: argparse.Namespace) -> Report:
         )
     findings = compare(results, load_baseline(path))
     facts = {"results": str(results.path), "baseline": str(path)}
-    return _report(facts, findings, _text(findings, results.path, path), arguments)
+    return _report(facts, findings, _text(_metric_rows(findings), (), findings, results.path, path), arguments)
 
 
 def _report(facts: dict[str, Any], findings: Sequence[Finding], text: str, arguments: argparse.Namespace) -> Report:
@@ -82,23 +82,14 @@ def _against_run(results: Results, path: Path, arguments: argparse.Namespace) ->
         "alpha": alpha,
         "tests": [{**asdict(one), "difference": one.paired.difference} for one in tests],
     }
-    return _report(facts, findings, _tests_text(tests, findings, results.path, before.path), arguments)
+    note = "difference ± its paired standard error; effect: Cohen's g (0.5 at most) of 0/1 metrics, else d_z"
+    text = _text(_test_rows(tests), [note], findings, results.path, before.path)
+    return _report(facts, findings, text, arguments)
 
 
-def _tests_text(tests: Sequence[Comparison], findings: Sequence[Finding], results: Path, before: Path) -> str:
+def _test_rows(tests: Sequence[Comparison]) -> list[Sequence[str]]:
     head = ("task", "metric", "before", "now", "difference", "fell", "rose", "items", "effect", "p (Holm)", "verdict")
-    rows = [[_cell(one.task), _cell(one.metric), *_numbers(one), one.verdict] for one in tests]
-    failed = sum(finding.state == FAILED for finding in findings)
-    verdict = f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed"
-    return "\n".join(
-        [
-            table([head, *rows]),
-            "",
-            "difference ± its paired standard error; effect: Cohen's g (0.5 at most) of 0/1 metrics, else d_z",
-            printable(f"{verdict}: {results} against {before}"),
-            *_reasons(finding for finding in findings if finding.reason),
-        ]
-    )
+    return [head, *([_cell(one.task), _cell(one.metric), *_numbers(one), one.verdict] for one in tests)]
 
 
 def _numbers(one: Comparison) -> list[str]:
@@ -128,20 +119,19 @@ def _update(results: Results, path: Path) -> Report:
     return Report(facts, inert("\n".join([*lines, *_reasons(told)])))
 
 
-def _text(findings: Sequence[Finding], results: Path, baseline: Path) -> str:
+def _metric_rows(findings: Sequence[Finding]) -> list[Sequence[str]]:
     metrics = [f for f in findings if "," in f.item or f.state == FAILED]
-    rows = [[_cell(cell) for cell in (f.task, f.item, f.expected, f.found, f.state)] for f in metrics]
+    rows = ([_cell(cell) for cell in (f.task, f.item, f.expected, f.found, f.state)] for f in metrics)
+    return [("task", "metric", "expected", "found", ""), *rows]
+
+
+def _text(
+    rows: Sequence[Sequence[str]], notes: Sequence[str], findings: Sequence[Finding], results: Path, against: Path
+) -> str:
     failed = sum(finding.state == FAILED for finding in findings)
-    told = [finding for finding in findings if finding.reason]
     verdict = f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed"
-    return "\n".join(
-        [
-            table([("task", "metric", "expected", "found", ""), *rows]),
-            "",
-            printable(f"{verdict}: {results} against {baseline}"),
-            *_reasons(told),
-        ]
-    )
+    told = [finding for finding in findings if finding.reason]
+    return "\n".join([table(rows), "", *notes, printable(f"{verdict}: {results} against {against}"), *_reasons(told)])
 
 
 def _cell(text: str) -> str:

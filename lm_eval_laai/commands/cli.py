@@ -44,6 +44,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, module: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.allow_abbrev = False  # `sweep --seed 3` would mean --seeds 3
         self._module = module
         self._negative_number_matcher = re.compile(r"-[\d.]+(,-?[\d.]+)*$")  # argparse's has no commas
 

@@ -88,5 +88,5 @@ def _opinionqa(data: str | None) -> dict[str, Any]:
 
 
 def _fetch(arguments: argparse.Namespace) -> Report:
-    paths = fetch(arguments.output, arguments.base_url)
+    paths = fetch(arguments.output or arguments.data, arguments.base_url)
     return Report({"files": [str(path) for path in paths]}, "\n".join(map(str, paths)))

@@ -41,7 +41,6 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _command(arguments: argparse.Namespace) -> Report:
     from laai_core.intervention import Intervention
-    from lm_eval_laai.chats import TEMPLATE, rendering_of
     from lm_eval_laai.experiments.harness import warnings_off
     from lm_eval_laai.model import HFLaai
 
@@ -54,10 +53,6 @@ def _command(arguments: argparse.Namespace) -> Report:
     intervention = Intervention.load(arguments.intervention)
     prompts = list(arguments.prompts) if arguments.raw else _rendered(arguments.prompts, intervention)
     model, tokenizer = model_source(arguments).load()
-    if not arguments.raw and TEMPLATE in (rendering_of(intervention) or {}) and not tokenizer.chat_template:
-        raise LaaiError(
-            f"the file was trained on chats, {arguments.model} has no chat template: expected --raw prompts"
-        )
     contexts: list[str] = []
     answers: dict[float, list[str]] = {}
     for scale in dict.fromkeys(arguments.scale):

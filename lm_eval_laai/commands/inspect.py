@@ -136,14 +136,14 @@ def _own_task(intervention: Intervention) -> str:
     Rows of one's own are recorded without their folder, or by a name of any kind, without the laai_ of ours.
     """
     from laai_core.data import task_names
-    from laai_core.data.tasks import EXAMPLE_OPTIONS, EXAMPLES
+    from laai_core.data.tasks import EXAMPLE_OPTIONS, EXAMPLES, PAIRS
 
     recorded = str(intervention.metadata.get("task") or "")
     task = task_name(recorded)
-    if task == recorded or task.partition(":")[0] not in {*task_names()} - {EXAMPLES, EXAMPLE_OPTIONS}:
+    if task == recorded or task.partition(":")[0] not in {*task_names()} - {EXAMPLES, EXAMPLE_OPTIONS, PAIRS}:
         raise LaaiError(
             f"the file's task is {recorded or None!r:.60}: expected --task with one of `laai tasks` to take prompts "
-            f"from, or --task {EXAMPLES}:FILE for rows of your own"
+            f"from, or --task {EXAMPLES}:FILE or {PAIRS}:FILE for data of your own"
         )
     return task
 

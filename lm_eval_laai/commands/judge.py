@@ -60,10 +60,8 @@ def add_judge_arguments(parser: Any, required: bool) -> None:
     parser.add_argument("--cache", default=CACHE, metavar="FILE", help="answers paid for (default: %(default)s)")
 
 
-def judge_from(arguments: argparse.Namespace) -> Judge | None:
-    """The judge the flags name, if they name one."""
-    if arguments.judge_model is None:
-        return None
+def judge_from(arguments: argparse.Namespace) -> Judge:
+    """The judge the flags name."""
     return Judge(arguments.judge_model, arguments.base_url, _request(arguments.request))
 
 
@@ -72,7 +70,7 @@ def _command(arguments: argparse.Namespace) -> Report:
     prices = arguments.price_per_million
     if prices is not None and not all(math.isfinite(price) and price >= 0 for price in prices):
         raise LaaiError(f"--price-per-million {prices[0]} {prices[1]}: expected two prices of at least 0")
-    judge = Judge(arguments.judge_model, arguments.base_url, _request(arguments.request))
+    judge = judge_from(arguments)
     paths = [Path(name).expanduser() for name in arguments.files]
     tasks = [arguments.task or task_of(path) for path in paths]
     for task in tasks:

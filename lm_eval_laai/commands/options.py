@@ -64,8 +64,7 @@ def add_layer_argument(parser: argparse.ArgumentParser, default: str) -> None:
 
 def layer_count(config: Any) -> int:
     """Decoder blocks of the model, from its configuration."""
-    count: int = config.get_text_config(decoder=True).num_hidden_layers
-    return count
+    return config.get_text_config(decoder=True).num_hidden_layers
 
 
 def checked_layer(layer: int | None, config: Any) -> int | None:

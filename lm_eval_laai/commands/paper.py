@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -92,7 +91,7 @@ def _command(arguments: argparse.Namespace) -> Report | None:
     check_writable(folder)
     if arguments.figures:
         check_plot(folder / FIGURE_1)
-    judge = judge_from(arguments)
+    judge = None if arguments.judge_model is None else judge_from(arguments)
     process = Process()
     content = _content(arguments, process, judge)
     plans = _plans(content)
@@ -152,23 +151,18 @@ def _models(arguments: argparse.Namespace) -> list[str]:
 def _recipe(arguments: argparse.Namespace, model: str, process: Process) -> Recipe:
     """The paper's settings on public sets; on the lexicon relative penalties, fixed as well, at the middle layer."""
     lexicon = arguments.data == LEXICON
-    source = model_source(argparse.Namespace(**{**vars(arguments), "model": model}))
-    source = replace(source, device=process.device(source.device))
+    source = replace(model_source(arguments), name=model, device=process.device(arguments.device))
     source.checked_device()
     usual = middle_layer(layer_count(source.config())) if lexicon else PAPER_LAYER
     layer = checked_layer(usual if arguments.layer is None else arguments.layer, source.config())
     assert layer is not None
     limit = QUICK_LIMIT if arguments.quick and arguments.limit is None else arguments.limit
-    setting = Setting(source, None if lexicon else _data_folder(arguments), limit, arguments.batch_size)
+    setting = Setting(source, None if lexicon else arguments.data, limit, arguments.batch_size)
     steps = QUICK_STEPS if arguments.quick else None
     if lexicon:
         return Recipe(setting, lexicon, layer, Job.l1, Job.group, "relative", steps)
     groups = tuple(dict.fromkeys(arguments.groups or ()))
     return Recipe(setting, lexicon, layer, PAPER_PENALTY, PAPER_PENALTY, "absolute", steps, groups)
-
-
-def _data_folder(arguments: argparse.Namespace) -> str | None:
-    return None if arguments.data is None else os.path.expanduser(arguments.data)
 
 
 def _figure_1(recipe: Recipe, seeds: Sequence[int], arguments: argparse.Namespace) -> Sweep:

@@ -32,6 +32,7 @@ from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.experiments.cells import Store
 from lm_eval_laai.experiments.curves import Sweep, draw, title
 from lm_eval_laai.experiments.run import Plan, Process, run
+from lm_eval_laai.experiments.scores import shown
 from lm_eval_laai.experiments.setting import Setting, software
 from lm_eval_laai.inspection.plot import check_plot
 
@@ -89,8 +90,7 @@ def _command(arguments: argparse.Namespace) -> Report | None:
         check_plot(folder / "sweep.png")
     process = Process()
     tasks = arguments.task or [_own_task(own, folder)]
-    source = model_source(arguments)
-    source = replace(source, device=process.device(source.device))
+    source = replace(model_source(arguments), device=process.device(arguments.device))
     source.checked_device()
     sweep = Sweep(
         Setting(source, arguments.data, arguments.limit, arguments.batch_size),
@@ -166,13 +166,9 @@ def _text(sweep: Sweep, records: Sequence[dict[str, Any]], folder: Path) -> str:
         mine = {(r["layer"], r["l1"], r["group"]): r for r in records if r["task"] == task}
         metric = next(r["metric"] for r in records if r["task"] == task).replace("_", " ")
         rows: list[list[object]] = [[f"{task}, {metric}; layer", *(title(*penalty) for penalty in sweep.penalties)]]
-        rows += [[layer, *(_shown(mine[(layer, *p)]) for p in sweep.penalties)] for layer in sweep.layers]
+        for layer in sweep.layers:
+            found = [mine[(layer, *penalty)] for penalty in sweep.penalties]
+            rows.append([layer, *(shown(record["mean"], record["spread"]) for record in found)])
         blocks.append(table(rows))
     seeds = f"{len(sweep.seeds)} seed{'s' if len(sweep.seeds) > 1 else ''}"
     return "\n\n".join([*blocks, f"Mean ± standard deviation over {seeds}; {folder / 'sweep.json'}"])
-
-
-def _shown(record: dict[str, Any]) -> str:
-    if record["mean"] is None:
-        return "missing"
-    return f"{record['mean']:.3f}" + ("" if record["spread"] is None else f" ± {record['spread']:.3f}")

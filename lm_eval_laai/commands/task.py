@@ -25,7 +25,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="the task's name (default: the file's)")
     add_template_argument(parser)
     parser.add_argument(
-        "--max-gen-toks", type=int, help="tokens to generate at most (default: the bytes of the longest target)"
+        "--max-gen-toks",
+        type=int,
+        help="tokens to generate at most (default: the bytes of the longest target, 16 at least)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 

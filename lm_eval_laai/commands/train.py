@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -32,7 +32,7 @@ from lm_eval_laai.commands.options import (
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.commands.step_log import check_log, step_log
 from lm_eval_laai.facts import flat
-from lm_eval_laai.methods import LAAI, METHODS, fit
+from lm_eval_laai.methods import LAAI, METHODS, SETTINGS, fit
 from lm_eval_laai.methods.method import Method
 from lm_eval_laai.methods.select import train_chosen
 from lm_eval_laai.tasks import harness_task, recorded_task
@@ -40,8 +40,6 @@ from lm_eval_laai.tasks import harness_task, recorded_task
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Fields of Job and Settings that are flags of the same name: type, default and help are the field's.
-_FLAGS = {one.name: one for kind in (Job, Settings) for one in fields(kind) if "help" in one.metadata}
 _CHOSEN = ("l1", "group", "steps")  # by cross-validation where they are not given
 _SHOWN = 3  # pseudo-labels
 
@@ -84,7 +82,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags without defaults, so that a given one can be told from a missing one; `_options` fills defaults in."""
-    for name, one in _FLAGS.items():
+    for name, one in SETTINGS.items():
         default = "chosen by cross-validation" if name in _CHOSEN else one.default
         shown = str(default).encode("unicode_escape").decode()  # the stop's newline as \\n
         text = one.metadata["help"] + ("" if default is None else f" (default: {shown})")
@@ -101,14 +99,13 @@ def _kind(name: str) -> Any:
 
 def _options(arguments: argparse.Namespace, method: Method) -> dict[str, Any]:
     """The method's own flags that were given, checked; for LAAI with the defaults of the others."""
-    taken = _FLAGS if method is LAAI else method.options
-    allowed = {*taken, "log_to"} if method is LAAI else {*taken}
-    for name in (*_FLAGS, "heads", "log_to"):
+    allowed = {*method.options, "log_to"} if method is LAAI else {*method.options}
+    for name in (*SETTINGS, "heads", "log_to"):
         if name not in allowed and getattr(arguments, name) is not None:
             raise LaaiError(f"the method {method.name} has no {_flag(name)}: leave it out")
-    options = {name: getattr(arguments, name) for name in taken}
+    options = {name: getattr(arguments, name) for name in method.options}
     if method is LAAI:
-        options |= {n: f.default for n, f in _FLAGS.items() if options[n] is None and n not in _CHOSEN}
+        options |= {n: f.default for n, f in SETTINGS.items() if options[n] is None and n not in _CHOSEN}
         given = {name: value for name, value in options.items() if value is not None}
         check_field(Job, **given)
         check_field(Settings, **given)
@@ -141,7 +138,7 @@ def _command(arguments: argparse.Namespace) -> Report:
     method = METHODS[arguments.method]
     options = _options(arguments, method)
     path = (adapter_folder if method.writes_adapter else output_path)(arguments.output, arguments.task)
-    method.check(path, arguments.layer, {name: options[name] for name in method.options})
+    method.check(path, arguments.layer, options)
     if arguments.log_to is not None:
         check_log(arguments.log_to)
     source = model_source(arguments)
@@ -177,7 +174,7 @@ def _train(
     """Train a Δ and write `path`, or, where training stops before its end, the best so far beside it."""
     task = recorded_task(split.name)
     packed = packed_bytes(locate(model, options["projection"]), 0 if layer is None else layer)
-    if packed and options["forward"] != "plain":
+    if packed and options["forward"] != "plain" and options["position"] == "last":
         print(f"training takes up to {packed / 1e6:.0f} MB more for packed weights", file=sys.stderr, flush=True)
     try:
         if log is not None:

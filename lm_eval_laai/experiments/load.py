@@ -82,8 +82,7 @@ class ModelSource:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer alone."""
-        tokenizer: PreTrainedTokenizerBase = self._read(AutoTokenizer, "tokenizer")
-        return tokenizer
+        return self._read(AutoTokenizer, "tokenizer")
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model in evaluation mode on its device, and the tokenizer."""

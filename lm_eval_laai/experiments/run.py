@@ -231,9 +231,7 @@ class _Worker:
         paths = [self._plan.path(fit, self._store) for fit in cell.fits]
         if not all(path.exists() for path in paths):
             raise LaaiError("what it needs could not be trained")
-        start = time.perf_counter()
         result = harness.score(*self._model(), self._setting, cell, paths)
-        result["seconds"] = time.perf_counter() - start
         return lambda: self._store.put(cell, self._setting.cell_identity(cell), result)
 
     def _model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -10,6 +10,8 @@ from typing import Any
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
 from lm_eval_laai.experiments.setting import Setting
 
+MISSING = "missing"
+
 
 def result_of(setting: Setting, cell: Cell, store: Store) -> dict[str, Any] | None:
     """A cell's result, if there is one."""
@@ -35,6 +37,13 @@ class Entry:
     def spread(self) -> float | None:
         """The sample's standard deviation over seeds; None for one seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+def shown(mean: float | None, spread: float | None) -> str:
+    """A figure as tables have it; None where its cells are missing."""
+    if mean is None:
+        return MISSING
+    return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
 
 
 def entry(setting: Setting, cells: Iterable[Cell], metric: str, store: Store) -> Entry | None:

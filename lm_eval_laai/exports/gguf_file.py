@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from lm_eval_laai.exports.expressible import Target, scaled
+from lm_eval_laai.known_models.package import check_gguf_library
 
 TARGET = Target("a GGUF control vector", positions=("all",), sites={"residual": "direction"})
 _ARCHITECTURE = "controlvector"
@@ -27,8 +27,7 @@ def control_vector(intervention: Intervention) -> bytes:
     model_type = intervention.metadata.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise LaaiError("the intervention's metadata does not say its model_type: a GGUF control vector has to")
-    if find_spec("gguf") is None:
-        raise LaaiError('a GGUF file needs gguf: pip install "lm-eval-laai[gguf]"')
+    check_gguf_library()
     import gguf
 
     with tempfile.TemporaryDirectory() as folder:

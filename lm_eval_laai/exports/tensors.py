@@ -87,8 +87,7 @@ def steering_vectors_code(intervention: Intervention, path: str, layout: Layout 
 
 def _projection_path(layout: Layout, layers: list[int]) -> str:
     """Module path of the attention's output projection, with {num} for the layer."""
-    names = {module: name for name, module in layout.model.named_modules()}
-    paths = {names[layout.module(layer, "heads")].replace(f".{layer}.", ".{num}.", 1) for layer in layers}
+    paths = {layout.paths[layout.module(layer, "heads")].replace(f".{layer}.", ".{num}.", 1) for layer in layers}
     if len(paths) != 1:
         raise LaaiError(f"steering-vectors names one module for all layers, this model has {', '.join(sorted(paths))}")
     return paths.pop()

@@ -50,7 +50,7 @@ def compare_items(before: Sequence[float], after: Sequence[float]) -> Paired:
     old, new = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     change = new - old
     fell, rose = int((change < 0).sum()), int((change > 0).sum())
-    stderr = _stderr(change)
+    stderr = float(change.std(ddof=1) / math.sqrt(len(change))) if len(change) > 1 else None
     if bool(np.isin(old, (0, 1)).all() and np.isin(new, (0, 1)).all()):
         test, p = "McNemar", mcnemar(fell, rose)
         effect: float | None = rose / (fell + rose) - 0.5 if fell + rose else 0.0
@@ -94,7 +94,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
-
-
-def _stderr(change: np.ndarray) -> float | None:
-    return float(change.std(ddof=1) / math.sqrt(len(change))) if len(change) > 1 else None

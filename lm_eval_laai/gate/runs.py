@@ -173,13 +173,9 @@ def _finding(one: Comparison) -> Finding:
     """WORSE fails, and so does CHANGED, since the change may be for the worse."""
     paired = one.paired
     state = {WORSE: FAILED, CHANGED: FAILED, BETTER: NOTE, SAME: OK}[one.verdict]
-    reason = "" if state == OK else f"{one.verdict}: {described(paired)}, p = {one.p_holm:.2g} ({paired.test}, Holm)"
+    moved = f"{paired.difference:+.4g}, {paired.fell} of {paired.items} items fell and {paired.rose} rose"
+    reason = "" if state == OK else f"{one.verdict}: {moved}, p = {one.p_holm:.2g} ({paired.test}, Holm)"
     return Finding(one.task, one.metric, f"{paired.before:.4g}", f"{paired.after:.4g}", state, reason)
-
-
-def described(paired: Paired) -> str:
-    """The difference in words: how large, and of how many items."""
-    return f"{paired.difference:+.4g}, {paired.fell} of {paired.items} items fell and {paired.rose} rose"
 
 
 def is_run(path: Path) -> bool:

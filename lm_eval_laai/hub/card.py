@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from laai_core.hub import is_repository
+from laai_core.hub import HubPath, hub_path
 from laai_core.intervention import Intervention
 from lm_eval_laai.facts import flat
 from lm_eval_laai.known_models.table import KNOWN
@@ -41,7 +41,7 @@ def model_card(
     metadata = intervention.metadata
     made_for = str(metadata.get("base_model") or "unknown")
     base = KNOWN[made_for].hub if made_for in KNOWN else made_for
-    on_hub = is_repository(base)
+    on_hub = hub_path(base) == HubPath(base)
     if not on_hub:
         base = os.path.basename(os.path.normpath(base))  # without the folders, which are those of one machine
     header = ModelCardData(

@@ -7,18 +7,20 @@ neither torch nor PEFT.
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laai_core.data.split import Split
 from laai_core.errors import LaaiError
+from laai_core.settings import Job, Settings
 from lm_eval_laai.methods.method import Method, Training
 from lm_eval_laai.tasks import recorded_task
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["LAAI", "METHODS", "fit", "method_named"]
+__all__ = ["LAAI", "METHODS", "SETTINGS", "fit"]
 
 
 def _train_laai(given: Training, **options: Any) -> None:
@@ -54,7 +56,9 @@ def _adapter(name: str, title: str, passes: float, **facts: Any) -> Method:
     return Method(name, title, train, passes, ("steps",), writes_adapter=True, **facts)
 
 
-LAAI = Method("laai", "LAAI", _train_laai, passes=6.0, options=("l1", "group", "penalty_scale", "steps", "start"))
+# Fields of Job and Settings that are flags of `laai train`, of the same name: type, default and help are the field's.
+SETTINGS = {one.name: one for kind in (Job, Settings) for one in fields(kind) if "help" in one.metadata}
+LAAI = Method("laai", "LAAI", _train_laai, passes=6.0, options=tuple(SETTINGS))
 METHODS = {
     method.name: method
     for method in (
@@ -66,13 +70,6 @@ METHODS = {
         _adapter("soft_prompt", "Soft prompt", passes=280.0, takes_layer=False),
     )
 }
-
-
-def method_named(name: str) -> Method:
-    """The method of that name. LaaiError for any other."""
-    if name not in METHODS:
-        raise LaaiError(f"unknown method {name!r}: expected one of {', '.join(METHODS)}")
-    return METHODS[name]
 
 
 def fit(
@@ -105,8 +102,9 @@ def fit(
     Raises:
         LaaiError: on a bad argument, or examples or a model that the method cannot take, before anything is written.
     """
-    path = Path(output).expanduser()
-    chosen = method_named(method)
+    if method not in METHODS:
+        raise LaaiError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+    path, chosen = Path(output).expanduser(), METHODS[method]
     chosen.check(path, layer, options)
     if chosen is not LAAI and hasattr(model, "get_base_model"):
         raise LaaiError(f"the model is under a PEFT adapter: expected the model itself for the method {method}")

@@ -126,12 +126,12 @@ def _soft_prompt(layout: Layout, layer: int | None) -> peft.PeftConfig:
     return peft.PromptTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, task_type="CAUSAL_LM")
 
 
-# PEFT's configuration of each method on a model, for one layer or (None) all; modules by their full paths.
 def _columns_before(config: Any) -> int:
     """Columns that an adapter puts before every row: its virtual tokens."""
     return int(config.num_virtual_tokens) if config.is_prompt_learning else 0
 
 
+# PEFT's configuration of each method on a model, for one layer or (None) all; modules by their full paths.
 ADAPTERS: dict[str, Callable[[Layout, int | None], peft.PeftConfig]] = {
     "lora": _lora,
     "ia3": _ia3,

@@ -183,7 +183,7 @@ class _WeightedForward(PlainForward):
 
     Args:
         stacks: layer to the parents there [P, ...].
-        parent: one of the parents, for their site and position.
+        like: an intervention of their site and position.
     """
 
     def __init__(
@@ -191,10 +191,10 @@ class _WeightedForward(PlainForward):
         layout: Layout,
         batch: Batch,
         stacks: Mapping[int, torch.Tensor],
-        parent: Intervention,
+        like: Intervention,
         batch_size: int | None,
     ) -> None:
-        super().__init__(layout, batch, min(stacks), parent.site, batch_size, parent.position)
+        super().__init__(layout, batch, min(stacks), like.site, batch_size, like.position)
         self._stacks = {layout.layer(layer): stack.flatten(1) for layer, stack in stacks.items()}
 
     def _edit(self, vectors: torch.Tensor) -> Edit:

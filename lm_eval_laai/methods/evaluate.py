@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from laai_core.encode import Whitespace, encode_examples
+from laai_core.encode import encode_examples
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 from laai_core.forward import PlainForward
@@ -24,17 +24,13 @@ def task_losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[Intervention, Sequence[Example]]],
-    stop: str = "\n",
-    whitespace: Whitespace = "refuse",
-    projection: str | None = None,
     batch_size: int | None = None,
 ) -> list[list[float]]:
     """For each (intervention, examples) the task loss of every example, all in one batch.
 
     The interventions write to one layer and site, the same for all, at position `last`, as `train` makes them.
-    Options as for `train`.
     """
-    layout = locate(model, projection)
+    layout = locate(model)
     targets = {(tuple(iv.layers), iv.site, iv.position, iv.operation) for iv, _ in pairs}
     if len(targets) != 1:
         raise LaaiError(f"expected interventions at one place, got {len(targets)}")
@@ -44,7 +40,7 @@ def task_losses(
     vectors = torch.stack([iv.scale * iv.for_model(layout)[layout.layer(layers[0])] for iv, _ in pairs])
     examples = [example for _, part in pairs for example in part]
     owners = [number for number, (_, part) in enumerate(pairs) for _ in part]
-    batch = encode_examples(tokenizer, examples, stop, None, whitespace, owners)
+    batch = encode_examples(tokenizer, examples, runs=owners)
     with frozen(layout.model):
         forward = PlainForward(layout, batch, layout.layer(layers[0]), site, batch_size)
         losses = Objective(examples).per_example(forward.continuation_logprobs(vectors)).tolist()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from laai_core.errors import LaaiError
-from laai_core.locate import Layout
+from laai_core.locate import Layout, widths
 
 _NAMES = {
     "query": ("q_proj", "query", "q_lin", "wq"),
@@ -27,9 +26,8 @@ def attention_inputs(layout: Layout, layer: int, kinds: Sequence[str]) -> list[s
         LaaiError: when a projection is not found; names the linear modules of the attention.
     """
     output = layout.module(layer, "heads")
-    paths = _paths(layout)
-    block = paths[layout.blocks[layer]]
-    attention = paths[output].removeprefix(f"{block}.").split(".")[0]
+    block = layout.paths[layout.blocks[layer]]
+    attention = layout.paths[output].removeprefix(f"{block}.").split(".")[0]
     linears = {p: m for p, m in _linears(layout, f"{block}.{attention}").items() if m is not output}
     if len(linears) == 1:
         return list(linears)
@@ -51,13 +49,13 @@ def down_projection(layout: Layout, layer: int) -> str:
     Raises:
         LaaiError: when there is not exactly one, as in mixtures of experts.
     """
-    top = _paths(layout)[layout.module(layer, "mlp")]
-    widths = {path: _widths(module) for path, module in _linears(layout, top).items()}
-    fitting = [path for path, (inner, outer) in widths.items() if outer == layout.hidden_size != inner]
+    top = layout.paths[layout.module(layer, "mlp")]
+    linears = {path: widths(module) for path, module in _linears(layout, top).items()}
+    fitting = [path for path, (inner, outer) in linears.items() if outer == layout.hidden_size != inner]
     if len(fitting) != 1:
         raise LaaiError(
             f"layer {layer}: expected one linear module from the feed-forward's inner width to {layout.hidden_size}, "
-            f"found {', '.join(fitting) or 'none'} among {', '.join(widths) or 'no linear modules'}"
+            f"found {', '.join(fitting) or 'none'} among {', '.join(linears) or 'no linear modules'}"
         )
     return fitting[0]
 
@@ -65,10 +63,6 @@ def down_projection(layout: Layout, layer: int) -> str:
 def is_transposed(layout: Layout, path: str) -> bool:
     """Whether a module keeps its weight as [in, out] (GPT-2's Conv1D): PEFT's `fan_in_fan_out`."""
     return isinstance(layout.model.get_submodule(path), Conv1D)
-
-
-def _paths(layout: Layout) -> dict[Any, str]:
-    return {module: path for path, module in layout.model.named_modules()}
 
 
 def _linears(layout: Layout, top: str) -> dict[str, nn.Module]:
@@ -79,8 +73,3 @@ def _linears(layout: Layout, top: str) -> dict[str, nn.Module]:
         for name, inner in module.named_modules()
         if isinstance(inner, nn.Linear | Conv1D)
     }
-
-
-def _widths(module: Any) -> tuple[int, int]:
-    """Input and output width."""
-    return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)

@@ -112,8 +112,7 @@ class Method:
             from laai_core.intervention import Intervention
 
             facts = Intervention.load(path).metadata
-        training: dict[str, Any] = facts["training"]
-        return training
+        return facts["training"]
 
 
 def is_adapter(folder: Path) -> bool:

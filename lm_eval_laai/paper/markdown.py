@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lm_eval_laai.experiments.scores import MISSING, shown
 from lm_eval_laai.paper.by_hand import by_hand
 from lm_eval_laai.paper.content import FIGURE_1, JUDGED, Content, map_name
 from lm_eval_laai.paper.published import MODEL, PUBLISHED, Published
 from lm_eval_laai.paper.tables import Table
-
-MISSING = "missing"
 
 _NOTES = {
     "zero": "0-shot draws no examples and the test items are the same for every seed: its spread is zero by "
@@ -180,9 +179,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _plus_minus(score: Mapping[str, Any] | None) -> str:
-    if score is None:
-        return MISSING
-    return f"{score['mean']:.3f}" if score["spread"] is None else f"{score['mean']:.3f} ± {score['spread']:.3f}"
+    return MISSING if score is None else shown(score["mean"], score["spread"])
 
 
 def _judged(judged: Any) -> str:
@@ -190,5 +187,5 @@ def _judged(judged: Any) -> str:
 
 
 def _published(cell: Published) -> str:
-    text = f"{cell.value:.3f}" if cell.spread is None else f"{cell.value:.3f} ± {cell.spread:.3f}"
+    text = shown(cell.value, cell.spread)
     return text if cell.gpt_eval is None else f"{text}, {cell.gpt_eval:g}"

@@ -1,0 +1,23 @@
+"""Numbers as callers give them: Python's, NumPy's, or a tensor of one element."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+
+def whole(value: Any) -> int | None:
+    """The value as an int; None for a truth value and for anything that is no whole number."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def real(value: Any) -> float:
+    """The value as a float; NaN for a truth value, for text and for anything else that is no number."""
+    try:
+        return math.nan if isinstance(value, bool | str) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
