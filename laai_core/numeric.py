@@ -18,6 +18,6 @@ def whole(value: Any) -> int | None:
 def real(value: Any) -> float:
     """The value as a float; NaN for a truth value, for text and for anything else that is no number."""
     try:
-        return math.nan if isinstance(value, bool | str) else float(value)
+        return math.nan if isinstance(value, bool | str | bytes | bytearray) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan

@@ -477,7 +477,7 @@ def test_few_rows_and_rows_that_were_all_trained_on(
     facts_of: Callable[..., dict[str, Any]],
     caplog,
 ) -> None:
-    with pytest.raises(laai.LaaiError, match="n_train is 5; expected a whole number"):
+    with pytest.raises(laai.LaaiError, match="n_train is '5'; expected a whole number"):
         read_examples(file).split(0, "5")
     few = tmp_path / "few.jsonl"
     few.write_text("".join(file.read_text().splitlines(keepends=True)[:10]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import peft
@@ -12,6 +13,7 @@ from test_cli import FILE, TASK, model  # noqa: F401 - a fixture
 from tiny import LAYERS, tiny_model, tiny_tokenizer
 
 import laai_core as laai
+from laai_core.settings import Job, Settings
 from lm_eval_laai.commands import cli
 from lm_eval_laai.methods import METHODS, fit
 from lm_eval_laai.methods.adapters import ADAPTERS
@@ -64,6 +66,7 @@ def test_default_layers(tmp_path):
 
 
 def test_laai_takes_every_setting_of_train(tmp_path):
+    assert METHODS["laai"].options == tuple(f.name for k in (Job, Settings) for f in fields(k) if "help" in f.metadata)
     options = dict(optimizer="adam", lr=0.01, site="residual", stop="", whitespace="generation", forward="plain")
     options |= dict(l1=0.02, group=0.0, steps=3, start="zero", batch_size=2)
     path = fitted("laai", tmp_path / "x.safetensors", layer=0, **options)

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -32,7 +32,7 @@ from lm_eval_laai.commands.options import (
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.commands.step_log import check_log, step_log
 from lm_eval_laai.facts import flat
-from lm_eval_laai.methods import LAAI, METHODS, SETTINGS, fit
+from lm_eval_laai.methods import LAAI, METHODS, fit
 from lm_eval_laai.methods.method import Method
 from lm_eval_laai.methods.select import train_chosen
 from lm_eval_laai.tasks import harness_task, recorded_task
@@ -40,6 +40,8 @@ from lm_eval_laai.tasks import harness_task, recorded_task
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Fields of Job and Settings that are flags of the same name: type, default and help are the field's.
+_FLAGS = {one.name: one for kind in (Job, Settings) for one in fields(kind) if "help" in one.metadata}
 _CHOSEN = ("l1", "group", "steps")  # by cross-validation where they are not given
 _SHOWN = 3  # pseudo-labels
 
@@ -82,7 +84,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags without defaults, so that a given one can be told from a missing one; `_options` fills defaults in."""
-    for name, one in SETTINGS.items():
+    for name, one in _FLAGS.items():
         default = "chosen by cross-validation" if name in _CHOSEN else one.default
         shown = str(default).encode("unicode_escape").decode()  # the stop's newline as \\n
         text = one.metadata["help"] + ("" if default is None else f" (default: {shown})")
@@ -100,12 +102,12 @@ def _kind(name: str) -> Any:
 def _options(arguments: argparse.Namespace, method: Method) -> dict[str, Any]:
     """The method's own flags that were given, checked; for LAAI with the defaults of the others."""
     allowed = {*method.options, "log_to"} if method is LAAI else {*method.options}
-    for name in (*SETTINGS, "heads", "log_to"):
+    for name in (*_FLAGS, "heads", "log_to"):
         if name not in allowed and getattr(arguments, name) is not None:
             raise LaaiError(f"the method {method.name} has no {_flag(name)}: leave it out")
     options = {name: getattr(arguments, name) for name in method.options}
     if method is LAAI:
-        options |= {n: f.default for n, f in SETTINGS.items() if options[n] is None and n not in _CHOSEN}
+        options |= {n: f.default for n, f in _FLAGS.items() if options[n] is None and n not in _CHOSEN}
         given = {name: value for name, value in options.items() if value is not None}
         check_field(Job, **given)
         check_field(Settings, **given)

@@ -7,20 +7,18 @@ neither torch nor PEFT.
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laai_core.data.split import Split
 from laai_core.errors import LaaiError
-from laai_core.settings import Job, Settings
 from lm_eval_laai.methods.method import Method, Training
 from lm_eval_laai.tasks import recorded_task
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["LAAI", "METHODS", "SETTINGS", "fit"]
+__all__ = ["LAAI", "METHODS", "fit"]
 
 
 def _train_laai(given: Training, **options: Any) -> None:
@@ -56,9 +54,9 @@ def _adapter(name: str, title: str, passes: float, **facts: Any) -> Method:
     return Method(name, title, train, passes, ("steps",), writes_adapter=True, **facts)
 
 
-# Fields of Job and Settings that are flags of `laai train`, of the same name: type, default and help are the field's.
-SETTINGS = {one.name: one for kind in (Job, Settings) for one in fields(kind) if "help" in one.metadata}
-LAAI = Method("laai", "LAAI", _train_laai, passes=6.0, options=tuple(SETTINGS))
+# The fields of Job and Settings that are flags of `laai train`, by name: importing them takes a second (transformers).
+_SETTINGS = "l1 group lr start steps tolerance batch_size projection penalty_scale optimizer forward whitespace stop site position"
+LAAI = Method("laai", "LAAI", _train_laai, passes=6.0, options=tuple(_SETTINGS.split()))
 METHODS = {
     method.name: method
     for method in (
