@@ -55,8 +55,9 @@ def _adapter(name: str, title: str, passes: float, **facts: Any) -> Method:
 
 
 # The fields of Job and Settings that are flags of `laai train`, by name: importing them takes a second (transformers).
-_SETTINGS = "l1 group lr start steps tolerance batch_size projection penalty_scale optimizer forward whitespace stop site position"
-LAAI = Method("laai", "LAAI", _train_laai, passes=6.0, options=tuple(_SETTINGS.split()))
+_OF_A_JOB = "l1 group lr start"
+_SHARED = "steps tolerance batch_size projection penalty_scale optimizer forward whitespace stop site position"
+LAAI = Method("laai", "LAAI", _train_laai, passes=6.0, options=tuple(f"{_OF_A_JOB} {_SHARED}".split()))
 METHODS = {
     method.name: method
     for method in (
