@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from laai_core.errors import LaaiError
-from laai_core.hooks import attached, hidden_of, shadowed, with_hidden
+from laai_core.hooks import attached, hidden_of, with_hidden, wrapped
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
 from laai_core.positions import Call, Generation, PositionTracker, check_lengths, repeated
@@ -52,7 +53,7 @@ def apply(
     prompt_lengths: Sequence[int] | None = None,
     projection: str | None = None,
 ) -> Iterator[None]:
-    """Within the block, `model(...)` and `model.generate(...)` run with the intervention.
+    """Within the block, `model(...)` and `model.generate(...)` run with the intervention, in every thread.
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one.
@@ -63,7 +64,8 @@ def apply(
         projection: module path of the output projection, see `locate`.
 
     Raises:
-        LaaiError: when an intervention does not fit the model, or the rows of a call are not the announced ones.
+        LaaiError: when an intervention does not fit the model, or the rows of a call are not the announced ones; for
+            several prompts packed in a row, and for `guidance_scale`.
     """
     layout = locate(model, projection)
     rows: Edit | list[Edit | None]
@@ -84,12 +86,32 @@ def hooked(
 ) -> Iterator[None]:
     """`apply` for edits: rows that share one Edit object share its indices."""
     steering = _Steering(layout, rows, prompt_lengths)
-    with attached(steering.hooks()), shadowed(layout.model, "generate", steering.generate):
+    with attached(steering.hooks()), ExitStack() as methods:
+        methods.enter_context(wrapped(layout.model, "generate", steering.generate))
+        if hasattr(layout.model, "init_continuous_batching"):
+            methods.enter_context(wrapped(layout.model, "init_continuous_batching", _refuse_packing))
         yield
 
 
+@dataclass
+class _Running:
+    """A forward call, and the rows and columns in it that each edit changes, by edit and device."""
+
+    call: Call
+    backward: int = field(default_factory=torch._C._current_graph_task_id)  # number of the `backward` around it, or -1
+    hits: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+class _Thread(threading.local):
+    """State of the thread that calls the model."""
+
+    generation: Generation | None = None  # the `generate` in progress
+    outer: Mapping[str, Any] | None = None  # arguments of the module around the decoder
+    running: _Running | None = None  # the latest forward call
+
+
 class _Steering:
-    """The hooks of one `apply`, and the state of the current forward call."""
+    """The hooks of one `apply`, and the forward calls that they run in."""
 
     def __init__(
         self, layout: Layout, rows: Edit | Sequence[Edit | None], prompt_lengths: Sequence[int] | None
@@ -99,13 +121,17 @@ class _Steering:
         self._lengths = lengths = None if prompt_lengths is None else _checked(prompt_lengths)
         if lengths is not None and self._row_edits is not None and len(lengths) != len(self._row_edits):
             raise LaaiError(f"{len(self._row_edits)} interventions for {len(lengths)} prompt_lengths: one a row")
-        self._generate: Any = layout.model.generate
         self._tracker = PositionTracker(layout.virtual_tokens, lengths)
         self._parameters = list(inspect.signature(layout.decoder.forward).parameters)
-        self._outer: dict[str, Any] | None = None  # arguments of the module around the decoder
-        self._call: Call | None = None
-        self._hits: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._here = _Thread()
+        self._with_graph: list[_Running] = []  # at most the latest two forward calls since a backward ran layers again
+        self._ran_again = False  # whether a backward did since the latest of these calls
         self._cast: dict[tuple[int, int, torch.device, torch.dtype], torch.Tensor] = {}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise LaaiError(
+            "a model inside a laai.apply block cannot be copied or pickled with its hooks: leave the block"
+        )
 
     def hooks(self) -> Iterator[Any]:
         """Register every hook, one at a time."""
@@ -113,6 +139,7 @@ class _Steering:
         for module in layout.around:
             yield module.register_forward_pre_hook(self._before_outer, with_kwargs=True)
         yield layout.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
+        yield layout.decoder.register_forward_hook(self._after_decoder, with_kwargs=True)
         for layer, site in sorted({(layer, edit.site) for edit in self._edits for layer in edit.vectors}):
             module = layout.module(layer, site)
             if site == "heads":
@@ -120,12 +147,17 @@ class _Steering:
             else:
                 yield module.register_forward_hook(partial(self._edit_output, layer, site))
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's `generate`, with its prompt given to the tracker: a forward call alone does not show whether it
-        is a step of `generate` without a cache, or a chunk of a prefill.
+    def generate(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate`, with its prompt kept: a forward call alone does not show whether it is a step of
+        `generate` without a cache, or a chunk of a prefill.
         """
-        outer = self._tracker.generation
-        mask = _prompt_mask(self._layout.model, args, kwargs)
+        outer = self._here.generation
+        setting = partial(_setting, self._layout.model, args, kwargs)
+        if setting("guidance_scale") not in (None, 1):
+            raise LaaiError(
+                "guidance_scale runs a second, unconditional prompt, where the vector has no place: expected None"
+            )
+        mask = _prompt_mask(setting, args, kwargs)
         for name, given in (("interventions", self._row_edits), ("prompt_lengths", self._lengths)):
             if given is not None and len(given) != len(mask):
                 raise LaaiError(f"{len(given)} {name} were given for {len(mask)} prompts: expected one a prompt")
@@ -134,34 +166,63 @@ class _Steering:
         edited = (self._layout.blocks[layer] for edit in self._edits for layer in edit.vectors)
         if any(getattr(module, "is_kv_shared_layer", False) for block in edited for module in block.modules()):
             kwargs.setdefault("logits_to_keep", 0)  # else Gemma 4 runs such layers for the last column alone
-        self._tracker.generation = Generation(mask)
+        self._here.generation = Generation(mask)
         try:
-            return self._generate(*args, **kwargs)
+            return method(*args, **kwargs)
         finally:
-            self._tracker.generation = outer
+            self._here.generation = outer
 
     def _before_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._outer = kwargs
+        self._here.outer = kwargs
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's arguments by name."""
+        return {**dict(zip(self._parameters, args, strict=False)), **kwargs}
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record where this call's prompts end. A hook of the decoder, so that `model.model(...)` is covered too."""
-        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        given = self._given(args, kwargs)
         tokens = given.get("input_ids")
         if tokens is None:
             tokens = given.get("inputs_embeds")
         if tokens is None:
             raise LaaiError(f"{type(module).__name__} was called without input_ids or inputs_embeds")
-        cache: Any = given.get("past_key_values")
-        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         batch, length = tokens.shape[:2]
-        if self._row_edits is not None and self._tracker.generation is None and len(self._row_edits) != batch:
+        generation, outer = self._here.generation, self._here.outer
+        if self._row_edits is not None and generation is None and len(self._row_edits) != batch:
             raise LaaiError(f"{len(self._row_edits)} interventions were given for a batch of {batch} rows")
         mask = given.get("attention_mask")
-        if isinstance(mask, dict) and self._outer is not None:  # made by Gemma 3, say, from the mask that it was given
-            mask = self._outer.get("attention_mask")
-        self._outer = None
-        self._call = self._tracker.call(batch, length, past, mask)
-        self._hits.clear()
+        if isinstance(mask, dict) and outer is not None:  # made by Gemma 3, say, from the mask that it was given
+            mask = outer.get("attention_mask")
+        if mask is None and generation is None and _packed(given):
+            _refuse_packing()
+        self._here.outer = None
+        call = self._tracker.call(batch, length, given.get("past_key_values"), mask, generation)
+        self._here.running = running = _Running(call)
+        if torch.is_grad_enabled() and running.backward == -1:
+            self._with_graph = [*([] if self._ran_again else self._with_graph[-1:]), running]
+            self._ran_again = False
+
+    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._here.generation is None and self._here.running is not None:
+            returned = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+            given = self._given(args, kwargs).get("past_key_values")
+            self._tracker.remember((given, *returned), self._here.running.call)
+
+    def _running(self) -> _Running:
+        """The forward call whose layers run. With gradient checkpointing `backward` runs them again, maybe in a thread
+        of autograd's: then the one call that can be meant.
+        """
+        running = self._here.running
+        if running is not None and running.backward == torch._C._current_graph_task_id():
+            return running
+        if len(self._with_graph) != 1:
+            raise LaaiError(
+                "with gradient checkpointing, expected one backward after each forward call, inside laai.apply, and "
+                "other calls under torch.no_grad(): the tokens of an earlier call are not kept"
+            )
+        self._ran_again = True
+        return self._with_graph[0]
 
     def _edit_input(self, layer: int, site: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self._edited(args[0], layer, site), *args[1:])
@@ -171,17 +232,17 @@ class _Steering:
 
     def _where(self, edit: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and columns of the current call that one edit changes, on `device`."""
-        assert self._call is not None
+        running = self._running()
         key = (edit, device)
-        if key not in self._hits:
-            batch = len(self._call.ordinals)
+        if key not in running.hits:
+            batch = len(running.call.ordinals)
             if self._row_edits is None:
                 rows = torch.arange(batch)
             else:
                 rows = (repeated(self._row_edits, batch) == edit).nonzero().squeeze(1)
-            row, column = self._call.hits(self._edits[edit].position, rows)
-            self._hits[key] = row.to(device), column.to(device)
-        return self._hits[key]
+            row, column = running.call.hits(self._edits[edit].position, rows)
+            running.hits[key] = row.to(device), column.to(device)
+        return running.hits[key]
 
     def _edited(self, x: torch.Tensor, layer: int, site: str) -> torch.Tensor:
         """x [B, T, D] with every edit of this layer and site; x itself when nothing is to change."""
@@ -210,8 +271,7 @@ class _Steering:
         return x.view(shape)
 
     def _expected_shape(self) -> torch.Size:
-        assert self._call is not None
-        return self._call.ordinals.shape
+        return self._running().call.ordinals.shape
 
     def _vector(self, index: int, layer: int, site: str, x: torch.Tensor) -> torch.Tensor:
         """The vector in the activation's dtype, on its device: cast once per device, unless it is being trained. Under
@@ -264,7 +324,29 @@ def _distinct(rows: Edit | Sequence[Edit | None]) -> tuple[list[Edit], torch.Ten
     return edits, torch.tensor([number[edit] for edit in rows], dtype=torch.long)
 
 
-def _prompt_mask(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def _packed(given: Mapping[str, Any]) -> bool:
+    """Whether a forward call without a mask has several prompts in a row."""
+    positions = given.get("position_ids")
+    restarts = positions is not None and positions.ndim == 2 and bool((positions.diff(dim=1) < 0).any())
+    return restarts or given.get("cu_seq_lens_q") is not None
+
+
+def _refuse_packing(*ignored: Any, **named: Any) -> None:
+    raise LaaiError("got several prompts packed in a row (continuous batching, flattened batches): expected one a row")
+
+
+def _setting(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """A setting as `generate` finds it: among its arguments, in its generation_config, or in the model's."""
+    if name in kwargs:
+        return kwargs[name]
+    configs = (
+        args[1] if len(args) > 1 else kwargs.get("generation_config"),
+        getattr(model, "generation_config", None),
+    )
+    return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
+
+
+def _prompt_mask(setting: Callable[[str], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """[R, P] mask of the prompt given to `generate`: 1 for tokens, 0 for padding. LaaiError when unknown."""
     prompt = kwargs.get("input_ids")
     for other in (args[0] if args else None, kwargs.get("inputs"), kwargs.get("inputs_embeds")):
@@ -274,9 +356,7 @@ def _prompt_mask(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
     mask = kwargs.get("attention_mask")
     if mask is not None:
         return mask.cpu().ne(0).long()
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
-    eos = kwargs.get("eos_token_id", getattr(config, "eos_token_id", None))
+    pad, eos = setting("pad_token_id"), setting("eos_token_id")
     ends = eos if isinstance(eos, list | tuple) else [eos]
     if prompt.ndim == 2 and pad is not None and pad not in ends and bool((prompt == pad).any()):
         # transformers would guess the mask here; a guess must not decide where the vector goes.

@@ -1,4 +1,4 @@
-"""Ragged token rows as padded model inputs, and views of key-value caches that several forwards read.
+"""Ragged token rows as model inputs, and views of key-value caches that several forwards read.
 
 A view is a shallow copy with its own copies of the cache's layer objects. Layers of keys and values replace their
 tensors instead of writing into them, so that the original cache stays unchanged; recurrent states are written into.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,42 @@ def model_inputs(
         first = 0 if cached_lengths is None else cached_lengths.unsqueeze(1)
         inputs["position_ids"] = first + (mask.cumsum(1) - 1).clamp_min(0)
     return inputs
+
+
+def whole_rows(
+    layout: Layout, rows: Sequence[Sequence[int]], batch_size: int, pad: bool
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """The rows by length, at most `batch_size` a forward: their numbers, and arguments with each row's end in the last
+    column. With `pad`, for a model where `padding_is_exact`, rows of unequal length share a forward.
+    """
+    by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    for _, group in groupby(by_length, key=lambda row: 0 if pad else len(rows[row])):
+        numbers = list(group)
+        for begin in range(0, len(numbers), batch_size):
+            part = numbers[begin : begin + batch_size]
+            tokens, mask = padded([rows[row] for row in part], layout.device, left=True)
+            yield part, model_inputs(layout, tokens, mask) if pad else {"input_ids": tokens}
+
+
+@torch.no_grad()
+def padding_is_exact(layout: Layout) -> bool:
+    """Whether a row padded on the left ends as the row alone does, but for rounding, tried on a few tokens: decoders
+    like RoBERTa's count positions from elsewhere, Bart's count padding too.
+    """
+    rows = [(1, 2, 2, 1, 2), (2, 1)]
+    alone = torch.cat([layout.model(input_ids=padded([row], layout.device)[0]).logits[:, -1] for row in rows])
+    try:
+        inputs = model_inputs(layout, *padded(rows, layout.device, left=True))
+        together = layout.model(**inputs, use_cache=False).logits[:, -1]
+    except REFUSALS:
+        return False
+    return agree(together, alone)
+
+
+def agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether two computations of the same logits differ by rounding only."""
+    tolerance = 1e-4 if found.dtype == torch.float32 else 3e-2
+    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
 
 
 def selected(cache: Any, rows: torch.Tensor) -> Any:

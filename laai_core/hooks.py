@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from laai_core.errors import LaaiError
+
 Key = TypeVar("Key")
+
+
+class _Shared:
+    """A change that holds while any of several blocks needs it, in whatever order and thread they begin and end."""
+
+    def __init__(self) -> None:
+        self._lock, self._blocks, self._change = threading.Lock(), 0, ExitStack()
+
+    @contextmanager
+    def within(self, change: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        with self._lock:
+            if not self._blocks:
+                self._change.enter_context(change())
+            self._blocks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._blocks -= 1
+                if not self._blocks:
+                    self._change.close()
+
+
+_uncompiled = _Shared()
 
 
 @contextmanager
@@ -19,7 +47,7 @@ def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
     Within the block the model runs uncompiled: compiled code does not look for hooks that come or go later.
     """
-    with torch.compiler.set_stance("force_eager"), ExitStack() as stack:
+    with _uncompiled.within(lambda: torch.compiler.set_stance("force_eager")), ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
         yield
@@ -83,6 +111,38 @@ def shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             module.__dict__.pop(name, None)
         else:
             module.__dict__[name] = before
+
+
+class _Wrapped:
+    """A method of a live model whose calls go through the wrappers of all open blocks, that of the latest first."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._name, self._method = name, getattr(module, name)
+        self._wrappers: list[Callable[..., Any]] = []
+        self._shared = _Shared()
+
+    @contextmanager
+    def through(self, wrapper: Callable[..., Any], module: nn.Module) -> Iterator[None]:
+        with self._shared.within(lambda: shadowed(module, self._name, self)):
+            self._wrappers.append(wrapper)
+            try:
+                yield
+            finally:
+                self._wrappers.remove(wrapper)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._wrappers:
+            raise LaaiError(f"{self._name} was taken off the model inside a laai.apply block that has ended")
+        call = self._method
+        for wrapper in self._wrappers:
+            call = partial(wrapper, call)
+        return call(*args, **kwargs)
+
+
+def wrapped(module: nn.Module, name: str, wrapper: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Within the block, calls of the method become `wrapper(method, *args, **kwargs)`; blocks may end in any order."""
+    method = module.__dict__.get(name)
+    return (method if isinstance(method, _Wrapped) else _Wrapped(module, name)).through(wrapper, module)
 
 
 @contextmanager

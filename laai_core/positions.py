@@ -7,8 +7,10 @@ the padding side, the cache or the chunking of the prefill.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -71,21 +73,22 @@ class PositionTracker:
     def __init__(self, virtual_tokens: int, prompt_lengths: torch.Tensor | None) -> None:
         self._virtual = virtual_tokens
         self._given = prompt_lengths
-        self._seen: torch.Tensor | None = None
-        self.generation: Generation | None = None
+        self._ends: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()  # prompt lengths [B] by cache
 
-    def call(self, batch: int, length: int, past: int, mask: Any) -> Call:
+    def call(self, batch: int, length: int, cache: Any, mask: Any, generation: Generation | None) -> Call:
         """The call's ordinals and prompt lengths.
 
         Args:
             batch, length: shape of the tokens given to the decoder.
-            past: tokens already in the cache.
+            cache: of earlier tokens, or None.
             mask: the 2-D attention mask over past and present tokens, or None.
+            generation: the `generate` that makes the call, or None.
         """
-        if self.generation is not None:
+        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        if generation is not None:
             # generate() may pass a 4-D mask, a dict of masks or none, so ordinals come from the prompt's mask.
-            ordinals = self.generation.ordinals(past - self._virtual, length, batch)
-            ends = self.generation.lengths() if self._given is None else self._given
+            ordinals = generation.ordinals(past - self._virtual, length, batch)
+            ends = generation.lengths() if self._given is None else self._given
             return Call(ordinals, repeated(ends, batch))
         ordinals = self._plain_ordinals(batch, length, past, mask)
         if self._given is not None:
@@ -95,12 +98,18 @@ class PositionTracker:
             if past == 0:
                 check_lengths(ends, ordinals[:, -1] if mask is None else ordinals.max(1).values)
         elif past <= self._virtual:  # prefix tuning starts with its virtual tokens in the cache
-            ends = self._seen = ordinals.max(1).values
-        elif self._seen is not None and len(self._seen) == batch:
-            ends = self._seen
+            ends = ordinals.max(1).values
+        elif (known := self._ends.get(cache)) is not None and len(known) == batch:
+            ends = known
         else:
             raise LaaiError("a forward call continues a cache that was filled elsewhere: pass prompt_lengths=")
         return Call(ordinals, ends)
+
+    def remember(self, values: Iterable[Any], call: Call) -> None:
+        """Keep a call's prompt lengths for the caches among `values`, which later calls may continue."""
+        for value in values:
+            if hasattr(value, "get_seq_length"):
+                self._ends[value] = call.prompt_lengths
 
     def _plain_ordinals(self, batch: int, length: int, past: int, mask: Any) -> torch.Tensor:
         if mask is None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from laai_core.cache import model_inputs, padded
+from laai_core.cache import padding_is_exact, whole_rows
 from laai_core.encode import Whitespace, encode_prompt
 from laai_core.errors import LaaiError
 from laai_core.example import Example
@@ -56,8 +56,9 @@ def in_context_starts(
             raise LaaiError(f"start icl needs at least two examples, got {len(examples)}: expected start zero")
     wanted = [pair for examples in sets for pair in _prompts(layout, tokenizer, examples, whitespace)]
     distinct = {tokens: row for row, tokens in enumerate(dict.fromkeys(t for pair in wanted for t in pair))}
+    pad = padding_is_exact(layout)
     found = until_it_fits(
-        lambda size: _last_activations(layout, list(distinct), layers, site, size), batch_size or ROWS
+        lambda size: _last_activations(layout, list(distinct), layers, site, size, pad), batch_size or ROWS
     )
     few_shot, bare = (torch.tensor([distinct[pair[side]] for pair in wanted]) for side in (0, 1))
     sizes = [SHUFFLES * len(examples) for examples in sets]
@@ -99,28 +100,26 @@ def _prompts(
 
 
 def _last_activations(
-    layout: Layout, rows: Sequence[Tokens], layers: Sequence[int], site: str, batch_size: int
+    layout: Layout, rows: Sequence[Tokens], layers: Sequence[int], site: str, batch_size: int, pad: bool
 ) -> dict[int, torch.Tensor]:
     """{layer: [len(rows), width]} the site's activation at the last token of every row, float32 on the CPU."""
-    in_order = sorted(range(len(rows)), key=lambda row: len(rows[row]))  # rows of like length share a forward
     modules = {layer: layout.module(layer, site) for layer in layers}
 
     def last(value: Any) -> torch.Tensor:
         hidden = hidden_of(value)
-        # Rows are padded on the left. OPT's feed-forward flattens all rows into one. A copy: Falcon adds to its own.
-        return hidden.reshape(count, -1, hidden.shape[-1])[:, -1].to("cpu", torch.float32, copy=True)
+        # OPT's feed-forward flattens all rows into one. A copy: Falcon adds to its own.
+        return hidden.reshape(len(numbers), -1, hidden.shape[-1])[:, -1].to("cpu", torch.float32, copy=True)
 
     def stop(*ignored: Any) -> None:
         raise _Enough
 
     top = modules[max(layers)]
     hooked = top.register_forward_pre_hook if site == "heads" else top.register_forward_hook
+    in_order: list[int] = []
     with recorded(modules, last, inputs=site == "heads") as seen, attached([hooked(stop)]):
-        for begin in range(0, len(rows), batch_size):
-            part = [rows[row] for row in in_order[begin : begin + batch_size]]
-            count = len(part)
-            tokens, mask = padded(part, layout.device, left=True)
+        for numbers, inputs in whole_rows(layout, rows, batch_size, pad):
+            in_order += numbers
             with suppress(_Enough):
-                layout.model(**model_inputs(layout, tokens, mask), use_cache=False, logits_to_keep=1)
+                layout.model(**inputs, use_cache=False, logits_to_keep=1)
     restored = torch.tensor(in_order).argsort()  # undoes the sorting by length
     return {layer: layout.whole(torch.cat(parts), layer, site).cpu()[restored] for layer, parts in seen.items()}

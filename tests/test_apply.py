@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import random
+import threading
 
 import pytest
 import slow_reference
@@ -186,6 +189,87 @@ def test_a_cache_filled_elsewhere_is_refused():
         model(ids[:, :1], past_key_values=cache)
 
 
+def test_caches_are_continued_each_where_its_own_prompt_ended():
+    model, iv = tiny_model("Llama"), intervention("Llama", position="generated")
+    rows = [[5, 6, 7, 8], [9, 10]]
+    with torch.no_grad(), laai.apply(model, iv):
+        alone = []
+        for row in rows:
+            cache = model(torch.tensor([row]), use_cache=True).past_key_values
+            alone.append(model(torch.tensor([[3, 4]]), past_key_values=cache).logits)
+        caches = [model(torch.tensor([row]), use_cache=True).past_key_values for row in rows]
+        turns = [model(torch.tensor([[3, 4]]), past_key_values=cache).logits for cache in caches]
+        assert all(torch.equal(a, b) for a, b in zip(alone, turns, strict=True))
+        with pytest.raises(laai.LaaiError, match="prompt_lengths"):
+            model(torch.tensor([[3]]), past_key_values=copy.deepcopy(caches[0]))
+
+
+def test_threads_call_one_model_at_once():
+    """One thread waits between the first layer and the edited one until another has made a call of other lengths."""
+    model, iv = tiny_model("Llama"), intervention("Llama")
+    calls = {"slow": torch.tensor([[5, 6, 7, 8]]), "quick": torch.tensor([[9, 10], [11, 12]])}
+    halfway, done = threading.Event(), threading.Event()
+    found = {}
+
+    def wait(module, args):
+        if threading.current_thread().name == "slow":
+            halfway.set()
+            done.wait(60)
+
+    def run(how):
+        with torch.no_grad():
+            found[threading.current_thread().name] = how(calls[threading.current_thread().name])
+
+    def generate(ids):
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+
+    for how in (lambda ids: model(ids).logits, generate):
+        with torch.no_grad(), laai.apply(model, iv):
+            wanted = {name: how(ids) for name, ids in calls.items()}
+            hook = model.model.layers[0].register_forward_pre_hook(wait)
+            slow = threading.Thread(target=run, args=(how,), name="slow")
+            slow.start()
+            halfway.wait(60)
+            quick = threading.Thread(target=run, args=(how,), name="quick")
+            quick.start()
+            quick.join()
+            done.set()
+            slow.join()
+            hook.remove()
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+        for event in (halfway, done):
+            event.clear()
+        found.clear()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, iv = tiny_model("Llama"), intervention("Llama")
+    ids = [torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9, 10, 11, 12]])]
+    weight = model.model.layers[0].mlp.up_proj.weight
+
+    def gradients(together):
+        model.zero_grad()
+        with laai.apply(model, iv, prompt_lengths=[2]):
+            losses = []
+            for row in ids:
+                loss = model(row, use_cache=False).logits.square().mean()
+                with torch.no_grad():
+                    model(row[:, :3], use_cache=False)
+                losses += [loss] if together else []
+                if not together:
+                    loss.backward()
+            if together:
+                sum(losses).backward()
+        return weight.grad.clone()
+
+    model.train()
+    wanted = gradients(together=False)
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(gradients(together=False), wanted)
+    with pytest.raises(laai.LaaiError, match="one backward after each forward"):
+        gradients(together=True)
+
+
 def test_several_layers_and_algebra():
     model = tiny_model("Llama")
     row = prompts(2)[1]
@@ -221,6 +305,32 @@ def test_nested_apply_adds_and_everything_comes_off():
         assert torch.equal(model(row).logits, clean)
     assert "generate" not in vars(model)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_blocks_end_in_any_order():
+    model, ids = tiny_model("Llama"), torch.tensor([[5, 6, 7]])
+    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    first, second = (laai.apply(model, intervention("Llama", seed=seed)) for seed in (0, 1))
+    wanted = slow_reference.greedy(model, [5, 6, 7], 4, spec("Llama", seed=1))
+    compiled = torch.compile(lambda x: torch.compiler.is_compiling(), backend="eager")
+    first.__enter__()
+    taken = model.generate
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert model.generate(ids, **options)[0, 3:].tolist() == wanted and not compiled(ids)
+    second.__exit__(None, None, None)
+    assert compiled(ids) and not {"generate", "init_continuous_batching"} & vars(model).keys()
+    with pytest.raises(laai.LaaiError, match="inside a laai.apply block that has ended"):
+        taken(ids, **options)
+
+
+def test_a_model_in_use_is_not_copied():
+    model = tiny_model("Llama")
+    with laai.apply(model, intervention("Llama")):
+        for copied in (copy.deepcopy, lambda model: torch.save(model, io.BytesIO())):
+            with pytest.raises(laai.LaaiError, match="cannot be copied or pickled"):
+                copied(model)
+    copy.deepcopy(model)
 
 
 def test_two_models_at_once():
@@ -368,9 +478,25 @@ def test_wrong_rows_are_refused():
         with pytest.raises(laai.LaaiError, match="a positive whole"), laai.apply(model, iv, prompt_lengths=lengths):
             pass
     own = transformers.GenerationConfig(pad_token_id=5, eos_token_id=2, max_new_tokens=1)
-    for first, options in ((0, {"max_new_tokens": 1}), (5, {"generation_config": own})):
+    without = transformers.GenerationConfig(max_new_tokens=1)
+    for first, given in ((0, ()), (0, (without,)), (5, (own,))):
         with laai.apply(model, iv), pytest.raises(laai.LaaiError, match="attention_mask"):
-            model.generate(torch.tensor([[first, 6, 7]]), **options)
+            model.generate(torch.tensor([[first, 6, 7]]), *given)
+
+
+def test_calls_with_rows_that_the_vector_does_not_know_are_refused():
+    model, ids = tiny_model("Llama"), torch.tensor([[5, 6, 7, 8]])
+    guided = transformers.GenerationConfig(guidance_scale=1.5, max_new_tokens=1)
+    with laai.apply(model, intervention("Llama")):
+        for options in ({"guidance_scale": 2.0}, {"generation_config": guided}):
+            with pytest.raises(laai.LaaiError, match="guidance_scale runs a second"):
+                model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        model.generate(ids, attention_mask=torch.ones_like(ids), guidance_scale=1.0, max_new_tokens=1)
+        with pytest.raises(laai.LaaiError, match="packed in a row"):
+            model(ids, position_ids=torch.tensor([[0, 1, 0, 1]]))
+        if hasattr(model, "generate_batch"):
+            with pytest.raises(laai.LaaiError, match="packed in a row"):
+                model.generate_batch([[5, 6], [7]], max_new_tokens=1)
 
 
 def test_wrong_rows_are_refused_by_generate_too():

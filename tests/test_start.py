@@ -9,7 +9,7 @@ import slow_reference
 import torch
 from test_apply import EVERY, PATHS
 from test_replay import RAGGED, SURVEY, TOKENIZER, rules
-from tiny import MAX_POSITIONS, tiny_model, tiny_tokenizer
+from tiny import MAX_POSITIONS, decoder_with_positions, tiny_model, tiny_tokenizer
 
 import laai_core as laai
 from laai_core import start
@@ -76,6 +76,19 @@ def test_every_architecture_and_site(name, site):
     close(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("Roberta", "roberta.encoder.layer.{}.attention.output.dense"),
+        ("Bart", "model.decoder.layers.{}.self_attn.out_proj"),
+    ],
+)
+def test_decoders_that_number_tokens_by_themselves(name, path):
+    model = decoder_with_positions(name)
+    (found,) = in_context_starts(locate(model, path), TOKENIZER, [EXAMPLES], [1])[1]
+    close(found, by_hand(model, path.format(1), EXAMPLES)[0])
+
+
 @pytest.mark.parametrize("examples", [SURVEY, EXAMPLES[:2], [*EXAMPLES, *SURVEY]], ids=["kl", "two", "both"])
 def test_the_shots_of_a_survey_are_its_most_frequent_answers(examples):
     model, tokenizer = tiny_model("Llama"), tiny_tokenizer(bos=True)
@@ -133,7 +146,7 @@ def test_running_out_of_memory_halves_the_rows(caplog):
         (found,) = in_context_starts(locate(model), TOKENIZER, [EXAMPLES], [1], batch_size=10)[1]
     handle.remove()
     close(found, expected)
-    assert sizes == [10, 5, 5, 1]  # of 11 prompts
+    assert sizes == [1, 1, 2, 10, 5, 5, 1]  # a try of padding, then 11 prompts
     assert [r.message for r in caplog.records] == ["memory ran out: going on with 5 rows a forward"]
 
 

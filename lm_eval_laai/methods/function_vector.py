@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from laai_core.cache import model_inputs, padded, read_only, selected
+from laai_core.cache import model_inputs, padded, padding_is_exact, read_only, selected
 from laai_core.encode import encode_pair
 from laai_core.errors import LaaiError
 from laai_core.example import Example
@@ -80,6 +80,8 @@ def function_vector(
     correct = few_shot_prompts(tokenizer, examples, PROMPTS, False, draw)
     shuffled = few_shot_prompts(tokenizer, examples, TRIALS, True, draw)
     _refuse_long(layout, [*correct, *shuffled])
+    if not padding_is_exact(layout):
+        raise LaaiError(f"{type(layout.model).__name__} numbers tokens by itself: a function vector needs padded rows")
     with (
         frozen(layout.model),
         torch.no_grad(),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from laai_core.cache import model_inputs, padded
+from laai_core.cache import padding_is_exact, whole_rows
 from laai_core.data.tasks import rule_prompt
 from laai_core.encode import encode_text
 from laai_core.errors import LaaiError
@@ -84,10 +84,14 @@ def output_text(example: Example) -> str:
 def hidden_states(layout: Layout, rows: Sequence[list[int]]) -> list[torch.Tensor]:
     """The embedding, then every block's output, at each row's last token: [N, width] each, float32 on the CPU."""
     modules = dict(enumerate([layout.model.get_input_embeddings(), *layout.blocks]))
-    tokens, mask = padded(rows, layout.device, left=True)
-    with recorded(modules, keep=lambda output: hidden_of(output)[:, -1].float().cpu()) as seen:  # padded on the left
-        layout.model(**model_inputs(layout, tokens, mask), use_cache=False, logits_to_keep=1)
-    return [value for values in seen.values() for value in values]
+    in_order: list[int] = []
+    pad = padding_is_exact(layout)
+    with recorded(modules, keep=lambda output: hidden_of(output)[:, -1].float().cpu()) as seen:
+        for numbers, inputs in whole_rows(layout, rows, len(rows), pad):
+            in_order += numbers
+            layout.model(**inputs, use_cache=False, logits_to_keep=1)
+    restored = torch.tensor(in_order).argsort()  # undoes the sorting by length
+    return [torch.cat(values)[restored] for values in seen.values()]
 
 
 def shift(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> list[torch.Tensor]:
