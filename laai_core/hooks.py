@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,28 +17,29 @@ from laai_core.errors import LaaiError
 Key = TypeVar("Key")
 
 
-class _Shared:
-    """A change that holds while any of several blocks needs it, in whatever order and thread they begin and end."""
+_lock = threading.Lock()  # for what blocks share that may begin and end in any thread, in any order
+
+
+class _Uncompiled:
+    """The compiler's stance while any block needs models uncompiled: one stance for the process."""
 
     def __init__(self) -> None:
-        self._lock, self._blocks, self._change = threading.Lock(), 0, ExitStack()
+        self._blocks, self._stance = 0, ExitStack()
 
-    @contextmanager
-    def within(self, change: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-        with self._lock:
+    def __enter__(self) -> None:
+        with _lock:
             if not self._blocks:
-                self._change.enter_context(change())
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
             self._blocks += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._blocks -= 1
-                if not self._blocks:
-                    self._change.close()
+
+    def __exit__(self, *ignored: Any) -> None:
+        with _lock:
+            self._blocks -= 1
+            if not self._blocks:
+                self._stance.close()
 
 
-_uncompiled = _Shared()
+_uncompiled = _Uncompiled()
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
     Within the block the model runs uncompiled: compiled code does not look for hooks that come or go later.
     """
-    with _uncompiled.within(lambda: torch.compiler.set_stance("force_eager")), ExitStack() as stack:
+    with _uncompiled, ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
         yield
@@ -118,31 +119,33 @@ class _Wrapped:
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self._name, self._method = name, getattr(module, name)
-        self._wrappers: list[Callable[..., Any]] = []
-        self._shared = _Shared()
-
-    @contextmanager
-    def through(self, wrapper: Callable[..., Any], module: nn.Module) -> Iterator[None]:
-        with self._shared.within(lambda: shadowed(module, self._name, self)):
-            self._wrappers.append(wrapper)
-            try:
-                yield
-            finally:
-                self._wrappers.remove(wrapper)
+        self.wrappers: list[Callable[..., Any]] = []
+        self.undo = ExitStack()
+        self.undo.enter_context(shadowed(module, name, self))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._wrappers:
+        if not self.wrappers:
             raise LaaiError(f"{self._name} was taken off the model inside a laai.apply block that has ended")
         call = self._method
-        for wrapper in self._wrappers:
+        for wrapper in self.wrappers:
             call = partial(wrapper, call)
         return call(*args, **kwargs)
 
 
-def wrapped(module: nn.Module, name: str, wrapper: Callable[..., Any]) -> AbstractContextManager[None]:
+@contextmanager
+def wrapped(module: nn.Module, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
     """Within the block, calls of the method become `wrapper(method, *args, **kwargs)`; blocks may end in any order."""
-    method = module.__dict__.get(name)
-    return (method if isinstance(method, _Wrapped) else _Wrapped(module, name)).through(wrapper, module)
+    with _lock:
+        found = module.__dict__.get(name)
+        method = found if isinstance(found, _Wrapped) else _Wrapped(module, name)
+        method.wrappers.append(wrapper)
+    try:
+        yield
+    finally:
+        with _lock:
+            method.wrappers.remove(wrapper)
+            if not method.wrappers:
+                method.undo.close()
 
 
 @contextmanager
