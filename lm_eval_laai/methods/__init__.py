@@ -57,16 +57,16 @@ def _adapter(name: str, title: str, passes: float, **facts: Any) -> Method:
 # The fields of Job and Settings that are flags of `laai train`, by name: importing them takes a second (transformers).
 _OF_A_JOB = "l1 group lr start"
 _SHARED = "steps tolerance batch_size projection penalty_scale optimizer forward whitespace stop site position"
-LAAI = Method("laai", "LAAI", _train_laai, passes=6.0, options=tuple(f"{_OF_A_JOB} {_SHARED}".split()))
+LAAI = Method("laai", "LAAI", _train_laai, passes=28.0, options=tuple(f"{_OF_A_JOB} {_SHARED}".split()))
 METHODS = {
     method.name: method
     for method in (
         LAAI,
-        Method("fv", "function vector", _train_function_vector, passes=12.0, options=("heads",)),
+        Method("fv", "function vector", _train_function_vector, passes=15.0, options=("heads",)),
         Method("icv", "ICV", _train_in_context_vector, passes=0.2),
-        _adapter("lora", "LoRA", passes=160.0),
-        _adapter("ia3", "IA3", passes=180.0),
-        _adapter("soft_prompt", "Soft prompt", passes=280.0, takes_layer=False),
+        _adapter("lora", "LoRA", passes=42.0),
+        _adapter("ia3", "IA3", passes=35.0),
+        _adapter("soft_prompt", "Soft prompt", passes=60.0, takes_layer=False),
     )
 }
 
