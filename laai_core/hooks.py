@@ -150,7 +150,13 @@ def wrapped(module: nn.Module, name: str, wrapper: Callable[..., Any]) -> Iterat
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Within the block, evaluation mode and no gradients for the weights; earlier states are restored."""
+    """Within the block, evaluation mode and no gradients for the weights; earlier states are restored.
+
+    Raises:
+        LaaiError: within `laai.apply` on the model, whose vector would act on all that is computed here.
+    """
+    if any(isinstance(value, _Wrapped) for value in vars(model).values()):
+        raise LaaiError("the model is inside a laai.apply block: expected training outside of it")
     training = [m for m in model.modules() if m.training]
     learning = [p for p in model.parameters() if p.requires_grad]
     model.eval()

@@ -679,6 +679,13 @@ def test_a_model_behind_a_soft_prompt_is_refused():
         train(model=peft.get_peft_model(tiny_model("Llama"), prompt))
 
 
+def test_a_model_under_another_vector_is_refused():
+    model = tiny_model("Llama")
+    with laai.apply(model, laai.Intervention({0: torch.ones(HIDDEN)}, site="residual")):
+        with pytest.raises(LaaiError, match="inside a laai.apply block: expected training outside of it"):
+            train(model=model)
+
+
 def test_an_empty_job_beside_another_is_refused():
     with pytest.raises(LaaiError, match="expected at least one Example"):
         laai.train_many(tiny_model("Llama"), TOKENIZER, [laai.Job(RULES, 1), laai.Job([], 1)])
