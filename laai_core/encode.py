@@ -111,6 +111,7 @@ def encode_examples(
     if not examples:
         raise LaaiError("no training examples, expected at least one")
     runs = [0] * len(examples) if runs is None else runs
+    held_out = [False] * len(examples) if held_out is None else held_out
     rows: dict[tuple[int, int, tuple[int, ...]], int] = {}
     prompt_lengths: list[int] = []
     scored: list[tuple[int, int, int, int]] = []
@@ -135,7 +136,7 @@ def encode_examples(
     input_ids, mask = padded([ids for *_, ids in rows], torch.device("cpu"))
     rows_of, columns, tokens, continuations = torch.tensor(scored).T
     run = torch.tensor(list(runs))
-    trained = torch.ones(len(run)) if held_out is None else 1 - torch.tensor(list(held_out)).float()
+    trained = 1 - torch.tensor(list(held_out)).float()
     return Batch(
         input_ids,
         mask,

@@ -30,7 +30,8 @@ class Objective:
         if len(kinds) != 1:
             raise LaaiError("the examples mix targets with answer options: expected one kind")
         self.name = kinds.pop()
-        self._log_pi = torch.tensor([p for e in examples for p in smoothed(e.distribution or ())]).log()
+        pi = [p for e in examples for p in smoothed(e.distribution or ())]
+        self._log_pi = torch.tensor(pi, dtype=torch.float32).log()
         counts = torch.tensor([len(example.options or ()) for example in examples])
         self._owner = torch.arange(len(examples)).repeat_interleave(counts)
         self._count = len(examples)

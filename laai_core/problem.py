@@ -84,7 +84,7 @@ class Problem:
         if layer not in self._units:
             relative = self._settings.penalty_scale == "relative"
             unit = self._at(layer).activation_rms() if relative else [1.0] * (self._owners[-1] + 1)
-            self._units[layer] = torch.tensor(unit).view(-1, 1, 1)
+            self._units[layer] = torch.tensor(unit, dtype=torch.float32).view(-1, 1, 1)
         return self._units[layer]
 
     def shape(self, layer: int) -> tuple[int, ...]:

@@ -162,7 +162,8 @@ def _at_layer(
     """The results of the jobs of one layer, and the exception that ended some of them early, or None."""
     unit = problem.unit(layer)
     start = starts.view(len(jobs), *problem.shape(layer)) / unit
-    l1, group, lr = torch.tensor([(job.l1, job.group, job.lr) for job in jobs]).T.view(3, -1, 1, 1)
+    weights = torch.tensor([(job.l1, job.group, job.lr) for job in jobs], dtype=torch.float32)
+    l1, group, lr = weights.T.view(3, -1, 1, 1)
     options = settings.steps, range(len(jobs)), settings.optimizer, lr, settings.tolerance, report
     unfinished: Unfinished | None = None
     try:
@@ -191,7 +192,9 @@ def _starts(
             if (begin.site, begin.operation) != (settings.site, "add") or layer not in begin.for_model(layout):
                 raise LaaiError(f"start is {begin!r}: expected one to add at layer {layer}, site {settings.site}")
             return (begin.scale * begin.for_model(layout)[layer]).view(shape)
-        return known[layer][in_context.index(number)] if begin == "icl" else torch.zeros(shape)
+        if begin == "icl":
+            return known[layer][in_context.index(number)]
+        return torch.zeros(shape, dtype=torch.float32)
 
     return {
         layer: torch.stack([start(job, number, layer) for number, job in enumerate(here)])

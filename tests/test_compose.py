@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import slow_reference
 import torch
-from tiny import HEADS, HIDDEN, LAYERS, PROJECTION_PATHS, tiny_model, tiny_tokenizer
+from tiny import HEADS, HIDDEN, LAYERS, PROJECTION_PATHS, default_dtype, tiny_model, tiny_tokenizer
 
 import laai_core as laai
 from laai_core import Example, Intervention, LaaiError
@@ -232,6 +232,16 @@ def test_fit_refuses_what_does_not_fit_the_model() -> None:
     wide = Intervention({0: torch.ones(2, 16)})
     with pytest.raises(LaaiError, match="this model expects"):
         compose([wide, wide], "fit", model=tiny_model("Llama"), tokenizer=tiny_tokenizer(bos=True), examples=WORDS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_dtype_changes_nothing(method: str) -> None:
+    fit = {"model": tiny_model("Llama"), "tokenizer": tiny_tokenizer(bos=True), "examples": WORDS}
+    data = fit if method == "fit" else {}
+    parents = [heads(1), heads(3)]
+    expected = compose(parents, method, **data).to_bytes()
+    with default_dtype(torch.float64):
+        assert compose(parents, method, **data).to_bytes() == expected
 
 
 # The command line

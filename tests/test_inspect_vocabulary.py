@@ -20,6 +20,7 @@ from tiny import (
     MLP_PATHS,
     PROJECTION_PATHS,
     VOCABULARY,
+    default_dtype,
     head_dim,
     tiny_model,
     tiny_tokenizer,
@@ -230,6 +231,15 @@ def test_a_projection_is_run_not_read_and_its_bias_is_nobodys_effect() -> None:
     want = slope(lambda r: w["lm_head.weight"] @ rms_norm(r, w["model.norm.weight"], eps), at, direction)
     torch.testing.assert_close(found.sum(0).double(), want, rtol=1e-4, atol=1e-4)
     assert found[2].abs().max() == 0
+
+
+def test_the_default_dtype_changes_nothing() -> None:
+    layout, iv = locate(tiny_model("Llama")), intervention("Llama", "heads", "last")
+    expected = written(layout, Edit.of(iv, layout), PROMPTS)
+    with default_dtype(torch.bfloat16):
+        found = written(layout, Edit.of(iv, layout), PROMPTS)
+    for layer, one in expected.items():
+        assert found[layer].effects.dtype == torch.float32 and torch.equal(found[layer].effects, one.effects)
 
 
 def test_layers_add_up_and_nothing_is_left_behind() -> None:

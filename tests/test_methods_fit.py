@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from test_cli import FILE, TASK, model  # noqa: F401 - a fixture
-from tiny import LAYERS, tiny_model, tiny_tokenizer
+from tiny import LAYERS, default_dtype, tiny_model, tiny_tokenizer
 
 import laai_core as laai
 from laai_core.settings import Job, Settings
@@ -50,6 +50,16 @@ def test_every_method_writes_what_it_should_where_it_should(method, tmp_path):
         facts = laai.Intervention.load(output).metadata
     assert (facts["method"], facts["task"]) == (method, f"laai_{TASK}")
     assert (facts["training"]["seed"], facts["training"]["n_train"]) == (5, 4)
+
+
+@pytest.mark.parametrize("method", ["laai", "fv", "icv", "ia3"])
+def test_the_default_dtype_changes_nothing(method, tmp_path):
+    llama, names = tiny_model("Llama"), ("a", "b") if method in ADAPTERS else ("a.safetensors", "b.safetensors")
+    first = fitted(method, tmp_path / names[0], llama)
+    with default_dtype(torch.float64):
+        again = fitted(method, tmp_path / names[1], llama)
+    weights = Path(peft.utils.SAFETENSORS_WEIGHTS_NAME if method in ADAPTERS else "")
+    assert (first / weights).read_bytes() == (again / weights).read_bytes()
 
 
 def test_default_layers(tmp_path):

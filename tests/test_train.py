@@ -23,6 +23,7 @@ from tiny import (
     PROJECTION_PATHS,
     VOCABULARY,
     WINDOWED,
+    default_dtype,
     head_dim,
     hybrid_model,
     tiny_model,
@@ -386,6 +387,16 @@ def test_identical_trainings_give_identical_bytes(name, kind, optimizer):
     torch.manual_seed(2)
     assert train(name, kind, optimizer=optimizer).intervention.to_bytes() == first
     assert train(name, kind, optimizer=optimizer, seed=5).intervention.to_bytes() != first  # the seed is on record
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", EXAMPLES)
+@pytest.mark.parametrize("options", [{"start": "icl"}, {"start": "zero", "forward": "plain", "optimizer": "adam"}])
+def test_the_default_dtype_changes_nothing(dtype, kind, options):
+    model = tiny_model("Llama")
+    expected = train(kind=kind, model=model, **options).intervention.to_bytes()
+    with default_dtype(dtype):
+        assert train(kind=kind, model=model, **options).intervention.to_bytes() == expected
 
 
 def test_training_draws_no_random_numbers():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -259,6 +261,17 @@ def _tokenizer_json(bos: bool, kind: str) -> str:
         )
     assert tokenizer.get_vocab_size() <= VOCABULARY
     return tokenizer.to_str()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within the block, new tensors without a dtype have this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def small_model_folder(folder: Path, positions: int = 1024) -> Path:

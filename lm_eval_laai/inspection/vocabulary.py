@@ -66,7 +66,7 @@ def written(
 def _on_one_prompt(layout: Layout, edit: Edit, prompt: Sequence[int]) -> dict[int, tuple[torch.Tensor, float]]:
     """{layer: (effects [G, V], mean square of the site's activation)} at the prompt's last token."""
     probes = {layer: _Probe(layout, edit, layer) for layer in edit.vectors}
-    entry = torch.zeros(layout.hidden_size, requires_grad=True)  # where the residual stream leaves the last block
+    entry = _nothing(layout)  # where the residual stream leaves the last block
     tokens = torch.tensor([list(prompt)], device=layout.device)
 
     def hooks() -> Iterator[RemovableHandle]:
@@ -91,7 +91,7 @@ class _Probe:
     def __init__(self, layout: Layout, edit: Edit, layer: int) -> None:
         self._layout, self._site, self._layer = layout, edit.site, layer
         self._groups = _groups(edit.vectors[layer], layout.num_heads if edit.site == "heads" else 1)  # [G, D]
-        self._entry = torch.zeros(layout.hidden_size, requires_grad=True)
+        self._entry = _nothing(layout)
         self.directions = torch.empty(0)
         self.mean_square = 0.0
 
@@ -117,6 +117,11 @@ class _Probe:
     def _after_block(self, module: nn.Module, args: Any, output: Any) -> Any:
         self.directions = _pushed(_end(hidden_of(output)), self._entry, self._groups).float()
         return with_hidden(output, hidden_of(output).detach())
+
+
+def _nothing(layout: Layout) -> torch.Tensor:
+    """Zeros [hidden] to add to the residual stream, for derivatives with respect to it."""
+    return torch.zeros(layout.hidden_size, dtype=torch.float32, requires_grad=True)
 
 
 def _pushed(output: torch.Tensor, source: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:

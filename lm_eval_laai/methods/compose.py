@@ -115,7 +115,8 @@ def compose(
     metadata = {**total.metadata, "task": task, "method": "compose", "composition": composition}
     if training:
         metadata["training"] = training
-    vectors = {layer: METHODS[method](stack, torch.tensor(factors)) for layer, stack in stacks.items()}
+    each = torch.tensor(factors, dtype=torch.float32)
+    vectors = {layer: METHODS[method](stack, each) for layer, stack in stacks.items()}
     return Intervention(vectors, total.site, total.position, metadata=metadata)
 
 
@@ -164,7 +165,7 @@ def _ties(stack: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
     # Weighted here, not by peft after the signs are elected: a parent of negative weight votes with its negative.
     weighted = [weight * vector for weight, vector in zip(weights, stack, strict=True)]
-    return ties(weighted, torch.ones(len(weighted)), TIES_DENSITY)
+    return ties(weighted, torch.ones_like(weights), TIES_DENSITY)
 
 
 METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -205,7 +206,7 @@ def _fit(
     layout: Layout, forward: Forward, objective: Objective, start: list[float], progress: bool
 ) -> tuple[list[float], dict[str, Any]]:
     """The best weights seen, and the facts of the fit."""
-    weights = torch.tensor(start, requires_grad=True)
+    weights = torch.tensor(start, dtype=torch.float32, requires_grad=True)
     optimiser = torch.optim.LBFGS(
         [weights], max_iter=FIT_EVALUATIONS, max_eval=FIT_EVALUATIONS, line_search_fn="strong_wolfe"
     )

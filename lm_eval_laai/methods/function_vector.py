@@ -158,7 +158,7 @@ def indirect_effects(
     (layer, head) is one single-token row against its cache.
     """
     heads = layout.num_heads
-    totals = {layer: torch.zeros(heads) for layer in means}
+    totals = {layer: torch.zeros(heads, dtype=torch.float32) for layer in means}
     at_once = max(1, ROWS // heads)
     for start in range(0, len(prompts), at_once):
         part = prompts[start : start + at_once]
@@ -216,7 +216,7 @@ def _written(layout: Layout, means: dict[int, torch.Tensor], chosen: Sequence[tu
 
     Computed by the projection itself, which may be quantised, less its bias, which belongs to no head.
     """
-    total = torch.zeros(layout.hidden_size)
+    total = torch.zeros(layout.hidden_size, dtype=torch.float32)
     for layer in sorted({layer for layer, _ in chosen}):
         projection = layout.module(layer, "heads")
         mean = means[layer]

@@ -289,7 +289,7 @@ class _Folds:
         with frozen(self._layout.model):
             verify_causal(self._layout)
             shapes = {layer: (len(self._sets), *self._problem.shape(layer)) for layer in self._layers}
-            self._starts = {layer: torch.zeros(shape) for layer, shape in shapes.items()}
+            self._starts = {layer: torch.zeros(shape, dtype=torch.float32) for layer, shape in shapes.items()}
             if self._start != "zero":
                 # With two examples a fold is left with one, from which no few-shot prompt can be made.
                 numbers = [number for number, part in enumerate(self._sets) if len(part) > 1]
@@ -354,7 +354,7 @@ class _Curve:
 
     def __init__(self, mask: torch.Tensor, rival: Sequence[float], bar: Any) -> None:
         self._mask, self._rival, self._bar = mask, rival, bar  # [F, N]; losses by evaluations
-        self._now = self._best = torch.full(mask.shape, math.inf)
+        self._now = self._best = torch.full(mask.shape, math.inf, dtype=torch.float32)
         self._objectives = [math.inf] * len(mask)
         self.held_out: list[torch.Tensor] = []  # [N]: every example is held out by one fold
         self.losses: list[float] = []
