@@ -31,7 +31,8 @@ class Unfinished(BaseException):
     `results`: the best point so far of every run, in order; `finished` of each says whether the run reached its end.
     """
 
-    def __init__(self, message: object, results: Sequence[Any]) -> None:
+    # Pickle calls the class with the message alone, and sets the attributes afterwards.
+    def __init__(self, message: object, results: Sequence[Any] = ()) -> None:
         super().__init__(message)
         self.results = list(results)
 

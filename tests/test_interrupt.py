@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import random
 import re
 import signal
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import laai_core as laai
 from laai_core.data import load_task
-from laai_core.errors import Interrupted, NotFinite
+from laai_core.errors import Interrupted, NotFinite, Unfinished
 from laai_core.forward import Forward
 from laai_core.optimize import Step
 from lm_eval_laai.commands import cli, entry
@@ -237,6 +238,13 @@ def test_jobs_that_are_not_finite_do_not_stop_the_others():
     for result, other in zip(results, alone, strict=True):
         if result.finished:
             assert result.intervention.sha256 == other.intervention.sha256
+
+
+@pytest.mark.parametrize("kind", [Unfinished, NotFinite, Interrupted])
+def test_another_process_gets_message_and_results(kind):
+    found = pickle.loads(pickle.dumps(kind("the end", [laai.Intervention({1: torch.ones(2, 2)})])))
+    assert type(found) is kind and str(found) == "the end"
+    assert [one.vector(1).tolist() for one in found.results] == [[[1, 1], [1, 1]]]
 
 
 def test_an_interrupted_training_leaves_the_model_as_it_was():
