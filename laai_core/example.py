@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from laai_core.errors import LaaiError
 
@@ -49,7 +50,7 @@ class Example:
         if self.target is not None:
             self._check_target()
         elif self.options is not None and self.distribution is not None:
-            self._check_distribution(self.options, self.distribution)
+            self._check_distribution(self._listed("options"), self._listed("distribution"))
         else:
             self._refuse("got neither a target nor options with a distribution", "one of the two")
 
@@ -59,8 +60,16 @@ class Example:
         if not isinstance(self.target, str) or not self.target.strip():
             self._refuse(f"target is {self.target!r}", "non-empty text")
 
-    def _check_distribution(self, options: Sequence[str], distribution: Sequence[float]) -> None:
-        if isinstance(options, str) or len(options) < 2 or not all(isinstance(o, str) and o.strip() for o in options):
+    def _listed(self, name: str) -> tuple[Any, ...]:
+        """The entries of `options` or `distribution`, whatever they came in; a generator gives them once."""
+        value = getattr(self, name)
+        if not isinstance(value, str):
+            with suppress(TypeError):
+                return tuple(value)
+        self._refuse(f"{name} is {value!r:.60}", "a list")
+
+    def _check_distribution(self, options: tuple[Any, ...], distribution: tuple[Any, ...]) -> None:
+        if len(options) < 2 or not all(isinstance(o, str) and o.strip() for o in options):
             self._refuse(f"options are {options!r}", "two or more non-empty texts")
         if len(set(options)) != len(options):
             self._refuse(f"options {options!r} repeat one another", "distinct texts")
@@ -75,8 +84,8 @@ class Example:
         if abs(sum(shares) - 1) > SUM_TOLERANCE:
             self._refuse(f"distribution sums to {sum(shares):g}", "1")
         # Tuples: hashable, and no caller can change them. object.__setattr__, because the class is frozen.
-        object.__setattr__(self, "options", tuple(options))
+        object.__setattr__(self, "options", options)
         object.__setattr__(self, "distribution", shares)
 
-    def _refuse(self, found: str, expected: str) -> None:
+    def _refuse(self, found: str, expected: str) -> NoReturn:
         raise LaaiError(f"Example with prompt {self.prompt!r:.60}: {found}; expected {expected}")

@@ -5,6 +5,7 @@ import json
 import random
 import unicodedata
 
+import numpy as np
 import pytest
 
 from laai_core.data import in_training_pool, load_pairs, load_task, task_names
@@ -180,6 +181,7 @@ def test_example_of_a_distribution():
     example = Example("Question?\nAnswer:", options=[" A", " B"], distribution=[0.7, 0.3])
     assert (example.options, example.distribution) == ((" A", " B"), (0.7, 0.3))
     assert hash(example) == hash(Example("Question?\nAnswer:", None, [" A", " B"], [0.7, 0.3]))
+    assert example == Example("Question?\nAnswer:", None, (f" {c}" for c in "AB"), np.array([0.7, 0.3]))
 
 
 @pytest.mark.parametrize(
@@ -192,8 +194,12 @@ def test_example_of_a_distribution():
         dict(prompt="Q", options=[" A", " B"]),
         dict(prompt="Q", options=[" A"], distribution=[1]),
         dict(prompt="Q", options="AB", distribution=[1, 0]),
+        dict(prompt="Q", options=7, distribution=[1, 0]),
         dict(prompt="Q", options=[" A", " A"], distribution=[1, 0]),
         dict(prompt="Q", options=[" A", " B"], distribution=[1]),
+        dict(prompt="Q", options=[" A", " B"], distribution=0.5),
+        dict(prompt="Q", options=[" A", " B"], distribution=np.array(0.5)),
+        dict(prompt="Q", options=[" A", " B"], distribution="10"),
         dict(prompt="Q", options=[" A", " B"], distribution=[1.5, -0.5]),
         dict(prompt="Q", options=[" A", " B"], distribution=[float("nan"), 0]),
         dict(prompt="Q", options=[" A", " B"], distribution=["a", "b"]),

@@ -337,6 +337,9 @@ def test_missing_and_folder(tmp_path):
         Intervention.load(tmp_path)
     with pytest.raises(LaaiError):
         Intervention.load("\0")
+    for nothing in (None, 7, "", " "):
+        with pytest.raises(LaaiError, match=f"^{nothing!r} is no intervention: expected a file, or a name"):
+            Intervention.load(nothing)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")

@@ -42,6 +42,8 @@ def local_file(source: str | Path, local_files_only: bool = False) -> Path:
     Raises:
         LaaiError: no such repository, revision or file, none or several to choose from, gated, no network.
     """
+    if not isinstance(source, str | os.PathLike) or not str(source).strip():
+        raise LaaiError(f"{source!r:.60} is no intervention: expected a file, or a name on the Hugging Face Hub")
     hub_path = parsed(source)
     if hub_path is None:
         return Path(os.path.expanduser(source))
