@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import numbers
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsFloat
 
 import torch
 
@@ -27,7 +26,7 @@ _MODEL_KEYS = ("base_model", "model_type", "num_hidden_layers", "num_attention_h
 class Intervention:
     """Vectors to write into a frozen model: {layer: vector} at one site, position and operation.
 
-    Not to be changed: operations return new ones.
+    Not to be changed, but for entries of `metadata`: operations return new ones.
 
     Args:
         vectors: layer (negative counts from the end) to tensor: [H, d], or [H * d] together with `head_dim`, at
@@ -42,6 +41,13 @@ class Intervention:
     Raises:
         LaaiError: on an unknown word, a wrong shape, no layer at all, or a NaN or infinite entry.
     """
+
+    site: str
+    position: str
+    operation: str
+    scale: float
+    metadata: dict[str, Any]
+    _vectors: dict[int, torch.Tensor]
 
     def __init__(
         self,
@@ -66,13 +72,13 @@ class Intervention:
             raise LaaiError("an intervention needs at least one layer, got none")
         if head_dim is not None and (whole(head_dim) or 0) < 1:
             raise LaaiError(f"head_dim is {head_dim!r:.60}: expected a whole number, at least 1")
-        self.site = site
-        self.position = position
-        self.operation = operation
-        self.scale = finite(scale)
-        self.metadata: dict[str, Any] = copy.deepcopy(dict(metadata or {}))
+        vars(self).update(site=site, position=position, operation=operation, scale=finite(scale))
         checked = {_layer(layer): _checked(v, layer, site, head_dim) for layer, v in vectors.items()}
-        self._vectors = dict(sorted(checked.items()))
+        vars(self).update(metadata=copy.deepcopy(dict(metadata or {})), _vectors=dict(sorted(checked.items())))
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        instead = "rescaled(factor) gives one of another scale" if name == "scale" else "make a new Intervention"
+        raise LaaiError(f"an Intervention's {name} is not to be changed: {instead}")
 
     @classmethod
     def load(cls, source: str | Path, local_files_only: bool = False) -> Intervention:
@@ -164,13 +170,21 @@ class Intervention:
     # Arithmetic folds the scales into the vectors, so that equal results are equal objects.
 
     def __mul__(self, factor: Any) -> Intervention:
-        if not isinstance(factor, numbers.Real):
+        if not isinstance(factor, SupportsFloat):
             return NotImplemented
+        factor = finite(factor)
         if self.operation != "add":
             raise LaaiError(f"operation {self.operation!r} is not linear: change its scale instead of multiplying it")
-        return self._like({k: v * (self.scale * float(factor)) for k, v in self._vectors.items()}, self.metadata)
+        return self._like({k: v * (self.scale * factor) for k, v in self._vectors.items()}, self.metadata)
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Intervention:
+        if not isinstance(divisor, SupportsFloat):
+            return NotImplemented
+        if real(divisor) == 0:
+            raise LaaiError("an intervention cannot be divided by 0")
+        return self * (1 / finite(divisor))
 
     def __neg__(self) -> Intervention:
         return self * -1.0
@@ -193,6 +207,10 @@ class Intervention:
             total[layer] = total[layer] + vector if layer in total else vector
         shared = {k: v for k, v in self.metadata.items() if k in _MODEL_KEYS and other.metadata.get(k) == v}
         return self._like(total, shared)
+
+    def __radd__(self, other: Any) -> Intervention:
+        """0 + self, with which `sum` begins."""
+        return self * 1.0 if type(other) is int and other == 0 else NotImplemented
 
     def __sub__(self, other: Intervention) -> Intervention:
         if not isinstance(other, Intervention):

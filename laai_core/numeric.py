@@ -19,5 +19,5 @@ def real(value: Any) -> float:
     """The value as a float; NaN for a truth value, for text and for anything else that is no number."""
     try:
         return math.nan if isinstance(value, bool | str | bytes | bytearray) else float(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last for a tensor of several elements
         return math.nan

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -87,6 +89,7 @@ def test_known_words():
 
 
 V = torch.ones(2, 2)
+V_ALONE = Intervention({0: V})
 BAD_CONSTRUCTIONS = {
     "site": (dict(vectors={0: V}, site="attention"), "attention"),
     "position": (dict(vectors={0: V}, position="first"), "first"),
@@ -137,8 +140,9 @@ def test_numbers_of_numpy_are_numbers(tmp_path, monkeypatch):
     plain = Intervention({1: torch.ones(4)}, head_dim=2, scale=0.5)
     of_numpy = Intervention({np.int64(1): torch.ones(4)}, head_dim=np.int64(2), scale=np.float32(0.5))
     assert of_numpy.layers == [1] and of_numpy.sha256 == plain.sha256
-    for half in (np.float32(0.5), np.float64(0.5)):
-        assert (of_numpy * half).sha256 == (plain * 0.5).sha256
+    for half in (np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor([0.5]).double()):
+        assert (of_numpy * half).sha256 == (half * of_numpy).sha256 == (plain * 0.5).sha256
+        assert (of_numpy / half).sha256 == (plain * 2).sha256
         assert of_numpy.rescaled(half).scale == 0.25
     of_numpy.save("~/vector.safetensors")
     assert Intervention.load(tmp_path / "vector.safetensors").sha256 == plain.sha256
@@ -166,10 +170,27 @@ def test_changing_what_vector_returned_changes_nothing():
     assert iv.vector(0).tolist() == [[1, 1], [1, 1]]
 
 
+@pytest.mark.parametrize("name", ["site", "position", "operation", "scale", "metadata", "vectors"])
+def test_attributes_are_not_set(name):
+    iv = Intervention({0: V}, metadata={"task": "x"})
+    before = iv.sha256
+    with pytest.raises(LaaiError, match=f"{name} is not to be changed: {'rescaled' if name == 'scale' else 'make'}"):
+        setattr(iv, name, math.nan)
+    assert iv.sha256 == before
+    iv.metadata["task"] = "y"
+    assert iv.sha256 != before
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda iv: pickle.loads(pickle.dumps(iv))])
+def test_copies_are_equal(copied):
+    iv = Intervention({0: V}, "heads", "all", scale=0.5, metadata={"task": "x"})
+    assert copied(iv).sha256 == iv.sha256
+
+
 def test_arithmetic_shares_no_memory():
     a = Intervention({0: torch.ones(2, 2)}, metadata={"training": {"l1": 1}})
     before = a.sha256
-    for b in (1.0 * a, a + a, -a, a.rescaled(1.0)):
+    for b in (1.0 * a, a + a, -a, a / 1, sum([a]), a.rescaled(1.0)):
         b._vectors[0].fill_(9)
         b.metadata.setdefault("training", {})["l1"] = 9
     assert a.sha256 == before
@@ -188,11 +209,13 @@ def test_linear_combinations(a, b, k):
     assert_same(applied(2 * a - b), combined(2, a, -1, b))
     assert_same(applied(k * (a + b)), combined(k, a, k, b))
     assert_same(applied(k * a + k * b), combined(k, a, k, b))
+    assert_same(applied((a + b) / 4), combined(0.25, a, 0.25, b))
 
 
 @given(interventions(), interventions())
 def test_laws_that_hold_to_the_bit(a, b):
-    for left, right in ((a + b, b + a), (-1 * -a, 1 * a), (a - b, a + -b), (2 * a, a * 2), (a + a, 2 * a)):
+    sums = ((a + b, b + a), (a - b, a + -b), (a + a, 2 * a), (sum([a, b]), a + b))
+    for left, right in (*sums, (-1 * -a, 1 * a), (2 * a, a * 2), (a / 2, 0.5 * a)):
         assert left.layers == right.layers
         assert left.scale == right.scale
         assert all(torch.equal(left.vector(i), right.vector(i)) for i in left.layers)
@@ -265,7 +288,11 @@ def test_icv_is_not_linear(combine):
     assert a.rescaled(0.5).scale == 0.5  # its step may still be changed
 
 
-@pytest.mark.parametrize("combine", [lambda a: a * "2", lambda a: a + 1, lambda a: 1 - a, lambda a: a * a])
+NO_NUMBERS = [lambda a: a * "2", lambda a: a / "2", lambda a: a + 1, lambda a: 1 + a, lambda a: 0.0 + a]
+NO_NUMBERS += [lambda a: False + a, lambda a: 1 - a, lambda a: 1 / a, lambda a: a * a, lambda a: a / a]
+
+
+@pytest.mark.parametrize("combine", NO_NUMBERS)
 def test_other_operands_are_type_errors(combine):
     with pytest.raises(TypeError):
         combine(Intervention({0: V}))
@@ -273,9 +300,22 @@ def test_other_operands_are_type_errors(combine):
 
 def test_overflow_is_refused():
     a = Intervention({0: torch.full((1, 2), 3e38)})
-    for combine in (lambda: a + a, lambda: 10 * a, lambda: a * math.nan):
+    for combine in (lambda: a + a, lambda: 10 * a, lambda: a / 0.1):
         with pytest.raises(LaaiError, match="infinite"):
             combine()
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, torch.tensor(math.nan), torch.ones(2), np.float32(math.inf)])
+def test_factors_that_are_no_finite_number(factor):
+    for combine in (lambda: V_ALONE * factor, lambda: factor * V_ALONE, lambda: V_ALONE / factor):
+        with pytest.raises(LaaiError, match=r"^scale is .*: expected a finite number$"):
+            combine()
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), torch.tensor(0)])
+def test_division_by_zero(zero):
+    with pytest.raises(LaaiError, match="^an intervention cannot be divided by 0$"):
+        V_ALONE / zero
 
 
 # --- negative layers
