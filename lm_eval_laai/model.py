@@ -111,15 +111,14 @@ class HFLaai(Steered, HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        if self._routed_rows is None:
+        if self._routing is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        tasks, prompts = [task for _, _, task in self._routed_rows], [prompt for _, prompt, _ in requests]
+        routed = self._rows_in_progress()
+        tasks, prompts = [task for _, _, task in routed], [prompt for _, prompt, _ in requests]
         prefixes = common_prefixes(tasks, prompts, tuple)
         rows = [
             Row(prompt, continuation, edit, name, prefix)
-            for (_, prompt, continuation), (edit, name, _), prefix in zip(
-                requests, self._routed_rows, prefixes, strict=True
-            )
+            for (_, prompt, continuation), (edit, name, _), prefix in zip(requests, routed, prefixes, strict=True)
         ]
         return self._score(rows, "loglikelihood", disable_tqdm)
 

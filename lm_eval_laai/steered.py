@@ -77,6 +77,12 @@ class Steered(TemplateLM):
         finally:
             self._routed_rows = None
 
+    def _rows_in_progress(self) -> list[Any]:
+        """What `_routed` gave for the requests of the loglikelihood call in progress."""
+        if self._routed_rows is None:
+            raise LaaiError("_loglikelihood_tokens takes tokens without their task: expected a call of loglikelihood")
+        return self._routed_rows
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The prefix token is the prompt: position `last` acts on it in a text's first window only.
 

@@ -111,10 +111,9 @@ class VLLMLaai(Steered, VLLM):
     def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         if self._routing is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm)
-        assert self._routed_rows is not None
         rows = [
             _Row(prompt, continuation, *routed)
-            for (_, prompt, continuation), routed in zip(requests, self._routed_rows, strict=True)
+            for (_, prompt, continuation), routed in zip(requests, self._rows_in_progress(), strict=True)
         ]
         return self._score(rows, "loglikelihood", disable_tqdm)
 

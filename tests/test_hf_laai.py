@@ -353,6 +353,14 @@ def test_bad_arguments(tmp_path):
             HFLaai(pretrained=model, tokenizer=tokenizer, **arguments)
 
 
+def test_tokens_without_their_task_are_refused():
+    """Their intervention would be unknown; without interventions they are HFLM's own business."""
+    tokens = [(("a", " b"), [5], [6])]
+    with pytest.raises(LaaiError, match="expected a call of loglikelihood"):
+        harness_model(iv=intervention("Llama"))._loglikelihood_tokens(tokens, disable_tqdm=True)
+    assert len(harness_model()._loglikelihood_tokens(tokens, disable_tqdm=True)) == 1
+
+
 def test_response_cache_is_refused(tmp_path):
     from lm_eval.api.model import CachingLM
 
