@@ -6,7 +6,7 @@ encode(prompt + target)[len(prompt ids):], special tokens as the tokenizer adds 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -25,10 +25,19 @@ WHITESPACE: tuple[Whitespace, ...] = get_args(Whitespace)
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids; no special tokens are added to a text that already begins with the prefix token (HFLM.tok_encode)."""
+    if not (hasattr(tokenizer, "encode") and hasattr(tokenizer, "bos_token")):
+        found = type(tokenizer).__name__  # the processor of a multimodal model, say
+        raise LaaiError(f"the tokenizer is a {found}: expected the model's own, as AutoTokenizer gives")
     prefix = tokenizer.eos_token if tokenizer.bos_token is None else tokenizer.bos_token
     if prefix and text.startswith(prefix):
         return tokenizer.encode(text, add_special_tokens=False)
     return tokenizer.encode(text)
+
+
+def refuse_foreign(ids: Iterable[int], vocabulary: int | None) -> None:
+    """LaaiError for token ids that a model with so many tokens does not have; None: not known."""
+    if vocabulary is not None and (highest := max(ids)) >= vocabulary:
+        raise LaaiError(f"the tokenizer gives token {highest}, the model has {vocabulary}: expected the model's own")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, whitespace: Whitespace) -> list[int]:
@@ -99,6 +108,7 @@ def encode_examples(
     whitespace: Whitespace = "refuse",
     runs: Sequence[int] | None = None,
     held_out: Sequence[bool] | None = None,
+    vocabulary: int | None = None,
 ) -> Batch:
     """All examples in one batch. A target gets `stop` appended (so that generation ends there), options do not.
 
@@ -106,7 +116,8 @@ def encode_examples(
     have weight 0 in their run's mean loss; default: none.
 
     Raises:
-        LaaiError: no example, an example that cannot be tokenised, or one longer than `max_length` tokens.
+        LaaiError: no example, an example that cannot be tokenised, one longer than `max_length` tokens, or one with a
+            token that is none of the model's `vocabulary` tokens.
     """
     if not examples:
         raise LaaiError("no training examples, expected at least one")
@@ -120,6 +131,7 @@ def encode_examples(
         texts = [example.target + stop] if example.target is not None else list(example.options or ())
         for text in texts:
             prompt, continuation = encode_pair(tokenizer, example.prompt, text, whitespace)
+            refuse_foreign([*prompt, *continuation], vocabulary)
             ids = (*prompt, *continuation[:-1])
             if max_length is not None and len(ids) > max_length:
                 raise LaaiError(

@@ -71,6 +71,11 @@ class Layout:
         """The most tokens of a text by the configuration (`max_position_embeddings`); None if not given."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
+    @property
+    def vocabulary(self) -> int | None:
+        """The number of the model's tokens by the configuration; None if not given."""
+        return getattr(self.model.config.get_text_config(decoder=True), "vocab_size", None)
+
     def layer(self, index: int) -> int:
         """`index` counted from the front, or LaaiError when the model has no such layer."""
         count = len(self.blocks)

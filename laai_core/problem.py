@@ -69,6 +69,7 @@ class Problem:
             settings.whitespace,
             self._owners,
             None if held_out is None else [watched for part in held_out for watched in part],
+            layout.vocabulary,
         )
         self.objective = Objective(examples)
         self.layout, self._settings, self._layers = layout, settings, layers

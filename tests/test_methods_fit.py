@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -117,6 +118,24 @@ def test_refusals(method, options, said, tmp_path):
     with pytest.raises(laai.LaaiError, match=said):
         fitted(method, output, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tokenizer_of_another_model_is_refused(method, tmp_path):
+    small = tiny_model("Llama")
+    small.resize_token_embeddings(60)
+    before = set(vars(small))
+    with pytest.raises(laai.LaaiError, match=r"^the tokenizer gives token \d+, the model has 60: expected the"):
+        fitted(method, tmp_path / ("x" if method in ADAPTERS else "x.safetensors"), small)
+    assert list(tmp_path.iterdir()) == [] and set(vars(small)) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("given", [SimpleNamespace(tokenizer=TOKENIZER), "gpt2", None])
+def test_what_is_no_tokenizer_is_refused(method, given, tmp_path):
+    output = tmp_path / ("x" if method in ADAPTERS else "x.safetensors")
+    with pytest.raises(laai.LaaiError, match=rf"^the tokenizer is a {type(given).__name__}: expected the model's own"):
+        fit(method, tiny_model("Llama"), given, SPLIT, output=output, progress=False)
 
 
 def test_wrong_outputs_are_refused_and_nothing_is_lost(tmp_path):

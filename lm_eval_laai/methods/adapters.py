@@ -24,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from laai_core.data.rules import WORD_RULES, rule_named
-from laai_core.encode import Batch, encode_examples
+from laai_core.encode import Batch, encode_examples, refuse_foreign
 from laai_core.errors import WorkFailed
 from laai_core.example import Example
 from laai_core.files import unwritable
@@ -75,6 +75,7 @@ def train_adapter(
     config = ADAPTERS[method](layout, None if layer is None else layout.layer(layer))
     base_model = model_facts(layout)["base_model"]
     data = _Data(layout, tokenizer, examples, _columns_before(config))
+    data.batch(None)  # refuses examples before the model is wrapped
     with _wrapped(layout, config, seed) as wrapped:
         if config.is_prompt_learning:
             _start_from(wrapped, tokenizer, description(task))
@@ -153,12 +154,15 @@ class _Data:
     ) -> None:
         self._tokenizer, self._examples, self._device = tokenizer, examples, layout.device
         self._limit = layout.max_positions and layout.max_positions - before  # `before`: as of `_columns_before`
+        self._vocabulary = layout.vocabulary
         self.objective = Objective(examples)
         self.folds = held_out_by_fold(len(examples)) if len(examples) > 1 else []
 
     def batch(self, held_out: Sequence[bool] | None) -> Batch:
         """All examples, those held out with weight zero."""
-        batch = encode_examples(self._tokenizer, self._examples, max_length=self._limit, held_out=held_out)
+        batch = encode_examples(
+            self._tokenizer, self._examples, max_length=self._limit, held_out=held_out, vocabulary=self._vocabulary
+        )
         return batch.to(self._device)
 
 
@@ -293,6 +297,7 @@ def _start_from(wrapped: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> 
     ids = tokenizer.encode(text, add_special_tokens=False)
     ids = (ids * math.ceil(VIRTUAL_TOKENS / len(ids)))[:VIRTUAL_TOKENS]
     embedding = wrapped.get_base_model().get_input_embeddings()
+    refuse_foreign(ids, len(embedding.weight))
     prompt = wrapped.prompt_encoder["default"].embedding.weight
     prompt.copy_(embedding(torch.tensor(ids, device=embedding.weight.device)))
 

@@ -95,7 +95,9 @@ def compose(
             raise LaaiError("method fit needs a model, its tokenizer and examples of the composed task")
         layout = locate(model, projection)
         total.for_model(layout)  # refuses what does not fit the model
-        batch = encode_examples(tokenizer, examples, stop, layout.max_positions, whitespace)
+        batch = encode_examples(
+            tokenizer, examples, stop, layout.max_positions, whitespace, vocabulary=layout.vocabulary
+        )
         forward = _WeightedForward(layout, batch, stacks, total, batch_size)
         factors, training = _fit(layout, forward, Objective(examples), factors, progress)
         training |= {"stop": stop, **training_facts(layout, examples, seed)}

@@ -40,7 +40,7 @@ def task_losses(
     vectors = torch.stack([iv.scale * iv.for_model(layout)[layout.layer(layers[0])] for iv, _ in pairs])
     examples = [example for _, part in pairs for example in part]
     owners = [number for number, (_, part) in enumerate(pairs) for _ in part]
-    batch = encode_examples(tokenizer, examples, runs=owners)
+    batch = encode_examples(tokenizer, examples, runs=owners, vocabulary=layout.vocabulary)
     with frozen(layout.model):
         forward = PlainForward(layout, batch, layout.layer(layers[0]), site, batch_size)
         losses = Objective(examples).per_example(forward.continuation_logprobs(vectors)).tolist()

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from laai_core.cache import model_inputs, padded, padding_is_exact, read_only, selected
-from laai_core.encode import encode_pair
+from laai_core.encode import encode_pair, refuse_foreign
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 from laai_core.hooks import attached, frozen, recorded
@@ -79,7 +79,7 @@ def function_vector(
     draw = random.Random(seed)
     correct = few_shot_prompts(tokenizer, examples, PROMPTS, False, draw)
     shuffled = few_shot_prompts(tokenizer, examples, TRIALS, True, draw)
-    _refuse_long(layout, [*correct, *shuffled])
+    _refuse(layout, [*correct, *shuffled])
     if not padding_is_exact(layout):
         raise LaaiError(f"{type(layout.model).__name__} numbers tokens by itself: a function vector needs padded rows")
     with (
@@ -229,7 +229,9 @@ def _written(layout: Layout, means: dict[int, torch.Tensor], chosen: Sequence[tu
     return total
 
 
-def _refuse_long(layout: Layout, prompts: Sequence[Prompt]) -> None:
+def _refuse(layout: Layout, prompts: Sequence[Prompt]) -> None:
+    """LaaiError for prompts that are too long for the model, or of another tokenizer."""
+    refuse_foreign((token for prompt in prompts for token in (*prompt.ids, prompt.answer)), layout.vocabulary)
     limit = layout.max_positions
     longest = max(len(prompt.ids) for prompt in prompts)
     if limit is not None and longest > limit:

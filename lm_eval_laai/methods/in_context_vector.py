@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 
 from laai_core.cache import padding_is_exact, whole_rows
 from laai_core.data.tasks import rule_prompt
-from laai_core.encode import encode_text
+from laai_core.encode import encode_text, refuse_foreign
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 from laai_core.hooks import frozen, hidden_of, recorded
@@ -57,9 +58,12 @@ def in_context_vector(
     layers = range(len(layout.blocks)) if layer is None else [layout.layer(layer)]
     for number in layers:
         layout.module(number, "mlp")
+    inputs, outputs = (
+        [encode_text(tokenizer, text(example)) for example in examples] for text in (input_text, output_text)
+    )
+    refuse_foreign(chain(*inputs, *outputs), layout.vocabulary)
     with frozen(layout.model), torch.no_grad():
-        before = hidden_states(layout, [encode_text(tokenizer, input_text(example)) for example in examples])
-        after = hidden_states(layout, [encode_text(tokenizer, output_text(example)) for example in examples])
+        before, after = hidden_states(layout, inputs), hidden_states(layout, outputs)
     _, *by_block = shift(before, after)
     metadata = {
         **model_facts(layout),
