@@ -205,6 +205,14 @@ def verify_causal(layout: Layout) -> None:
             raise LaaiError(f"{name}: layer {i}'s output projection ran {len(seen)} times in a forward, expected once")
 
 
+def require_gradients(layout: Layout) -> None:
+    """LaaiError where torch computes no gradients with the model's weights."""
+    if torch.is_inference_mode_enabled():
+        raise LaaiError("training needs gradients, which torch.inference_mode has not: expected a call outside of it")
+    if any(parameter.is_inference() for parameter in layout.model.parameters()):
+        raise LaaiError("the model was made within torch.inference_mode: expected one loaded outside of it")
+
+
 def _find_blocks(model: Any, count: int) -> tuple[nn.Module, tuple[nn.Module, ...]]:
     """The innermost module around the decoder blocks that receives the tokens, and the blocks."""
     # get_decoder() first: it skips vision towers. For a few model types it is wrong, so larger modules follow.

@@ -13,7 +13,7 @@ from laai_core.encode import Batch, encode_examples
 from laai_core.errors import LaaiError
 from laai_core.example import Example
 from laai_core.forward import Forward, PlainForward
-from laai_core.locate import Layout
+from laai_core.locate import Layout, require_gradients
 from laai_core.objective import Objective
 from laai_core.optimize import Solution, minimise
 from laai_core.penalty import Penalty
@@ -59,6 +59,7 @@ class Problem:
                 f"the model is under a soft prompt or prefix of {layout.virtual_tokens} virtual tokens: expected the "
                 f"model itself, or under another adapter"
             )
+        require_gradients(layout)
         examples = [example for part in sets for example in part]
         self._owners = [run for run, part in enumerate(sets) for _ in part]
         self._batch = encode_examples(

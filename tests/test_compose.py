@@ -244,6 +244,12 @@ def test_the_default_dtype_changes_nothing(method: str) -> None:
         assert compose(parents, method, **data).to_bytes() == expected
 
 
+def test_fit_refuses_inference_mode() -> None:
+    data = {"model": tiny_model("Llama"), "tokenizer": tiny_tokenizer(bos=True), "examples": WORDS}
+    with torch.inference_mode(), pytest.raises(LaaiError, match="expected a call outside"):
+        compose([heads(1), heads(3)], "fit", **data)
+
+
 # The command line
 
 

@@ -138,6 +138,19 @@ def test_what_is_no_tokenizer_is_refused(method, given, tmp_path):
         fit(method, tiny_model("Llama"), given, SPLIT, output=output, progress=False)
 
 
+@pytest.mark.parametrize("method", ["laai", *ADAPTERS])
+def test_inference_mode_is_refused(method, tmp_path):
+    output, llama = tmp_path / ("x" if method in ADAPTERS else "x.safetensors"), tiny_model("Llama")
+    with torch.inference_mode():
+        made_within = tiny_model("Llama")
+        with pytest.raises(laai.LaaiError, match=r"torch.inference_mode has not: expected a call outside of it$"):
+            fitted(method, output, llama)
+    with pytest.raises(laai.LaaiError, match="made within torch.inference_mode: expected one loaded outside of it$"):
+        fitted(method, output, made_within)
+    assert all(p.requires_grad for one in (llama, made_within) for p in one.parameters())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_wrong_outputs_are_refused_and_nothing_is_lost(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()

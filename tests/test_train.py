@@ -697,6 +697,17 @@ def test_a_model_under_another_vector_is_refused():
             train(model=model)
 
 
+def test_inference_mode_is_refused():
+    model = tiny_model("Llama")
+    with torch.inference_mode():
+        made_within = tiny_model("Llama")
+        with pytest.raises(LaaiError, match="expected a call outside"):
+            train(model=model)
+    with pytest.raises(LaaiError, match="expected one loaded outside"):
+        train(model=made_within)
+    assert all(p.requires_grad for one in (model, made_within) for p in one.parameters())
+
+
 def test_an_empty_job_beside_another_is_refused():
     with pytest.raises(LaaiError, match="expected at least one Example"):
         laai.train_many(tiny_model("Llama"), TOKENIZER, [laai.Job(RULES, 1), laai.Job([], 1)])

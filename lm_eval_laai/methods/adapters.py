@@ -29,7 +29,7 @@ from laai_core.errors import WorkFailed
 from laai_core.example import Example
 from laai_core.files import unwritable
 from laai_core.hooks import frozen, read_at
-from laai_core.locate import Layout, locate
+from laai_core.locate import Layout, locate, require_gradients
 from laai_core.objective import Objective
 from laai_core.record import model_facts, training_facts
 from lm_eval_laai.methods.linear_modules import attention_inputs, down_projection, is_transposed
@@ -72,6 +72,7 @@ def train_adapter(
         LaaiError: on examples or a model that the method cannot take.
     """
     layout = locate(model)
+    require_gradients(layout)
     config = ADAPTERS[method](layout, None if layer is None else layout.layer(layer))
     base_model = model_facts(layout)["base_model"]
     data = _Data(layout, tokenizer, examples, _columns_before(config))

@@ -19,7 +19,7 @@ from laai_core.example import Example
 from laai_core.forward import Forward, PlainForward
 from laai_core.hooks import frozen
 from laai_core.intervention import Intervention
-from laai_core.locate import Layout, locate, verify_causal
+from laai_core.locate import Layout, locate, require_gradients, verify_causal
 from laai_core.objective import SMOOTHING, Objective
 from laai_core.record import training_facts
 from lm_eval_laai.chats import common_rendering
@@ -94,6 +94,7 @@ def compose(
         if model is None or tokenizer is None or not examples:
             raise LaaiError("method fit needs a model, its tokenizer and examples of the composed task")
         layout = locate(model, projection)
+        require_gradients(layout)
         total.for_model(layout)  # refuses what does not fit the model
         batch = encode_examples(
             tokenizer, examples, stop, layout.max_positions, whitespace, vocabulary=layout.vocabulary
