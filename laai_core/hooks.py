@@ -148,17 +148,22 @@ def wrapped(module: nn.Module, name: str, wrapper: Callable[..., Any]) -> Iterat
                 method.undo.close()
 
 
+def refuse_applied(model: nn.Module, what: str) -> None:
+    """LaaiError within `laai.apply` on the model, whose vector would act on all that `what` computes."""
+    if any(isinstance(value, _Wrapped) for value in vars(model).values()):
+        raise LaaiError(f"the model is inside a laai.apply block: expected {what} outside of it")
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Within the block, evaluation mode and no gradients for the weights; earlier states are restored.
 
     Raises:
-        LaaiError: within `laai.apply` on the model, whose vector would act on all that is computed here.
+        LaaiError: within `laai.apply` on the model.
     """
-    if any(isinstance(value, _Wrapped) for value in vars(model).values()):
-        raise LaaiError("the model is inside a laai.apply block: expected training outside of it")
+    refuse_applied(model, "training")
     training = [m for m in model.modules() if m.training]
-    learning = [p for p in model.parameters() if p.requires_grad]
+    learning = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]  # these have none to give
     model.eval()
     for parameter in learning:
         parameter.requires_grad_(False)

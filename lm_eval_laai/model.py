@@ -24,6 +24,7 @@ from transformers.generation import GenerationMode
 
 from laai_core.apply import Edit, hooked
 from laai_core.errors import LaaiError
+from laai_core.hooks import refuse_applied
 from laai_core.intervention import Intervention
 from laai_core.locate import locate, verify_causal
 from lm_eval_laai.finite import named, watched
@@ -252,6 +253,7 @@ class HFLaai(Steered, HFLM):
 
     def _routed(self, requests: Sequence[Instance]) -> list[_Routed]:
         """The edit (by task), the name and the task of each request."""
+        refuse_applied(self._layout.model, "hf-laai with an intervention")
         interventions = self._routed_interventions(requests)
         return [
             (None if iv is None else self._edits[id(iv)], named(request), request.task_name)

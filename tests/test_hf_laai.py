@@ -353,6 +353,15 @@ def test_bad_arguments(tmp_path):
             HFLaai(pretrained=model, tokenizer=tokenizer, **arguments)
 
 
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
+def test_a_model_under_another_vector_is_refused(kind):
+    lm = harness_model(iv=intervention("Llama"))
+    given = {"loglikelihood": ("a", " b"), "loglikelihood_rolling": ("a",), "generate_until": ("a", {"until": []})}
+    with laai.apply(lm.model, intervention("Llama")):
+        with pytest.raises(LaaiError, match="apply block: expected hf-laai with an intervention outside of it"):
+            getattr(lm, kind)(requests(kind, [given[kind]]), disable_tqdm=True)
+
+
 def test_tokens_without_their_task_are_refused():
     """Their intervention would be unknown; without interventions they are HFLM's own business."""
     tokens = [(("a", " b"), [5], [6])]

@@ -150,6 +150,16 @@ def test_inference_mode_is_refused(method, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("method", ["fv", "icv"])
+def test_methods_without_gradients_take_a_model_made_within_inference_mode(method, tmp_path):
+    with torch.inference_mode():
+        made_within = tiny_model("Llama")
+    for name, llama in (("within", made_within), ("outside", tiny_model("Llama"))):
+        fitted(method, tmp_path / f"{name}.safetensors", llama)
+    vectors = [laai.Intervention.load(tmp_path / f"{name}.safetensors") for name in ("within", "outside")]
+    assert torch.equal(*(iv.vector(iv.layers[0]) for iv in vectors))
+
+
 def test_wrong_outputs_are_refused_and_nothing_is_lost(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
