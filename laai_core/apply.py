@@ -237,7 +237,7 @@ class _Steering:
         if key not in running.hits:
             batch = len(running.call.ordinals)
             if self._row_edits is None:
-                rows = torch.arange(batch)
+                rows = torch.arange(batch, device="cpu")
             else:
                 rows = (repeated(self._row_edits, batch) == edit).nonzero().squeeze(1)
             row, column = running.call.hits(self._edits[edit].position, rows)
@@ -307,12 +307,12 @@ def icv_step(x: torch.Tensor, vector: torch.Tensor, step: float) -> torch.Tensor
 def _checked(prompt_lengths: Sequence[int]) -> torch.Tensor:
     """Prompt lengths [R]; LaaiError for other than positive whole numbers."""
     try:
-        lengths = torch.as_tensor(prompt_lengths)
+        lengths = torch.as_tensor(prompt_lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        lengths = torch.tensor(0)
+        lengths = torch.tensor(0, device="cpu")
     if lengths.ndim != 1 or not len(lengths) or lengths.is_floating_point() or int(lengths.min()) < 1:
         raise LaaiError(f"prompt_lengths is {prompt_lengths!r:.60}: expected a positive whole number per row")
-    return lengths.long().cpu()
+    return lengths.long()
 
 
 def _distinct(rows: Edit | Sequence[Edit | None]) -> tuple[list[Edit], torch.Tensor | None]:
@@ -321,7 +321,7 @@ def _distinct(rows: Edit | Sequence[Edit | None]) -> tuple[list[Edit], torch.Ten
         return [rows], None
     edits = list(dict.fromkeys(edit for edit in rows if edit is not None))
     number: dict[Edit | None, int] = {None: -1, **{edit: index for index, edit in enumerate(edits)}}
-    return edits, torch.tensor([number[edit] for edit in rows], dtype=torch.long)
+    return edits, torch.tensor([number[edit] for edit in rows], dtype=torch.long, device="cpu")
 
 
 def _packed(given: Mapping[str, Any]) -> bool:
@@ -361,4 +361,4 @@ def _prompt_mask(setting: Callable[[str], Any], args: tuple[Any, ...], kwargs: d
     if prompt.ndim == 2 and pad is not None and pad not in ends and bool((prompt == pad).any()):
         # transformers would guess the mask here; a guess must not decide where the vector goes.
         raise LaaiError("generate got padding tokens without attention_mask: pass the mask")
-    return torch.ones(prompt.shape[:2], dtype=torch.long)
+    return torch.ones(prompt.shape[:2], dtype=torch.long, device="cpu")

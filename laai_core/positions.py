@@ -49,7 +49,7 @@ class Generation:
         """[batch, length] for token columns start, start + 1, ...; rows are repeated for beams and samples."""
         width = self.mask.shape[1]
         known = _ordinals(self.mask)  # [R, P]
-        columns = torch.arange(start, start + length)
+        columns = torch.arange(start, start + length, device="cpu")
         inside = known[:, columns.clamp(0, width - 1)]
         beyond = self.lengths().unsqueeze(1) + columns - width + 1
         table = torch.where(columns < width, inside, beyond)
@@ -113,7 +113,8 @@ class PositionTracker:
 
     def _plain_ordinals(self, batch: int, length: int, past: int, mask: Any) -> torch.Tensor:
         if mask is None:
-            return (torch.arange(past, past + length) - self._virtual + 1).clamp_min(0).expand(batch, length)
+            columns = torch.arange(past, past + length, device="cpu")
+            return (columns - self._virtual + 1).clamp_min(0).expand(batch, length)
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
             raise LaaiError("expected a 2-D attention_mask [batch, tokens]: padding cannot be read off any other")
         if mask.shape[1] != past + length:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from laai_core.devices import cpu_by_default
 from laai_core.errors import Interrupted, LaaiError, NotFinite, Unfinished
 from laai_core.example import Example
 from laai_core.hooks import frozen
@@ -86,6 +87,7 @@ def train(
     return result
 
 
+@cpu_by_default
 def train_many(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from transformers.generation import GenerationMode
 
 from laai_core.apply import Edit, hooked
+from laai_core.devices import cpu_by_default
 from laai_core.errors import LaaiError
 from laai_core.hooks import refuse_applied
 from laai_core.intervention import Intervention
@@ -133,6 +134,7 @@ class HFLaai(Steered, HFLM):
     def _scorer(self) -> Scorer:
         return Scorer(self.model, self._layout, self.max_length, self.softmax_dtype, self._prefixes)
 
+    @cpu_by_default
     def _score(self, rows: list[Row], name: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
         bar = tqdm(total=len(rows), disable=disable_tqdm or self.rank != 0, desc=f"Running {name} requests")
         with bar, torch.no_grad(), self._autocast(), closing(self._prefixes):
@@ -152,6 +154,7 @@ class HFLaai(Steered, HFLM):
 
     # Generation: the harness batches contexts; every context carries its edit along.
 
+    @cpu_by_default
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """One batch may hold contexts of several tasks, each under its own intervention."""
         if self._routing is None:

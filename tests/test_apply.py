@@ -242,6 +242,23 @@ def test_threads_call_one_model_at_once():
         found.clear()
 
 
+def test_the_default_device_changes_nothing():
+    """`meta` stands for another device than the model's: its tensors cannot be mixed with others."""
+    model, rows = tiny_model("Llama"), [intervention("Llama"), None]
+    batch = {"input_ids": torch.tensor([[0, 5, 6], [7, 8, 9]]), "attention_mask": torch.tensor([[0, 1, 1], [1] * 3])}
+
+    def results():
+        with torch.no_grad(), laai.apply(model, rows, prompt_lengths=[1, 3]):
+            logits = model(**batch).logits
+        with laai.apply(model, rows):
+            return logits, model.generate(**batch, max_new_tokens=2, do_sample=False)
+
+    wanted = results()
+    with torch.device("meta"):
+        found = results()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     model, iv = tiny_model("Llama"), intervention("Llama")
     ids = [torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9, 10, 11, 12]])]

@@ -362,6 +362,19 @@ def test_a_model_under_another_vector_is_refused(kind):
             getattr(lm, kind)(requests(kind, [given[kind]]), disable_tqdm=True)
 
 
+def test_the_default_device_changes_nothing():
+    lm = harness_model(iv=intervention("Llama"), batch_size=2)
+    pairs, texts = [("a", " b c"), ("b c", " d"), ("a", " e f")], [("a b", {"until": ["q"], "max_gen_toks": 3})] * 2
+
+    def results():
+        scored = lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+        return scored, lm.generate_until(requests("generate_until", texts), disable_tqdm=True)
+
+    wanted = results()
+    with torch.device("meta"):
+        assert results() == wanted
+
+
 def test_tokens_without_their_task_are_refused():
     """Their intervention would be unknown; without interventions they are HFLM's own business."""
     tokens = [(("a", " b"), [5], [6])]

@@ -62,6 +62,17 @@ def test_the_default_dtype_changes_nothing(method, tmp_path):
     assert first.read_bytes() == again.read_bytes()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_device_changes_nothing(method, tmp_path):
+    llama, steps = tiny_model("Llama"), {} if method in ("fv", "icv") else {"steps": 3}
+    outputs = [tmp_path / (name if method in ADAPTERS else f"{name}.safetensors") for name in "ab"]
+    fitted(method, outputs[0], llama, **steps)
+    with torch.device("meta"):
+        fitted(method, outputs[1], llama, **steps)
+    first, again = (path / "adapter_model.safetensors" if path.is_dir() else path for path in outputs)
+    assert first.read_bytes() == again.read_bytes()
+
+
 def test_default_layers(tmp_path):
     layers = {
         method: laai.Intervention.load(fitted(method, tmp_path / f"{method}.safetensors")).layers

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laai_core.data.split import Split
+from laai_core.devices import cpu_by_default
 from laai_core.errors import LaaiError
 from lm_eval_laai.methods.method import Method, Training
 from lm_eval_laai.tasks import recorded_task
@@ -71,6 +72,7 @@ METHODS = {
 }
 
 
+@cpu_by_default
 def fit(
     method: str,
     model: PreTrainedModel,

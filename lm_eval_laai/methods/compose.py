@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from laai_core.apply import Edit
+from laai_core.devices import cpu_by_default
 from laai_core.encode import Batch, Whitespace, encode_examples
 from laai_core.errors import LaaiError, WorkFailed
 from laai_core.example import Example
@@ -33,6 +34,7 @@ TIES_DENSITY = 0.2  # share of coordinates that survive trimming: the value of t
 FIT_EVALUATIONS = 50  # of the loss and its gradient, at most; two weights take about a dozen
 
 
+@cpu_by_default
 def compose(
     parents: Sequence[Intervention],
     method: str = "sum",

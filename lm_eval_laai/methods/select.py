@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from laai_core.devices import cpu_by_default
 from laai_core.errors import LaaiError, Unfinished
 from laai_core.example import Example
 from laai_core.hooks import frozen
@@ -90,6 +91,7 @@ class Choice:
     further: Sequence[Example] = ()
 
 
+@cpu_by_default
 def choose(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -172,6 +174,7 @@ def train_chosen(
     return result, choice
 
 
+@cpu_by_default
 def trained(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
