@@ -6,9 +6,10 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -90,10 +91,13 @@ def hooked(
         methods.enter_context(wrapped(layout.model, "generate", steering.generate))
         if hasattr(layout.model, "init_continuous_batching"):
             methods.enter_context(wrapped(layout.model, "init_continuous_batching", _refuse_packing))
-        yield
+        try:
+            yield
+        finally:
+            steering.ended = True
 
 
-@dataclass
+@dataclass(eq=False)  # hashed by identity
 class _Running:
     """A forward call, and the rows and columns in it that each edit changes, by edit and device."""
 
@@ -124,8 +128,9 @@ class _Steering:
         self._tracker = PositionTracker(layout.virtual_tokens, lengths)
         self._parameters = list(inspect.signature(layout.decoder.forward).parameters)
         self._here = _Thread()
-        self._with_graph: list[_Running] = []  # at most the latest two forward calls since a backward ran layers again
+        self._with_graph: WeakSet[_Running] = WeakSet()  # calls whose graph lives, since a backward ran layers again
         self._ran_again = False  # whether a backward did since the latest of these calls
+        self.ended = False  # the block, while calls in other threads may go on
         self._cast: dict[tuple[int, int, torch.device, torch.dtype], torch.Tensor] = {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -168,9 +173,12 @@ class _Steering:
             kwargs.setdefault("logits_to_keep", 0)  # else Gemma 4 runs such layers for the last column alone
         self._here.generation = Generation(mask)
         try:
-            return method(*args, **kwargs)
+            generated = method(*args, **kwargs)
         finally:
             self._here.generation = outer
+        if self.ended:
+            raise LaaiError("a laai.apply block ended while generate ran in a thread: its last tokens are untouched")
+        return generated
 
     def _before_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._here.outer = kwargs
@@ -198,16 +206,24 @@ class _Steering:
             _refuse_packing()
         self._here.outer = None
         call = self._tracker.call(batch, length, given.get("past_key_values"), mask, generation)
-        self._here.running = running = _Running(call)
-        if torch.is_grad_enabled() and running.backward == -1:
-            self._with_graph = [*([] if self._ran_again else self._with_graph[-1:]), running]
-            self._ran_again = False
+        self._here.running = _Running(call)
 
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._here.generation is None and self._here.running is not None:
-            returned = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+        running = self._here.running
+        if running is None:
+            return
+        returned = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+        if self._here.generation is None:
             given = self._given(args, kwargs).get("past_key_values")
-            self._tracker.remember((given, *returned), self._here.running.call)
+            self._tracker.remember((given, *returned), running.call)
+        node = next((one.grad_fn for one in returned if isinstance(one, torch.Tensor)), None)
+        if node is not None:
+            if self._ran_again:
+                self._with_graph.clear()
+                self._ran_again = False
+            metadata: Any = node.metadata
+            metadata[self] = kept = replace(running)  # which lives as long as the graph
+            self._with_graph.add(kept)
 
     def _running(self) -> _Running:
         """The forward call whose layers run. With gradient checkpointing `backward` runs them again, maybe in a thread
@@ -216,13 +232,16 @@ class _Steering:
         running = self._here.running
         if running is not None and running.backward == torch._C._current_graph_task_id():
             return running
-        if len(self._with_graph) != 1:
+        if torch._C._current_graph_task_id() == -1:
+            raise LaaiError("a layer was called without its decoder, or in another thread: its tokens are not known")
+        alive = list(self._with_graph)
+        if len(alive) != 1:
             raise LaaiError(
                 "with gradient checkpointing, expected one backward after each forward call, inside laai.apply, and "
-                "other calls under torch.no_grad(): the tokens of an earlier call are not kept"
+                "other calls under torch.no_grad(): which call's layers run again is not known"
             )
         self._ran_again = True
-        return self._with_graph[0]
+        return alive[0]
 
     def _edit_input(self, layer: int, site: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self._edited(args[0], layer, site), *args[1:])
@@ -326,9 +345,14 @@ def _distinct(rows: Edit | Sequence[Edit | None]) -> tuple[list[Edit], torch.Ten
 
 def _packed(given: Mapping[str, Any]) -> bool:
     """Whether a forward call without a mask has several prompts in a row."""
+    if given.get("cu_seq_lens_q") is not None:
+        return True
     positions = given.get("position_ids")
-    restarts = positions is not None and positions.ndim == 2 and bool((positions.diff(dim=1) < 0).any())
-    return restarts or given.get("cu_seq_lens_q") is not None
+    if positions is None or positions.ndim != 2:
+        return False
+    # Rows that begin at another number than 0 may have padding on the left, which transformers numbers 0 or 1.
+    begins_again = (positions[:, 1:] == 0) & (positions[:, :-1] > 0) & (positions[:, :1] == 0)
+    return bool(begins_again.any())
 
 
 def _refuse_packing(*ignored: Any, **named: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
@@ -59,7 +60,7 @@ def whole_rows(
     layout: Layout, rows: Sequence[Sequence[int]], batch_size: int, pad: bool
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """The rows by length, at most `batch_size` a forward: their numbers, and arguments with each row's end in the last
-    column. With `pad`, for a model where `padding_is_exact`, rows of unequal length share a forward.
+    column. With `pad`, where `padding_error` is rounding, rows of unequal length share a forward.
     """
     by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     for _, group in groupby(by_length, key=lambda row: 0 if pad else len(rows[row])):
@@ -71,9 +72,9 @@ def whole_rows(
 
 
 @torch.no_grad()
-def padding_is_exact(layout: Layout) -> bool:
-    """Whether a row padded on the left ends as the row alone does, but for rounding, tried on a few tokens: decoders
-    like RoBERTa's count positions from elsewhere, Bart's count padding too.
+def padding_error(layout: Layout) -> float:
+    """`relative_error` of logits behind padding on the left, tried on a few tokens: decoders like RoBERTa's count
+    positions from elsewhere, Bart's count padding too. Infinite for a model that refuses.
     """
     rows = [(1, 2, 2, 1, 2), (2, 1)]
     alone = torch.cat([layout.model(input_ids=padded([row], layout.device)[0]).logits[:, -1] for row in rows])
@@ -81,14 +82,18 @@ def padding_is_exact(layout: Layout) -> bool:
         inputs = model_inputs(layout, *padded(rows, layout.device, left=True))
         together = layout.model(**inputs, use_cache=False).logits[:, -1]
     except REFUSALS:
-        return False
-    return agree(together, alone)
+        return math.inf
+    return relative_error(together, alone)
 
 
-def agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether two computations of the same logits differ by rounding only."""
-    tolerance = 1e-4 if found.dtype == torch.float32 else 3e-2
-    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference between two computations of the same logits, as a share of the largest of them."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def rounding(layout: Layout) -> float:
+    """The largest error that the model's dtype explains."""
+    return 1e-4 if layout.dtype in (torch.float32, torch.float64) else 3e-2
 
 
 def selected(cache: Any, rows: torch.Tensor) -> Any:

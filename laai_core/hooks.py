@@ -17,7 +17,8 @@ from laai_core.errors import LaaiError
 Key = TypeVar("Key")
 
 
-_lock = threading.Lock()  # for what blocks share that may begin and end in any thread, in any order
+# For what blocks share, which begin and end in any thread; the garbage collector may end one while the lock is held.
+_lock = threading.RLock()
 
 
 class _Uncompiled:
@@ -28,8 +29,9 @@ class _Uncompiled:
 
     def __enter__(self) -> None:
         with _lock:
+            stance = torch.compiler.set_stance("force_eager")  # for each block: a caller may set another in between
             if not self._blocks:
-                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+                self._stance.enter_context(stance)
             self._blocks += 1
 
     def __exit__(self, *ignored: Any) -> None:
@@ -127,7 +129,7 @@ class _Wrapped:
         if not self.wrappers:
             raise LaaiError(f"{self._name} was taken off the model inside a laai.apply block that has ended")
         call = self._method
-        for wrapper in self.wrappers:
+        for wrapper in tuple(self.wrappers):  # blocks of other threads may end meanwhile
             call = partial(wrapper, call)
         return call(*args, **kwargs)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import numbers
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 
@@ -76,7 +77,9 @@ class Intervention:
         checked = {_layer(layer): _checked(v, layer, site, head_dim) for layer, v in vectors.items()}
         vars(self).update(metadata=copy.deepcopy(dict(metadata or {})), _vectors=dict(sorted(checked.items())))
 
-    def __setattr__(self, name: str, value: Any) -> NoReturn:
+    def __setattr__(self, name: str, value: Any) -> None:
+        if type(self) is not Intervention and name not in Intervention.__annotations__:  # a subclass's own
+            return super().__setattr__(name, value)
         instead = "rescaled(factor) gives one of another scale" if name == "scale" else "make a new Intervention"
         raise LaaiError(f"an Intervention's {name} is not to be changed: {instead}")
 
@@ -170,9 +173,10 @@ class Intervention:
     # Arithmetic folds the scales into the vectors, so that equal results are equal objects.
 
     def __mul__(self, factor: Any) -> Intervention:
-        if not isinstance(factor, SupportsFloat):
+        imaginary = isinstance(factor, numbers.Complex) and not isinstance(factor, numbers.Real)
+        if imaginary or not isinstance(factor, SupportsFloat):
             return NotImplemented
-        factor = finite(factor)
+        factor = float(factor) if isinstance(factor, bool) else finite(factor)  # True and False switch a vector
         if self.operation != "add":
             raise LaaiError(f"operation {self.operation!r} is not linear: change its scale instead of multiplying it")
         return self._like({k: v * (self.scale * factor) for k, v in self._vectors.items()}, self.metadata)

@@ -73,8 +73,13 @@ class Layout:
 
     @property
     def vocabulary(self) -> int | None:
-        """The number of the model's tokens by the configuration; None if not given."""
-        return getattr(self.model.config.get_text_config(decoder=True), "vocab_size", None)
+        """The number of the model's tokens: of its embeddings, of which a slice may be here, or by its configuration,
+        whichever is larger. None if neither is known.
+        """
+        weight = getattr(self.model.get_input_embeddings(), "weight", None)
+        sizes = [getattr(self.model.config.get_text_config(decoder=True), "vocab_size", None)]
+        sizes += [len(weight)] if isinstance(weight, torch.Tensor) else []
+        return max((size for size in sizes if size is not None), default=None)
 
     def layer(self, index: int) -> int:
         """`index` counted from the front, or LaaiError when the model has no such layer."""

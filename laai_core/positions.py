@@ -7,10 +7,10 @@ the padding side, the cache or the chunking of the prefill.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -23,6 +23,7 @@ class Call:
 
     ordinals: torch.Tensor
     prompt_lengths: torch.Tensor
+    columns: int = 0  # that the prompts take in the cache, where this is read off the calls
 
     def hits(self, position: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [m] and columns [m] of the tokens in `rows` [n] that a `position` selects."""
@@ -73,7 +74,7 @@ class PositionTracker:
     def __init__(self, virtual_tokens: int, prompt_lengths: torch.Tensor | None) -> None:
         self._virtual = virtual_tokens
         self._given = prompt_lengths
-        self._ends: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()  # prompt lengths [B] by cache
+        self._caches: dict[int, tuple[Callable[[], Any], int]] = {}  # by id: a cache, and its prompts' columns
 
     def call(self, batch: int, length: int, cache: Any, mask: Any, generation: Generation | None) -> Call:
         """The call's ordinals and prompt lengths.
@@ -90,38 +91,49 @@ class PositionTracker:
             ordinals = generation.ordinals(past - self._virtual, length, batch)
             ends = generation.lengths() if self._given is None else self._given
             return Call(ordinals, repeated(ends, batch))
-        ordinals = self._plain_ordinals(batch, length, past, mask)
+        whole = self._plain_ordinals(batch, length, past, mask)
+        ordinals = whole[:, past:]
         if self._given is not None:
             ends = self._given
             if len(ends) != batch:
                 raise LaaiError(f"prompt_lengths has {len(ends)} entries, the batch has {batch} rows")
             if past == 0:
                 check_lengths(ends, ordinals[:, -1] if mask is None else ordinals.max(1).values)
-        elif past <= self._virtual:  # prefix tuning starts with its virtual tokens in the cache
-            ends = ordinals.max(1).values
-        elif (known := self._ends.get(cache)) is not None and len(known) == batch:
-            ends = known
-        else:
+            return Call(ordinals, ends)
+        known, columns = self._caches.get(id(cache), (lambda: None, 0))
+        if past <= self._virtual:  # prefix tuning starts with its virtual tokens in the cache
+            columns = past + length
+        elif known() is not cache:
             raise LaaiError("a forward call continues a cache that was filled elsewhere: pass prompt_lengths=")
-        return Call(ordinals, ends)
+        # Counted anew: the cache's rows may have been selected, repeated or put in another order since.
+        return Call(ordinals, whole[:, :columns].max(1).values, columns)
 
     def remember(self, values: Iterable[Any], call: Call) -> None:
-        """Keep a call's prompt lengths for the caches among `values`, which later calls may continue."""
+        """Keep the columns of a call's prompts for the caches among `values`, which later calls may continue."""
         for value in values:
             if hasattr(value, "get_seq_length"):
-                self._ends[value] = call.prompt_lengths
+                self._caches[id(value)] = self._reference(value), call.columns
+
+    def _reference(self, cache: Any) -> Callable[[], Any]:
+        """A call gives the cache, as long as it lives; a class may allow no weak references."""
+        key = id(cache)
+        try:
+            return weakref.ref(cache, lambda gone: self._caches.pop(key, None))
+        except TypeError:
+            return lambda: cache
 
     def _plain_ordinals(self, batch: int, length: int, past: int, mask: Any) -> torch.Tensor:
+        """[batch, past + length] of the cached tokens and the new ones."""
         if mask is None:
-            columns = torch.arange(past, past + length, device="cpu")
-            return (columns - self._virtual + 1).clamp_min(0).expand(batch, length)
+            columns = torch.arange(past + length, device="cpu")
+            return (columns - self._virtual + 1).clamp_min(0).expand(batch, -1)
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
             raise LaaiError("expected a 2-D attention_mask [batch, tokens]: padding cannot be read off any other")
         if mask.shape[1] != past + length:
             raise LaaiError(f"attention_mask has {mask.shape[1]} columns, expected {past} cached + {length} new")
         real = mask.cpu().ne(0).long()
         real[:, : self._virtual] = 0
-        return _ordinals(real)[:, past:]
+        return _ordinals(real)
 
 
 def check_lengths(prompt_lengths: torch.Tensor, tokens: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from laai_core.cache import padding_is_exact, whole_rows
+from laai_core.cache import padding_error, rounding, whole_rows
 from laai_core.encode import Whitespace, encode_prompt
 from laai_core.errors import LaaiError
 from laai_core.example import Example
@@ -56,7 +56,7 @@ def in_context_starts(
             raise LaaiError(f"start icl needs at least two examples, got {len(examples)}: expected start zero")
     wanted = [pair for examples in sets for pair in _prompts(layout, tokenizer, examples, whitespace)]
     distinct = {tokens: row for row, tokens in enumerate(dict.fromkeys(t for pair in wanted for t in pair))}
-    pad = padding_is_exact(layout)
+    pad = padding_error(layout) <= rounding(layout)
     found = until_it_fits(
         lambda size: _last_activations(layout, list(distinct), layers, site, size, pad), batch_size or ROWS
     )

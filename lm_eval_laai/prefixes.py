@@ -24,7 +24,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from laai_core.apply import Edit, hooked
-from laai_core.cache import REFUSALS, agree, model_inputs, padded
+from laai_core.cache import REFUSALS, model_inputs, padded, relative_error, rounding
 from laai_core.locate import Layout
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class SharedPrefixes:
         # As a model is called that nobody tells of positions: some count them otherwise.
         alone = [self._layout.model(input_ids=padded([row], self._layout.device)[0]).logits[0] for row in rows]
         whole = torch.cat([logits[len(prefix) - cut :] for logits, cut in zip(alone, padding, strict=True)])
-        return agree(rest, whole)
+        return relative_error(rest, whole) <= rounding(self._layout)
 
 
 def continued_inputs(

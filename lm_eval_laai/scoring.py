@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from laai_core.apply import Edit, hooked
-from laai_core.cache import REFUSALS, model_inputs, padded, selected
+from laai_core.cache import REFUSALS, model_inputs, padded, rounding, selected
 from laai_core.errors import LaaiError
 from laai_core.locate import Layout
 from lm_eval_laai.finite import check
@@ -222,7 +222,7 @@ class Scorer:
         except REFUSALS:
             return False
         whole = [score for group in alone for _, (score, _) in self._plain([group])]
-        tolerance = 1e-4 if self._layout.dtype == torch.float32 else 3e-2
+        tolerance = rounding(self._layout)
         return all(abs(a - b) <= tolerance * abs(b) for a, b in zip(shared, whole, strict=True))
 
     def _log_softmax(self, logits: torch.Tensor, groups: Sequence[_Group]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import random
 import threading
@@ -204,6 +205,38 @@ def test_caches_are_continued_each_where_its_own_prompt_ended():
             model(torch.tensor([[3]]), past_key_values=copy.deepcopy(caches[0]))
 
 
+def test_the_rows_of_a_cache_are_put_in_another_order():
+    model, iv = tiny_model("Llama"), intervention("Llama", position="generated")
+    prompt = padded([[5, 6, 7, 8], [9, 10]], left=False)
+    step = {
+        "input_ids": torch.tensor([[3], [4]]),
+        "attention_mask": torch.cat([prompt["attention_mask"], torch.ones(2, 1)], 1),
+    }
+    order = torch.tensor([1, 0, 1])
+    with torch.no_grad(), laai.apply(model, iv):
+        cache = model(**prompt, use_cache=True).past_key_values
+        wanted = model(**step, past_key_values=cache).logits
+        cache = model(**prompt, use_cache=True).past_key_values
+        cache.batch_select_indices(order)
+        found = model(**{name: value[order] for name, value in step.items()}, past_key_values=cache).logits
+    torch.testing.assert_close(found, wanted[order])
+
+
+def test_caches_of_any_class_are_continued():
+    class Equal(transformers.DynamicCache):  # not hashable
+        def __eq__(self, other):
+            return True
+
+    model, iv, ids = tiny_model("Llama"), intervention("Llama", position="generated"), torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), laai.apply(model, iv):
+        logits = []
+        for kind in (transformers.DynamicCache, Equal):
+            cache = kind()
+            model(ids, past_key_values=cache)
+            logits.append(model(ids[:, :1], past_key_values=cache).logits)
+    assert torch.equal(*logits)
+
+
 def test_threads_call_one_model_at_once():
     """One thread waits between the first layer and the edited one until another has made a call of other lengths."""
     model, iv = tiny_model("Llama"), intervention("Llama")
@@ -242,6 +275,60 @@ def test_threads_call_one_model_at_once():
         found.clear()
 
 
+def test_a_block_that_ends_while_another_thread_generates():
+    model, ids = tiny_model("Llama"), torch.tensor([[5, 6, 7]])
+    begun, ended, said = threading.Event(), threading.Event(), []
+
+    class Wait(transformers.StoppingCriteria):
+        def __call__(self, *ignored, **named):
+            begun.set()
+            ended.wait(60)
+            return torch.tensor([False])
+
+    def run():
+        try:
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, stopping_criteria=[Wait()])
+        except laai.LaaiError as error:
+            said.append(str(error))
+
+    with laai.apply(model, intervention("Llama")):
+        thread = threading.Thread(target=run)
+        thread.start()
+        begun.wait(60)
+    ended.set()
+    thread.join()
+    assert said == ["a laai.apply block ended while generate ran in a thread: its last tokens are untouched"]
+
+
+def test_blocks_that_the_garbage_collector_ends():
+    """One may end while another begins or ends in the same thread."""
+
+    class Server:
+        def __init__(self, model, iv):
+            self.me, self.block = self, laai.apply(model, iv)
+            self.block.__enter__()
+
+    model, other, iv = tiny_model("Llama"), tiny_model("Llama"), intervention("Llama")
+    for _ in range(300):
+        Server(other, iv)
+        with laai.apply(model, iv):
+            pass
+    gc.collect()
+    assert not {"generate", "init_continuous_batching"} & (vars(model).keys() | vars(other).keys())
+
+
+def test_a_layer_without_its_decoder_is_refused():
+    model = tiny_model("Llama")
+    layer, seen = model.model.layers[1], []
+    hook = layer.register_forward_pre_hook(lambda *given: seen.append(given[1:]), with_kwargs=True)
+    with torch.no_grad():
+        model(torch.tensor([[5, 6]]))
+    hook.remove()
+    ((args, kwargs),) = seen
+    with laai.apply(model, intervention("Llama")), pytest.raises(laai.LaaiError, match="without its decoder"):
+        layer(*args, **kwargs)
+
+
 def test_the_default_device_changes_nothing():
     """`meta` stands for another device than the model's: its tensors cannot be mixed with others."""
     model, rows = tiny_model("Llama"), [intervention("Llama"), None]
@@ -270,8 +357,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
             losses = []
             for row in ids:
                 loss = model(row, use_cache=False).logits.square().mean()
-                with torch.no_grad():
-                    model(row[:, :3], use_cache=False)
+                model(row[:, :3], use_cache=False)  # whose graph is gone at once
                 losses += [loss] if together else []
                 if not together:
                     loss.backward()
@@ -511,6 +597,8 @@ def test_calls_with_rows_that_the_vector_does_not_know_are_refused():
         model.generate(ids, attention_mask=torch.ones_like(ids), guidance_scale=1.0, max_new_tokens=1)
         with pytest.raises(laai.LaaiError, match="packed in a row"):
             model(ids, position_ids=torch.tensor([[0, 1, 0, 1]]))
+        for padded_left in ([0, 0, 0, 1], [1, 1, 0, 1]):
+            model(ids, position_ids=torch.tensor([padded_left]))
         if hasattr(model, "generate_batch"):
             with pytest.raises(laai.LaaiError, match="packed in a row"):
                 model.generate_batch([[5, 6], [7]], max_new_tokens=1)

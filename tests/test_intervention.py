@@ -172,6 +172,13 @@ def test_changing_what_vector_returned_changes_nothing():
 
 @pytest.mark.parametrize("name", ["site", "position", "operation", "scale", "metadata", "vectors"])
 def test_attributes_are_not_set(name):
+    class Named(Intervention):
+        def __init__(self, vectors, **options):
+            super().__init__(vectors, **options)
+            self.nickname = "mine"
+
+    with pytest.raises(LaaiError, match="is not to be changed"):
+        setattr(Named({0: V}), "site" if name == "vectors" else name, None)
     iv = Intervention({0: V}, metadata={"task": "x"})
     before = iv.sha256
     with pytest.raises(LaaiError, match=f"{name} is not to be changed: {'rescaled' if name == 'scale' else 'make'}"):
@@ -289,6 +296,7 @@ def test_icv_is_not_linear(combine):
 
 
 NO_NUMBERS = [lambda a: a * "2", lambda a: a / "2", lambda a: a + 1, lambda a: 1 + a, lambda a: 0.0 + a]
+NO_NUMBERS += [lambda a: a * 1j, lambda a: a * np.complex64(1j), lambda a: a * np.complex128(1j)]
 NO_NUMBERS += [lambda a: False + a, lambda a: 1 - a, lambda a: 1 / a, lambda a: a * a, lambda a: a / a]
 
 
@@ -310,6 +318,12 @@ def test_factors_that_are_no_finite_number(factor):
     for combine in (lambda: V_ALONE * factor, lambda: factor * V_ALONE, lambda: V_ALONE / factor):
         with pytest.raises(LaaiError, match=r"^scale is .*: expected a finite number$"):
             combine()
+
+
+def test_a_truth_value_switches():
+    for on in (True, np.True_, torch.tensor(True)):
+        assert (V_ALONE * on).sha256 == (on * V_ALONE).sha256 == (V_ALONE * 1).sha256
+    assert (V_ALONE * False).sha256 == (V_ALONE * 0).sha256
 
 
 @pytest.mark.parametrize("zero", [0, 0.0, np.float32(0), torch.tensor(0)])

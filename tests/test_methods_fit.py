@@ -148,6 +148,19 @@ def test_what_is_no_tokenizer_is_refused(method, given, tmp_path):
         fit(method, tiny_model("Llama"), given, SPLIT, output=output, progress=False)
 
 
+def test_tokens_beyond_the_configuration_that_have_embeddings(tmp_path):
+    llama, more = tiny_model("Llama"), tiny_model("Llama")
+    more.resize_token_embeddings(len(llama.get_input_embeddings().weight) + 8)
+    more.config.vocab_size = 60  # as where the embeddings were replaced by hand
+    fitted("laai", tmp_path / "x.safetensors", more, steps=1, layer=1, l1=0.1, group=0.1, start="zero")
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning", "ignore:torch.quantize_per:UserWarning")
+def test_a_function_vector_of_rounded_products(tmp_path):
+    llama = torch.ao.quantization.quantize_dynamic(tiny_model("Llama"), {torch.nn.Linear})
+    assert fitted("fv", tmp_path / "x.safetensors", llama).exists()
+
+
 @pytest.mark.parametrize("method", ["laai", *ADAPTERS])
 def test_inference_mode_is_refused(method, tmp_path):
     output, llama = tmp_path / ("x" if method in ADAPTERS else "x.safetensors"), tiny_model("Llama")

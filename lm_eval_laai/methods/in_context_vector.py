@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from laai_core.cache import padding_is_exact, whole_rows
+from laai_core.cache import padding_error, rounding, whole_rows
 from laai_core.data.tasks import rule_prompt
 from laai_core.encode import encode_text, refuse_foreign
 from laai_core.errors import LaaiError
@@ -89,7 +89,7 @@ def hidden_states(layout: Layout, rows: Sequence[list[int]]) -> list[torch.Tenso
     """The embedding, then every block's output, at each row's last token: [N, width] each, float32 on the CPU."""
     modules = dict(enumerate([layout.model.get_input_embeddings(), *layout.blocks]))
     in_order: list[int] = []
-    pad = padding_is_exact(layout)
+    pad = padding_error(layout) <= rounding(layout)
     with recorded(modules, keep=lambda output: hidden_of(output)[:, -1].float().cpu()) as seen:
         for numbers, inputs in whole_rows(layout, rows, len(rows), pad):
             in_order += numbers
