@@ -76,14 +76,14 @@ def padding_error(layout: Layout) -> float:
     """`relative_error` of logits behind padding on the left, tried on a few tokens: decoders like RoBERTa's count
     positions from elsewhere, Bart's count padding too. Infinite for a model that refuses.
     """
-    rows = [(1, 2, 2, 1, 2), (2, 1)]
-    alone = torch.cat([layout.model(input_ids=padded([row], layout.device)[0]).logits[:, -1] for row in rows])
+    row = (1, 2, 2)
+    tokens, mask = padded([row, (*row, 1, 2)], layout.device, left=True)
+    alone = layout.model(input_ids=tokens[:1, -len(row) :], use_cache=False).logits[:, -1]
     try:
-        inputs = model_inputs(layout, *padded(rows, layout.device, left=True))
-        together = layout.model(**inputs, use_cache=False).logits[:, -1]
+        behind = layout.model(**model_inputs(layout, tokens[:1], mask[:1]), use_cache=False).logits[:, -1]
     except REFUSALS:
         return math.inf
-    return relative_error(together, alone)
+    return relative_error(behind, alone)
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -103,7 +103,7 @@ def test_no_step_of_a_training_reads_the_layers_below_its_vector(saved, tmp_path
         read.clear()
         offloaded = laai.train(model, TOKENIZER, RULES, 2, steps=steps).intervention.vector(2)
         readings.append(read.count(lowest))
-    assert readings == [5, 5]  # checks, prompts, targets, few-shot prompts: one forward each
+    assert readings == [7, 7]  # checks (two of padding), prompts, targets, few-shot prompts: one forward each
     whole = transformers.AutoModelForCausalLM.from_pretrained(saved)
     assert torch.equal(offloaded, laai.train(whole, TOKENIZER, RULES, 2, steps=6).intervention.vector(2))
 

@@ -146,7 +146,7 @@ def test_running_out_of_memory_halves_the_rows(caplog):
         (found,) = in_context_starts(locate(model), TOKENIZER, [EXAMPLES], [1], batch_size=10)[1]
     handle.remove()
     close(found, expected)
-    assert sizes == [1, 1, 2, 10, 5, 5, 1]  # a try of padding, then 11 prompts
+    assert sizes == [1, 1, 10, 5, 5, 1]  # a try of padding, then 11 prompts
     assert [r.message for r in caplog.records] == ["memory ran out: going on with 5 rows a forward"]
 
 
