@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
@@ -74,15 +73,12 @@ def whole_rows(
 @torch.no_grad()
 def padding_error(layout: Layout) -> float:
     """`relative_error` of logits behind padding on the left, tried on a few tokens: decoders like RoBERTa's count
-    positions from elsewhere, Bart's count padding too. Infinite for a model that refuses.
+    positions from elsewhere, Bart's count padding too.
     """
     row = (1, 2, 2)
     tokens, mask = padded([row, (*row, 1, 2)], layout.device, left=True)
     alone = layout.model(input_ids=tokens[:1, -len(row) :], use_cache=False).logits[:, -1]
-    try:
-        behind = layout.model(**model_inputs(layout, tokens[:1], mask[:1]), use_cache=False).logits[:, -1]
-    except REFUSALS:
-        return math.inf
+    behind = layout.model(**model_inputs(layout, tokens[:1], mask[:1]), use_cache=False).logits[:, -1]
     return relative_error(behind, alone)
 
 
