@@ -84,7 +84,8 @@ def padding_error(layout: Layout) -> float:
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """The largest difference between two computations of the same logits, as a share of the largest of them."""
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    largest = wanted.abs().max()
+    return float((found - wanted).abs().max() / largest.clamp_min(torch.finfo(largest.dtype).tiny))  # all may be 0
 
 
 def rounding(layout: Layout) -> float:

@@ -165,7 +165,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """
     refuse_applied(model, "training")
     training = [m for m in model.modules() if m.training]
-    learning = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]  # these have none to give
+    # A weight made in inference mode has no gradient, and its flag could not be set back.
+    learning = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     model.eval()
     for parameter in learning:
         parameter.requires_grad_(False)
