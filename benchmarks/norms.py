@@ -2,7 +2,7 @@
 
 The size of a vector is its root mean square over that of the activation it is added to, at the last prompt tokens of
 the ten training examples. First: vectors trained on the four lexicon rules of the reference model, with the defaults
-of `laai_core.train` (penalties 1e-4) and others. Then: random (Gaussian) vectors at the default layer, under ten-shot
+of `laai_core.train` (penalties 1e-4) and others. Then: random (Gaussian) vectors at the middle layer, under ten-shot
 prompts of the four rules, where the model answers well by itself: the share of answers whose first token stays the
 same.
 """

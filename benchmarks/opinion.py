@@ -113,7 +113,7 @@ class Bench:
         fit = partial(laai.train, self.model, self.tokenizer, self.split(group, seed).train, layer, seed=seed)
         if setting is None:
             return fit().intervention
-        penalty = setting.share * fit(l1=0.0, group=0.0, steps=1).critical_penalty
+        penalty = setting.share * fit(l1=0.0, group=0.0, steps=1, start="zero").critical_penalty
         return fit(l1=penalty, group=penalty).intervention
 
     def validated(self, group: Group, seed: int, setting: Setting) -> float:

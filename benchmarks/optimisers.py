@@ -1,7 +1,8 @@
 """What an evaluation of the model buys: proximal gradient against Adam, and a long reference run.
 
-The reference model, four lexicon rules, ten examples of seed 0, default layer, penalties relative to the activation
-(the default scale), gamma = lambda = a share of the critical penalty, the smallest for which nothing at all is learnt.
+The reference model, four lexicon rules, ten examples of seed 0, the middle layer, penalties relative to the activation
+(the default scale), gamma = lambda = a share of `critical_penalty`, all from the in-context start, of which the first
+evaluation also gives that penalty (from zero it would be the smallest for which nothing at all is learnt).
 An evaluation is one loss and its gradient. A curve is the best objective so far, above the lowest that any run found.
 `prox` has no learning rate; Adam runs with its default (0.05) and with five others, of which the best is shown too.
 """
@@ -25,29 +26,29 @@ DEFAULT_RATE = laai.Job.lr
 
 
 class Problem(NamedTuple):
-    """One task at one penalty strength, and what holds at zero."""
+    """One task at one penalty strength, and what holds at the start."""
 
     rule: str
     share: float
     examples: Sequence[laai.Example]
     penalty: float
-    residual: float  # of stationarity, at zero
+    residual: float  # of stationarity, at the start
 
 
 def problems(model: Any, tokenizer: Any, layer: int, rules: Sequence[str]) -> list[Problem]:
-    """Every rule at every strength; one evaluation, at zero, tells the critical penalty, another the residual."""
+    """Every rule at every strength; one evaluation, at the start, tells the critical penalty, another the residual."""
     asked = [
         Problem(rule, share, laai.load_task(LEXICON_PREFIX + rule, seed=0).train, 0.0, 0.0)
         for rule in rules
         for share in SHARES
     ]
-    at_zero = trained(model, tokenizer, layer, asked, "prox", 1, DEFAULT_RATE)
+    at_start = trained(model, tokenizer, layer, asked, "prox", 1, DEFAULT_RATE)
     asked = [
         problem._replace(penalty=problem.share * result.critical_penalty)
-        for problem, result in zip(asked, at_zero, strict=True)
+        for problem, result in zip(asked, at_start, strict=True)
     ]
-    at_zero = trained(model, tokenizer, layer, asked, "prox", 1, DEFAULT_RATE)
-    return [problem._replace(residual=result.stationarity) for problem, result in zip(asked, at_zero, strict=True)]
+    at_start = trained(model, tokenizer, layer, asked, "prox", 1, DEFAULT_RATE)
+    return [problem._replace(residual=result.stationarity) for problem, result in zip(asked, at_start, strict=True)]
 
 
 def trained(
@@ -142,8 +143,8 @@ def main() -> None:
         f"Goal: at most {steps // 3}, a third of Adam's.",
     )
     record.table(
-        "Stationarity residual at the end, as a share of that at zero, and exact zeros",
-        ["problem", "residual at zero", f"adam {DEFAULT_RATE}", "prox", f"prox, {long}"]
+        "Stationarity residual at the end, as a share of that at the start, and exact zeros",
+        ["problem", "residual at the start", f"adam {DEFAULT_RATE}", "prox", f"prox, {long}"]
         + [f"zeros: adam {DEFAULT_RATE}", "prox", f"prox, {long}", "prox evaluations"],
         at_the_end,
         "Goal: at most 0.01 for prox at 0.3 × critical. The residual is a certificate: 0 at a minimum.",

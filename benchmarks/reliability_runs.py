@@ -23,7 +23,7 @@ LAAI = "import sys; from lm_eval_laai.commands.cli import main; sys.exit(main())
 
 
 def same(quick: bool, folder: Path) -> Part:
-    """Trainings on the reference model (float32, CPU, ten examples of the lexicon's antonyms, the default layer).
+    """Trainings on the reference model (float32, CPU, ten examples of the lexicon's antonyms, the middle layer).
 
     The same training must give the same bytes in other processes, each with its own hash seed. In other batches, in
     company, or in other threads, matrix products are added up in another order: how far apart the vectors (the largest
@@ -78,7 +78,8 @@ def _bytes_table(part: Part, times: int, folder: Path) -> Table:
         rows.append([f"`laai train --optimizer {optimizer}`", times, len(found)])
         if len(found) != 1:
             part.faults.append(f"{optimizer}: {len(found)} different files of {times} processes")
-    return table("The same training in other processes", ["command", "processes", "different files"], rows)
+    columns = ["command", "processes", "distinct files (1: all alike)"]
+    return table("The same training in other processes", columns, rows)
 
 
 # --- long runs

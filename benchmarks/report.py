@@ -49,8 +49,8 @@ HEAD = """# Benchmarks
 
 Made by `python benchmarks/report.py` from `benchmarks/results/*.json`, which hold every single timing. What is
 compared was measured in one process, in turn; figures are medians, and a ratio is the median of the rounds' own
-ratios, so a machine that is slow for a while changes little. Times are this machine's; the ratios are what is claimed.
-Each script takes `--quick`, which shows that it runs.
+ratios, so a machine that is slow for a while changes little. Times are those of the machine named under each; the
+ratios are what is claimed. Each script takes `--quick`, which shows that it runs.
 """
 
 

@@ -546,6 +546,18 @@ def test_gpt_eval(bundled: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     }
 
 
+@pytest.mark.skipif(find_spec("openai") is None, reason='openai is not installed: pip install "lm-eval-laai[judge]"')
+def test_a_judge_without_a_key_is_refused_before_the_work(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    line = ["paper", "--model", str(small), "--data", "lexicon", "--tables", "1", "--figures", "", "--seeds", "1"]
+    assert cli.main([*line, "--quick", "--judge-model", "m", "--output", str(tmp_path / "out")]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and "OPENAI_API_KEY is not set" in err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_the_whole_of_it(small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]) -> None:
     """Every table and figure, every method."""

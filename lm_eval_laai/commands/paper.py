@@ -29,11 +29,12 @@ from lm_eval_laai.experiments.run import Plan, Process, run
 from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.inspection.plot import check_plot
 from lm_eval_laai.judge import Cache, Judge
+from lm_eval_laai.judge.endpoint import package_and_key
 from lm_eval_laai.known_models.folder import reference_model
 from lm_eval_laai.methods.method import middle_layer
 from lm_eval_laai.paper import estimate, gpt_eval, report
 from lm_eval_laai.paper.content import FIGURE_1, JUDGED, Content
-from lm_eval_laai.paper.tables import EXAMPLES, FOUR_RULES, STEPS, TITLES, Recipe, examples_table, paper_table
+from lm_eval_laai.paper.tables import EXAMPLES, FOUR_RULES, STEPS, TITLES, Recipe, Table, examples_table, paper_table
 
 LEXICON = "lexicon"
 FIGURES = (1, 2)
@@ -98,6 +99,8 @@ def _command(arguments: argparse.Namespace) -> Report | None:
     store = Store(folder)
     if arguments.dry_run:
         return _listed(plans, store) if process.first else None
+    if judge is not None and _judged(content) and any(plan.left(store)[1] for plan in plans):
+        package_and_key(judge)  # now, and not after the cells whose answers it will be asked about
     run(plans, store, process)
     if not process.first:
         return None
@@ -219,11 +222,15 @@ def _listed(plans: Sequence[Plan], store: Store) -> Report:
     return Report(facts, "\n".join(lines))
 
 
+def _judged(content: Content) -> list[Table]:
+    return [table for table in content.tables if table.name in JUDGED]
+
+
 def _reported(
     content: Content, store: Store, folder: Path, judge: Judge | None, arguments: argparse.Namespace
 ) -> Report:
     if judge is not None:
-        tables = [table for table in content.tables if table.name in JUDGED]
+        tables = _judged(content)
         with Cache(Path(arguments.cache).expanduser()) as cache:
             verdicts = gpt_eval.judged(tables, content.seeds, store, judge, cache, arguments.concurrency)
         content = replace(content, gpt_eval=verdicts)

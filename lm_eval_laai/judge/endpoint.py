@@ -113,19 +113,13 @@ class Endpoint:
         backoff: seconds before the second attempt, doubled for each further one.
 
     Raises:
-        LaaiError: without the openai package, or without a key for OpenAI's own address.
+        LaaiError: as `package_and_key`.
     """
 
     def __init__(self, judge: Judge, timeout: float, backoff: float) -> None:
-        try:
-            import openai  # here and not above: only asking needs the extra
-        except ImportError:
-            raise LaaiError('judging needs the openai package: pip install "lm-eval-laai[judge]"') from None
+        openai, self._key = package_and_key(judge)
         self._openai = openai
-        self._key = _key()
         base_url, self._model, _ = judge.identity
-        if not self._key and base_url == OPENAI_URL:
-            raise LaaiError(f"{KEY_VARIABLE} is not set; expected the key of {base_url}, or another --base-url")
         self._client = openai.OpenAI(
             base_url=base_url,
             api_key=self._key or "none",  # local servers need no key, the client requires one
@@ -223,12 +217,24 @@ class Endpoint:
         return (text.replace(self._key, "***") if self._key else text)[:300]
 
 
-def _key() -> str:
+def package_and_key(judge: Judge) -> tuple[Any, str]:
+    """The openai package and the key, empty where none is set: what asking needs besides a server that answers.
+
+    Raises:
+        LaaiError: without the package, without a key for OpenAI's own address, and for a key that no header can hold.
+    """
+    try:
+        import openai  # here and not above: only asking needs the extra
+    except ImportError:
+        raise LaaiError('judging needs the openai package: pip install "lm-eval-laai[judge]"') from None
     key = os.environ.get(KEY_VARIABLE, "").strip()
     # Others cannot be in a header, and the client's error would show the key.
     if not all("!" <= character <= "~" for character in key):
         raise LaaiError(f"{KEY_VARIABLE} has characters that no key has; expected printable ASCII without spaces")
-    return key
+    base_url, _, _ = judge.identity
+    if not key and base_url == OPENAI_URL:
+        raise LaaiError(f"{KEY_VARIABLE} is not set; expected the key of {base_url}, or another --base-url")
+    return openai, key
 
 
 def _bounded_client(openai: Any) -> Any:
