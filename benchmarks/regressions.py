@@ -133,7 +133,7 @@ def one_token_early() -> Iterator[None]:
     """A bug in the application: every position is one too low."""
     right = positions.Call.hits
 
-    def wrong(self: positions.Call, position: str, rows: torch.Tensor) -> positions.Hits:
+    def wrong(self: positions.Call, position: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         row, column = right(self, position, rows)
         return row, (column - 1).clamp_min(0)
 

@@ -19,7 +19,7 @@ from laai_core.errors import LaaiError
 from laai_core.hooks import attached, hidden_of, with_hidden, wrapped
 from laai_core.intervention import Intervention
 from laai_core.locate import Layout, locate
-from laai_core.positions import Call, Generation, PositionTracker, check_lengths, repeated
+from laai_core.positions import Call, PositionTracker, check_lengths, repeated
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel
@@ -109,7 +109,7 @@ class _Running:
 class _Thread(threading.local):
     """State of the thread that calls the model."""
 
-    generation: Generation | None = None  # the `generate` in progress
+    prompt: torch.Tensor | None = None  # mask [R, P] of the `generate` in progress
     outer: Mapping[str, Any] | None = None  # arguments of the module around the decoder
     running: _Running | None = None  # the latest forward call
 
@@ -156,7 +156,7 @@ class _Steering:
         """The model's `generate`, with its prompt kept: a forward call alone does not show whether it is a step of
         `generate` without a cache, or a chunk of a prefill.
         """
-        outer = self._here.generation
+        outer = self._here.prompt
         setting = partial(_setting, self._layout.model, args, kwargs)
         if setting("guidance_scale") not in (None, 1):
             raise LaaiError(
@@ -171,11 +171,11 @@ class _Steering:
         edited = (self._layout.blocks[layer] for edit in self._edits for layer in edit.vectors)
         if any(getattr(module, "is_kv_shared_layer", False) for block in edited for module in block.modules()):
             kwargs.setdefault("logits_to_keep", 0)  # else Gemma 4 runs such layers for the last column alone
-        self._here.generation = Generation(mask)
+        self._here.prompt = mask
         try:
             generated = method(*args, **kwargs)
         finally:
-            self._here.generation = outer
+            self._here.prompt = outer
         if self.ended:
             raise LaaiError("a laai.apply block ended while generate ran in a thread: its last tokens are untouched")
         return generated
@@ -190,22 +190,20 @@ class _Steering:
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record where this call's prompts end. A hook of the decoder, so that `model.model(...)` is covered too."""
         given = self._given(args, kwargs)
-        tokens = given.get("input_ids")
-        if tokens is None:
-            tokens = given.get("inputs_embeds")
+        tokens = _first(given.get("input_ids"), given.get("inputs_embeds"))
         if tokens is None:
             raise LaaiError(f"{type(module).__name__} was called without input_ids or inputs_embeds")
         batch, length = tokens.shape[:2]
-        generation, outer = self._here.generation, self._here.outer
-        if self._row_edits is not None and generation is None and len(self._row_edits) != batch:
+        prompt, outer = self._here.prompt, self._here.outer
+        if self._row_edits is not None and prompt is None and len(self._row_edits) != batch:
             raise LaaiError(f"{len(self._row_edits)} interventions were given for a batch of {batch} rows")
         mask = given.get("attention_mask")
         if isinstance(mask, dict) and outer is not None:  # made by Gemma 3, say, from the mask that it was given
             mask = outer.get("attention_mask")
-        if mask is None and generation is None and _packed(given):
+        if mask is None and prompt is None and _packed(given):
             _refuse_packing()
         self._here.outer = None
-        call = self._tracker.call(batch, length, given.get("past_key_values"), mask, generation)
+        call = self._tracker.call(batch, length, given.get("past_key_values"), mask, prompt)
         self._here.running = _Running(call)
 
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -213,7 +211,7 @@ class _Steering:
         if running is None:
             return
         returned = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
-        if self._here.generation is None:
+        if self._here.prompt is None:
             given = self._given(args, kwargs).get("past_key_values")
             self._tracker.remember((given, *returned), running.call)
         node = next((one.grad_fn for one in returned if isinstance(one, torch.Tensor)), None)
@@ -265,9 +263,9 @@ class _Steering:
 
     def _edited(self, x: torch.Tensor, layer: int, site: str) -> torch.Tensor:
         """x [B, T, D] with every edit of this layer and site; x itself when nothing is to change."""
-        shape = x.shape
+        shape, tokens = x.shape, self._running().call.ordinals.shape
         if x.ndim == 2:  # some feed-forwards (OPT's) flatten all rows into one
-            x = x.view(*self._expected_shape(), -1) if len(x) == self._expected_shape().numel() else x
+            x = x.view(*tokens, -1) if len(x) == tokens.numel() else x
         for index, edit in enumerate(self._edits):
             if edit.site != site or layer not in edit.vectors:
                 continue
@@ -276,7 +274,7 @@ class _Steering:
                 continue
             add = edit.operation == "add"
             vector = self._vector(index, layer, site, x) if add else edit.vectors[layer].to(x.device)
-            expected = [*self._expected_shape(), vector.shape[-1]]
+            expected = [*tokens, vector.shape[-1]]
             if list(x.shape) != expected or isinstance(x, DTensor):
                 raise LaaiError(
                     f"layer {layer}, site {site}: the activation is a {type(x).__name__} of shape {list(x.shape)}, "
@@ -288,9 +286,6 @@ class _Steering:
             else:
                 x = x.index_put((rows, columns), icv_step(x[rows, columns], vector, edit.step))
         return x.view(shape)
-
-    def _expected_shape(self) -> torch.Size:
-        return self._running().call.ordinals.shape
 
     def _vector(self, index: int, layer: int, site: str, x: torch.Tensor) -> torch.Tensor:
         """The vector in the activation's dtype, on its device: cast once per device, unless it is being trained. Under
@@ -339,8 +334,8 @@ def _distinct(rows: Edit | Sequence[Edit | None]) -> tuple[list[Edit], torch.Ten
     if isinstance(rows, Edit):
         return [rows], None
     edits = list(dict.fromkeys(edit for edit in rows if edit is not None))
-    number: dict[Edit | None, int] = {None: -1, **{edit: index for index, edit in enumerate(edits)}}
-    return edits, torch.tensor([number[edit] for edit in rows], dtype=torch.long, device="cpu")
+    numbers = [-1 if edit is None else edits.index(edit) for edit in rows]
+    return edits, torch.tensor(numbers, dtype=torch.long, device="cpu")
 
 
 def _packed(given: Mapping[str, Any]) -> bool:
@@ -363,18 +358,18 @@ def _setting(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, An
     """A setting as `generate` finds it: among its arguments, in its generation_config, or in the model's."""
     if name in kwargs:
         return kwargs[name]
-    configs = (
-        args[1] if len(args) > 1 else kwargs.get("generation_config"),
-        getattr(model, "generation_config", None),
-    )
-    return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
+    configs = (*args[1:2], kwargs.get("generation_config"), getattr(model, "generation_config", None))
+    return _first(*(getattr(config, name, None) for config in configs))
+
+
+def _first(*values: Any) -> Any:
+    """The first that is given, or None."""
+    return next((value for value in values if value is not None), None)
 
 
 def _prompt_mask(setting: Callable[[str], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """[R, P] mask of the prompt given to `generate`: 1 for tokens, 0 for padding. LaaiError when unknown."""
-    prompt = kwargs.get("input_ids")
-    for other in (args[0] if args else None, kwargs.get("inputs"), kwargs.get("inputs_embeds")):
-        prompt = other if prompt is None else prompt
+    prompt = _first(kwargs.get("input_ids"), *args[:1], kwargs.get("inputs"), kwargs.get("inputs_embeds"))
     if prompt is None:
         raise LaaiError("generate was called without a prompt: pass input_ids")
     mask = kwargs.get("attention_mask")

@@ -11,14 +11,13 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import cache_utils
 
-if TYPE_CHECKING:  # importing transformers takes a second
-    from laai_core.locate import Layout
+from laai_core.locate import Layout
 
 _STATES = ("update_conv_state", "update_recurrent_state", "update_indexer")  # of layers that keep others
 # Exceptions of model code that does not support such arguments or such a cache.
@@ -45,10 +44,8 @@ def model_inputs(
 
     `cached_mask` [R, P] and `cached_lengths` [R]: mask and non-padding tokens of the cache; None: no cache.
     """
-    inputs = {
-        "input_ids": tokens,
-        "attention_mask": mask if cached_mask is None else torch.cat([cached_mask, mask], 1),
-    }
+    whole = mask if cached_mask is None else torch.cat([cached_mask, mask], 1)
+    inputs = {"input_ids": tokens, "attention_mask": whole}
     if "position_ids" in inspect.signature(layout.model.forward).parameters:
         first = 0 if cached_lengths is None else cached_lengths.unsqueeze(1)
         inputs["position_ids"] = first + (mask.cumsum(1) - 1).clamp_min(0)
@@ -90,7 +87,7 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def rounding(layout: Layout) -> float:
     """The largest error that the model's dtype explains."""
-    return 1e-4 if layout.dtype in (torch.float32, torch.float64) else 3e-2
+    return 3e-2 if layout.is_half else 1e-4
 
 
 def selected(cache: Any, rows: torch.Tensor) -> Any:

@@ -77,7 +77,7 @@ class Example:
             self._refuse(f"{len(distribution)} probabilities for {len(options)} options", "one probability an option")
         try:
             shares = tuple(float(p) for p in distribution)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             shares = (math.nan,)
         if not all(math.isfinite(p) and p >= 0 for p in shares):
             self._refuse(f"distribution is {distribution!r}", "finite numbers, none below 0")

@@ -107,9 +107,9 @@ class Forward(ABC):
         if not self._captures:
             return self._step(deltas, parts, objective, active)
         if self._recorded is None or self._recorded[0] is not objective:
-            exact = self._layout.model.dtype == torch.float32  # in bfloat16 attention on a GPU sums in changing orders
             step = partial(self._step, parts=parts, objective=objective, active=active)
-            self._recorded = objective, Captured(step, deltas, 1e-3 if exact else 1e-2)
+            tolerance = 1e-2 if self._layout.is_half else 1e-3  # attention on a GPU then sums in changing orders
+            self._recorded = objective, Captured(step, deltas, tolerance)
         losses, gradients, per_example = self._recorded[1](deltas)
         return losses, gradients, per_example
 

@@ -14,7 +14,7 @@ import torch
 
 from laai_core import files, storage
 from laai_core.errors import LaaiError
-from laai_core.numeric import real, whole
+from laai_core.numeric import layer_number, real, whole
 from laai_core.words import OPERATIONS, POSITIONS, SITES
 
 if TYPE_CHECKING:
@@ -60,21 +60,17 @@ class Intervention:
         operation: str = "add",
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        for word, value, allowed in (
-            ("site", site, SITES),
-            ("position", position, POSITIONS),
-            ("operation", operation, OPERATIONS),
-        ):
-            if value not in allowed:
-                raise LaaiError(f"unknown {word} {value!r:.60}: expected one of {', '.join(allowed)}")
+        vars(self).update(site=site, position=position, operation=operation, scale=finite(scale))
+        for word, allowed in (("site", SITES), ("position", POSITIONS), ("operation", OPERATIONS)):
+            if getattr(self, word) not in allowed:
+                raise LaaiError(f"unknown {word} {getattr(self, word)!r:.60}: expected one of {', '.join(allowed)}")
         if not isinstance(vectors, Mapping):
             raise LaaiError(f"vectors are a {type(vectors).__name__}: expected {{layer: tensor}}")
         if not vectors:
             raise LaaiError("an intervention needs at least one layer, got none")
         if head_dim is not None and (whole(head_dim) or 0) < 1:
             raise LaaiError(f"head_dim is {head_dim!r:.60}: expected a whole number, at least 1")
-        vars(self).update(site=site, position=position, operation=operation, scale=finite(scale))
-        checked = {_layer(layer): _checked(v, layer, site, head_dim) for layer, v in vectors.items()}
+        checked = {layer_number(layer): _checked(v, layer, site, head_dim) for layer, v in vectors.items()}
         vars(self).update(metadata=copy.deepcopy(dict(metadata or {})), _vectors=dict(sorted(checked.items())))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -158,13 +154,11 @@ class Intervention:
 
     def _resolved(self, num_layers: Any) -> dict[int, torch.Tensor]:
         resolved: dict[int, torch.Tensor] = {}
+        count = num_layers if isinstance(num_layers, int) else None
         for layer, vector in self._vectors.items():
-            if layer < 0:
-                if not isinstance(num_layers, int):
-                    raise LaaiError(f"layer {layer} counts from the end: count from 0 or set num_hidden_layers")
-                layer += num_layers
-            if layer < 0 or (isinstance(num_layers, int) and layer >= num_layers):
-                raise LaaiError(f"layer {layer} is out of range: the model has layers 0 to {num_layers - 1}")
+            if layer < 0 and count is None:
+                raise LaaiError(f"layer {layer} counts from the end: count from 0 or set num_hidden_layers")
+            layer = layer_number(layer, count)
             if layer in resolved:
                 raise LaaiError(f"layer {layer} is given twice, once counted from the end")
             resolved[layer] = vector
@@ -217,8 +211,6 @@ class Intervention:
         return self * 1.0 if type(other) is int and other == 0 else NotImplemented
 
     def __sub__(self, other: Intervention) -> Intervention:
-        if not isinstance(other, Intervention):
-            return NotImplemented
         return self + -other
 
     def _like(self, vectors: Mapping[int, torch.Tensor], metadata: Mapping[str, Any]) -> Intervention:
@@ -237,13 +229,6 @@ def finite(scale: Any) -> float:
     number = real(scale)
     if not math.isfinite(number):
         raise LaaiError(f"scale is {scale!r:.60}: expected a finite number")
-    return number
-
-
-def _layer(layer: Any) -> int:
-    number = whole(layer)
-    if number is None:
-        raise LaaiError(f"layer {layer!r} is a {type(layer).__name__}: expected an int")
     return number
 
 

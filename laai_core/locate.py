@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from laai_core.errors import LaaiError
 from laai_core.hooks import recorded
-from laai_core.numeric import whole
+from laai_core.numeric import layer_number
 from laai_core.words import SITES
 
 if TYPE_CHECKING:  # importing transformers takes a second
@@ -67,6 +67,11 @@ class Layout:
         return self.model.dtype
 
     @property
+    def is_half(self) -> bool:
+        """Whether activations have 16 bits, so that what should be equal differs by more than float32 rounds."""
+        return self.dtype.itemsize < 4
+
+    @property
     def max_positions(self) -> int | None:
         """The most tokens of a text by the configuration (`max_position_embeddings`); None if not given."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -83,13 +88,7 @@ class Layout:
 
     def layer(self, index: int) -> int:
         """`index` counted from the front, or LaaiError when the model has no such layer."""
-        count = len(self.blocks)
-        number = whole(index)
-        if number is None:
-            raise LaaiError(f"layer is {index!r:.60}: expected an int")
-        if not -count <= number < count:
-            raise LaaiError(f"layer {number} is out of range: this model has layers 0 to {count - 1}")
-        return number % count
+        return layer_number(index, len(self.blocks))
 
     def having(self, site: str) -> list[int]:
         """The layers that have a site: hybrid models have blocks without attention. LaaiError where none has it."""
@@ -202,7 +201,7 @@ def verify_causal(layout: Layout) -> None:
         logits = layout.model(torch.tensor([[1, 1], [1, 2]], device=layout.device)).logits[:, 0].float()
     name = type(layout.model).__name__
     # On a causal model the two rows differ only by the rounding of quantised and half-precision layers.
-    tolerance = 1e-5 if layout.model.dtype == torch.float32 else 1e-3
+    tolerance = 1e-3 if layout.is_half else 1e-5
     if (logits[0] - logits[1]).abs().max() > tolerance * logits.abs().max():
         raise LaaiError(f"{name}'s first position sees later tokens: expected a causal language model")
     for i, seen in calls.items():

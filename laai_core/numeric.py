@@ -6,6 +6,8 @@ import math
 import operator
 from typing import Any
 
+from laai_core.errors import LaaiError
+
 
 def whole(value: Any) -> int | None:
     """The value as an int; None for a truth value and for anything that is no whole number."""
@@ -13,6 +15,18 @@ def whole(value: Any) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
+
+
+def layer_number(value: Any, count: int | None = None) -> int:
+    """A layer as an int, counted from the front where the model's `count` of layers is known; LaaiError if none."""
+    number = whole(value)
+    if number is None:
+        raise LaaiError(f"layer is {value!r:.60}: expected an int")
+    if count is None:
+        return number
+    if not -count <= number < count:
+        raise LaaiError(f"layer {number} is out of range: this model has layers 0 to {count - 1}")
+    return number % count
 
 
 def real(value: Any) -> float:

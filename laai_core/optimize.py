@@ -101,7 +101,6 @@ def minimise(
         Interrupted: on Ctrl-C after the first evaluation. Has the solutions so far of all runs.
         WorkFailed: when the start of a run could not be evaluated.
     """
-    count = 0
     history: list[list[Step]] = [[] for _ in start]
     stopped: dict[int, str] = {}
     unfinished: dict[int, str] = {}

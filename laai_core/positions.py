@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from laai_core.errors import LaaiError
 
@@ -29,37 +30,10 @@ class Call:
         """Rows [m] and columns [m] of the tokens in `rows` [n] that a `position` selects."""
         ordinals = self.ordinals[rows]  # [n, T]
         ends = self.prompt_lengths[rows].unsqueeze(1)  # [n, 1]
-        if position == "last":
-            chosen = ordinals == ends
-        elif position == "generated":
-            chosen = ordinals >= ends
-        else:
-            chosen = torch.ones_like(ordinals, dtype=torch.bool)
+        chosen = {"last": ordinals == ends, "generated": ordinals >= ends, "all": ordinals >= 1}[position]
         chosen &= ordinals >= 1  # padding is 0, and so is the end of an empty prompt
         row, column = chosen.nonzero(as_tuple=True)
         return rows[row], column
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The prompt of one `generate`: its mask [R, P], on the CPU."""
-
-    mask: torch.Tensor
-
-    def ordinals(self, start: int, length: int, batch: int) -> torch.Tensor:
-        """[batch, length] for token columns start, start + 1, ...; rows are repeated for beams and samples."""
-        width = self.mask.shape[1]
-        known = _ordinals(self.mask)  # [R, P]
-        columns = torch.arange(start, start + length, device="cpu")
-        inside = known[:, columns.clamp(0, width - 1)]
-        beyond = self.lengths().unsqueeze(1) + columns - width + 1
-        table = torch.where(columns < width, inside, beyond)
-        table = torch.where(columns < 0, 0, table)  # PEFT's virtual tokens are no part of the prompt
-        return repeated(table, batch)
-
-    def lengths(self) -> torch.Tensor:
-        """[R] non-padding tokens of each prompt."""
-        return self.mask.sum(1)
 
 
 class PositionTracker:
@@ -76,21 +50,22 @@ class PositionTracker:
         self._given = prompt_lengths
         self._caches: dict[int, tuple[Callable[[], Any], int]] = {}  # by id: a cache, and its prompts' columns
 
-    def call(self, batch: int, length: int, cache: Any, mask: Any, generation: Generation | None) -> Call:
+    def call(self, batch: int, length: int, cache: Any, mask: Any, prompt: torch.Tensor | None) -> Call:
         """The call's ordinals and prompt lengths.
 
         Args:
             batch, length: shape of the tokens given to the decoder.
             cache: of earlier tokens, or None.
             mask: the 2-D attention mask over past and present tokens, or None.
-            generation: the `generate` that makes the call, or None.
+            prompt: mask [R, P] of the prompts, on the CPU, of the `generate` that makes the call; or None.
         """
         past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-        if generation is not None:
+        if prompt is not None:
             # generate() may pass a 4-D mask, a dict of masks or none, so ordinals come from the prompt's mask.
-            ordinals = generation.ordinals(past - self._virtual, length, batch)
-            ends = generation.lengths() if self._given is None else self._given
-            return Call(ordinals, repeated(ends, batch))
+            behind = past + length - self._virtual - prompt.shape[1]  # columns after the prompt; negative within it
+            real = pad(pad(prompt, (0, behind), value=1), (self._virtual, 0))
+            ends = prompt.sum(1) if self._given is None else self._given
+            return Call(repeated(_ordinals(real)[:, past:], batch), repeated(ends, batch))
         whole = self._plain_ordinals(batch, length, past, mask)
         ordinals = whole[:, past:]
         if self._given is not None:
@@ -125,8 +100,7 @@ class PositionTracker:
     def _plain_ordinals(self, batch: int, length: int, past: int, mask: Any) -> torch.Tensor:
         """[batch, past + length] of the cached tokens and the new ones."""
         if mask is None:
-            columns = torch.arange(past + length, device="cpu")
-            return (columns - self._virtual + 1).clamp_min(0).expand(batch, -1)
+            mask = torch.ones(batch, past + length, device="cpu")
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
             raise LaaiError("expected a 2-D attention_mask [batch, tokens]: padding cannot be read off any other")
         if mask.shape[1] != past + length:

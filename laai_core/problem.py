@@ -62,22 +62,12 @@ class Problem:
         require_gradients(layout)
         examples = [example for part in sets for example in part]
         self._owners = [run for run, part in enumerate(sets) for _ in part]
-        self._batch = encode_examples(
-            tokenizer,
-            examples,
-            settings.stop,
-            layout.max_positions,
-            settings.whitespace,
-            self._owners,
-            None if held_out is None else [watched for part in held_out for watched in part],
-            layout.vocabulary,
-        )
+        watched = None if held_out is None else [one for part in held_out for one in part]
+        options = settings.stop, layout.max_positions, settings.whitespace, self._owners, watched, layout.vocabulary
+        self._batch = encode_examples(tokenizer, examples, *options)
         self.objective = Objective(examples)
         self.layout, self._settings, self._layers = layout, settings, layers
         self._prefixes = Prefixes(layout, self._batch, layers)
-        self._replay: bool | None = None  # not tested yet
-        if settings.forward == "plain" or settings.position != "last":
-            self._replay = False
         self._units: dict[int, torch.Tensor] = {}  # of the layers so far
         self._latest: tuple[int, Forward] | None = None  # of one layer: the inputs of its rows take memory
 
@@ -122,25 +112,16 @@ class Problem:
         return minimise(evaluate, start, penalty, budget, *options)
 
     def _at(self, layer: int) -> Forward:
+        replays = self._replays
         if self._latest is None or self._latest[0] != layer:
             self._latest = None  # frees the inputs before new ones are made
-            self._latest = layer, self._forward(layer)
+            self._latest = layer, self._replayed(layer) if replays else self._plain(layer)
         return self._latest[1]
 
     @cached_property
     def _products(self) -> Products:
         """The packed weights of all blocks that are replayed."""
         return Products(self.layout, min(self._layers))
-
-    def _forward(self, layer: int) -> Forward:
-        """ReplayForward where it gives PlainForward's numbers on this model, else PlainForward."""
-        if self._replay is None:
-            highest = max(self._layers)  # the layer that depends on all replayed blocks
-            forward = self._replayed(highest)
-            self._replay = self._agrees(forward, self._plain(highest))
-            if self._replay and layer == highest:
-                return forward
-        return self._replayed(layer) if self._replay else self._plain(layer)
 
     def _replayed(self, layer: int) -> ReplayForward:
         captured = self._settings.forward == "captured"
@@ -152,10 +133,17 @@ class Problem:
     def _arguments(self, layer: int) -> tuple[Layout, Batch, int, str, int | None]:
         return self.layout, self._batch, layer, self._settings.site, self._settings.batch_size
 
-    def _agrees(self, replay: ReplayForward, plain: PlainForward) -> bool:
-        difference = replay.difference_from(plain)
+    @cached_property
+    def _replays(self) -> bool:
+        """Whether ReplayForward is to be used: where it gives PlainForward's numbers on this model."""
+        if self._settings.forward == "plain" or self._settings.position != "last":
+            return False
+        highest = max(self._layers)  # the layer that depends on all replayed blocks
+        forward = self._replayed(highest)
+        difference = forward.difference_from(self._plain(highest))
         if not isinstance(difference, str):
-            if difference <= (1e-3 if self.layout.model.dtype == torch.float32 else 0.2):
+            if difference <= (0.2 if self.layout.is_half else 1e-3):
+                self._latest = highest, forward  # with fewer rows a forward, if memory ran out
                 return True
             difference = f"log-probabilities differ by {difference:.2g}"
         found = f"{type(self.layout.model).__name__} cannot be replayed ({difference})"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 from laai_core.apply import Edit, hooked
 from laai_core.cache import REFUSALS, model_inputs, padded, read_only, selected
@@ -53,12 +54,8 @@ class Prefixes:
 
     def __init__(self, layout: Layout, batch: Batch, layers: Sequence[int]) -> None:
         self._layout, self._layers = layout, layers
-        self.texts: list[Text] = [
-            (prompt, tuple(ids[:length]))
-            for prompt, ids, length in zip(
-                batch.prompt_lengths, batch.input_ids.tolist(), batch.attention_mask.sum(1).tolist(), strict=True
-            )
-        ]
+        rows = zip(batch.prompt_lengths, batch.input_ids.tolist(), batch.attention_mask.sum(1).tolist(), strict=True)
+        self.texts: list[Text] = [(prompt, tuple(ids[:length])) for prompt, ids, length in rows]
         self._kept: dict[tuple[int, int], _Suffixes] = {}
 
     def suffixes(self, rows: Sequence[int], layer: int, batch_size: int) -> tuple[dict[str, Any], Any]:
@@ -115,6 +112,8 @@ class ReplayForward(Forward):
         try:
             mine, theirs = (forward.token_logprobs(vectors, rows, runs) for forward in (self, plain))
         except REFUSALS as error:
+            if should_reduce_batch_size(error):  # full forwards take more memory
+                raise
             return " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return float((mine - theirs).abs().max())
 
@@ -170,17 +169,12 @@ def _run(layout: Layout, texts: Sequence[Text], layers: Sequence[int]) -> _Suffi
     inputs = model_inputs(layout, tokens, mask, prefix_mask, before)
     suffixes = _Suffixes({text: row for row, text in enumerate(distinct)}, inputs, cache, owner, {0: None})
     everything, _ = suffixes.take(distinct, 0)
-    suffixes.entering.update(_entering(layout, everything, layers))
-    return suffixes
-
-
-def _entering(layout: Layout, inputs: dict[str, Any], layers: Sequence[int]) -> dict[int, Any]:
-    """The outputs of the blocks below `layers`; layer 0 has no block below."""
-    below = {layer: layout.blocks[layer - 1] for layer in set(layers) if layer}
+    below = {layer: layout.blocks[layer - 1] for layer in set(layers) if layer}  # layer 0 has no block below
     with recorded(below) as outputs:
         if below:
-            layout.model(**inputs)
-    return {layer: output for layer, (output,) in outputs.items()}
+            layout.model(**everything)
+    suffixes.entering.update({layer: output for layer, (output,) in outputs.items()})
+    return suffixes
 
 
 def _taken(output: Any, rows: torch.Tensor) -> Any:

@@ -119,8 +119,8 @@ class Job:
     l1: float = _setting(0.0001, "weight of the sum of absolute values, the paper's gamma", **_WEIGHT)
     group: float = _setting(0.0001, "weight of the sum of the heads' norms, the paper's lambda", **_WEIGHT)
     lr: float = _setting(0.05, "learning rate of adam; prox finds its own step sizes", **_POSITIVE)
-    seed: int = 0
-    task: str | None = None
+    seed: int = field(default=0, metadata={"fits": lambda n: whole(n) is not None, "expected": "a whole number"})
+    task: str | None = field(default=None, metadata={"fits": lambda s: isinstance(s, str), "expected": "a name"})
     start: StartName | Intervention | None = _setting(
         None,
         "where training begins: icl, the mean difference that the other examples as a few-shot prompt make to the "
@@ -133,10 +133,6 @@ class Job:
             raise LaaiError(f"examples: got a {type(self.examples).__name__}, expected Examples, as split.train has")
         object.__setattr__(self, "examples", tuple(self.examples))  # the class is frozen; a generator runs once
         check(Job, **vars(self))
-        if whole(self.seed) is None:
-            raise LaaiError(f"seed is {self.seed!r:.60}: expected a whole number")
-        if not isinstance(self.task, str | None):
-            raise LaaiError(f"task is {self.task!r:.60}: expected a name")
         _as_python(self, whole, "seed")
         _as_python(self, real, "l1", "group", "lr")
         if isinstance(self.start, Intervention):

@@ -120,6 +120,6 @@ def _last_activations(
         for numbers, inputs in whole_rows(layout, rows, batch_size, pad):
             in_order += numbers
             with suppress(_Enough):
-                layout.model(**inputs, use_cache=False, logits_to_keep=1)
+                layout.model(**inputs, use_cache=False)
     restored = torch.tensor(in_order).argsort()  # undoes the sorting by length
     return {layer: layout.whole(torch.cat(parts), layer, site).cpu()[restored] for layer, parts in seen.items()}

@@ -109,13 +109,13 @@ def train_many(
         raise LaaiError("no jobs, expected at least one")
     shared = Settings(**settings)
     layout = locate(model, shared.projection)
-    at_layer: dict[int, list[int]] = {}
+    at_layer: dict[int, dict[int, Job]] = {}
     for number, job in enumerate(jobs):
-        at_layer.setdefault(layout.layer(job.layer), []).append(number)
+        at_layer.setdefault(layout.layer(job.layer), {})[number] = job
     # Layers whose jobs have equal examples share a problem, so that the prefixes run once for all of them.
     groups: dict[tuple[tuple[Example, ...], ...], list[int]] = {}
-    for layer, numbers in sorted(at_layer.items()):
-        groups.setdefault(tuple(tuple(jobs[number].examples) for number in numbers), []).append(layer)
+    for layer, here in sorted(at_layer.items()):
+        groups.setdefault(tuple(tuple(job.examples) for job in here.values()), []).append(layer)
     problems = [(Problem(layout, tokenizer, sets, layers, shared), layers) for sets, layers in groups.items()]
     results: dict[int, TrainResult] = {}
     failed: Unfinished | None = None
@@ -133,18 +133,16 @@ def train_many(
             bar.update(len(done))
             on_steps({numbers[run]: step for run, step in done.items()})
 
-        jobs_at = {layer: [jobs[number] for number in numbers] for layer, numbers in at_layer.items()}
-        starts: dict[int, torch.Tensor] = {}
-        for _, layers in problems:  # all before the first training: one may be refused
-            starts |= _starts(layout, tokenizer, {layer: jobs_at[layer] for layer in layers}, shared)
+        starts = _starts(layout, tokenizer, at_layer, shared)  # all before the first training: one may be refused
         while problems:
             problem, layers = problems.pop(0)  # the packed weights of one problem at a time
             for layer in layers:
-                told = partial(report, at_layer[layer])
-                found, unfinished = _at_layer(problem, layer, jobs_at[layer], starts[layer], shared, told)
+                numbers, its_jobs = list(at_layer[layer]), list(at_layer[layer].values())
+                told = partial(report, numbers)
+                found, unfinished = _at_layer(problem, layer, its_jobs, starts[layer], shared, told)
                 if isinstance(unfinished, Interrupted):
                     raise Interrupted(str(unfinished), found)
-                results |= zip(at_layer[layer], found, strict=True)
+                results |= zip(numbers, found, strict=True)
                 failed = failed or unfinished
         bar.refresh()  # short runs end between two updates of the bar
     in_order = [results[number] for number in range(len(jobs))]
@@ -177,31 +175,24 @@ def _at_layer(
 
 
 def _starts(
-    layout: Layout, tokenizer: PreTrainedTokenizerBase, jobs: Mapping[int, Sequence[Job]], settings: Settings
+    layout: Layout, tokenizer: PreTrainedTokenizerBase, jobs: Mapping[int, Mapping[int, Job]], settings: Settings
 ) -> dict[int, torch.Tensor]:
-    """{layer: start Δ [J, *shape of the site] of its J jobs}; job i has the same examples at every layer."""
-    first, *_ = jobs.values()
-    in_context = [number for number in range(len(first)) if any(here[number].begin == "icl" for here in jobs.values())]
-    known: dict[int, torch.Tensor] = {}
-    if in_context:
-        sets = [first[number].examples for number in in_context]
-        options = settings.site, settings.whitespace, settings.batch_size
-        known = in_context_starts(layout, tokenizer, sets, list(jobs), *options)
+    """{layer: start Δ [J, *shape of the site] of its J jobs}."""
+    sets = list(dict.fromkeys(job.examples for here in jobs.values() for job in here.values() if job.begin == "icl"))
+    options = settings.site, settings.whitespace, settings.batch_size
+    known = in_context_starts(layout, tokenizer, sets, list(jobs), *options) if sets else {}
 
-    def start(job: Job, number: int, layer: int) -> torch.Tensor:
+    def start(job: Job, layer: int) -> torch.Tensor:
         begin, shape = job.begin, layout.shape(layer, settings.site)
         if isinstance(begin, Intervention):
             if (begin.site, begin.operation) != (settings.site, "add") or layer not in begin.for_model(layout):
                 raise LaaiError(f"start is {begin!r}: expected one to add at layer {layer}, site {settings.site}")
             return (begin.scale * begin.for_model(layout)[layer]).view(shape)
         if begin == "icl":
-            return known[layer][in_context.index(number)]
+            return known[layer][sets.index(job.examples)]
         return torch.zeros(shape, dtype=torch.float32)
 
-    return {
-        layer: torch.stack([start(job, number, layer) for number, job in enumerate(here)])
-        for layer, here in jobs.items()
-    }
+    return {layer: torch.stack([start(job, layer) for job in here.values()]) for layer, here in jobs.items()}
 
 
 def _result(problem: Problem, layer: int, settings: Settings, job: Job, solution: Solution, rms: float) -> TrainResult:

@@ -201,6 +201,7 @@ def test_example_of_a_distribution():
         dict(prompt="Q", options=[" A", " B"], distribution=np.array(0.5)),
         dict(prompt="Q", options=[" A", " B"], distribution="10"),
         dict(prompt="Q", options=[" A", " B"], distribution=[1.5, -0.5]),
+        dict(prompt="Q", options=[" A", " B"], distribution=[10**400, 0]),
         dict(prompt="Q", options=[" A", " B"], distribution=[float("nan"), 0]),
         dict(prompt="Q", options=[" A", " B"], distribution=["a", "b"]),
         dict(prompt="Q", options=[" A", " B"], distribution=[0.5, 0.4]),

@@ -203,6 +203,22 @@ def test_running_out_of_memory_splits_the_batch_and_changes_nothing(forward, cap
     assert split.objective == pytest.approx(whole.objective, rel=1e-5)
 
 
+def test_memory_that_one_row_does_not_fit_is_told_as_it_is():
+    """Not as a model that cannot be replayed, whose full forwards would take more memory."""
+    model = tiny_model("Llama")
+
+    def full(module, args, kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate too much")
+
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(full, with_kwargs=True)
+    options = {"layer": 1, "steps": 2, "penalty_scale": "absolute", "start": "zero"}
+    for forward in ("auto", "replay"):
+        with pytest.raises(torch.OutOfMemoryError):
+            laai.train(model, TOKENIZER, rules(RAGGED), forward=forward, **options)
+    handle.remove()
+
+
 def test_a_loss_that_is_not_finite_names_the_example():
     model = tiny_model("Llama")
     examples = rules(RAGGED)

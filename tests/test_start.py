@@ -107,6 +107,21 @@ def test_sets_and_layers_together_are_those_alone(batch_size):
             close(one, by_hand(model, PATHS["heads"]["GPT2"].format(layer), examples)[0])
 
 
+def test_a_model_whose_forward_takes_no_other_arguments():
+    """As remote code's may: the start needs tokens, mask and positions alone."""
+    model, found = tiny_model("Llama"), []
+    usual = model.forward
+
+    def strict(input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+        options = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache}
+        return usual(input_ids, attention_mask, **options)
+
+    for forward in (usual, strict):
+        model.forward = forward
+        found.append(in_context_starts(locate(model), TOKENIZER, [EXAMPLES], [1])[1])
+    assert torch.equal(*found)
+
+
 def test_equal_examples_give_equal_bytes():
     model = tiny_model("Llama")
     first, again = (in_context_starts(locate(model), TOKENIZER, [EXAMPLES], [1])[1] for _ in range(2))
