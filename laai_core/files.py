@@ -15,17 +15,20 @@ _FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def vectors_in(folder: Path) -> list[Path]:
-    """The files of interventions in a folder, sorted by name; none of an interrupted training."""
+    """The files of interventions in a folder, sorted by name; no hidden ones, none of an interrupted training."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise LaaiError(f"cannot read the folder {folder}: {error.strerror}") from None
-    return [folder / name for name in names if name.endswith(SUFFIX) and not name.endswith(PARTIAL)]
+    return [folder / name for name in names if name.endswith(SUFFIX) and not name.endswith(PARTIAL) and name[0] != "."]
 
 
 def write(path: Path, content: bytes) -> None:
-    """Put `content` at `path` whole or not at all: temporary file beside it, fsync, rename."""
+    """Put `content` at `path` whole or not at all: temporary file, fsync, rename. Pipes and devices get it."""
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            path.write_bytes(content)
+            return
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not mkstemp, whose files have mode 0600
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

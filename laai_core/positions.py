@@ -73,7 +73,7 @@ class PositionTracker:
             if len(ends) != batch:
                 raise LaaiError(f"prompt_lengths has {len(ends)} entries, the batch has {batch} rows")
             if past == 0:
-                check_lengths(ends, ordinals[:, -1] if mask is None else ordinals.max(1).values)
+                check_lengths(ends, ordinals.max(1).values)
             return Call(ordinals, ends)
         known, columns = self._caches.get(id(cache), (lambda: None, 0))
         if past <= self._virtual:  # prefix tuning starts with its virtual tokens in the cache

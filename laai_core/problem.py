@@ -149,6 +149,8 @@ class Problem:
         found = f"{type(self.layout.model).__name__} cannot be replayed ({difference})"
         if self._settings.must_replay:
             raise LaaiError(f"{found}: expected forward auto or plain")
+        vars(self).pop("_products", None)  # frees the packed weights, and then the cached prefixes
+        self._prefixes = Prefixes(self.layout, self._batch, self._layers)
         logger.warning("%s: training by full forwards", found)
         return False
 

@@ -91,6 +91,7 @@ class HFLaai(Steered, HFLM):
         self._layout = locate(self.model, projection)
         verify_causal(self._layout)
         self._prefixes = SharedPrefixes(self._layout)
+        self._throughout: dict[Edit, Edit] = {}  # of rolling windows: at every token
         self._edits = {id(route.scaled): self._edit(route) for route in self._routing.routes.values()}
         used_on = self.pretrained if isinstance(self.pretrained, str) else self.config._name_or_path
         used_on = used_on or type(self.model).__name__
@@ -126,8 +127,9 @@ class HFLaai(Steered, HFLM):
 
     def _window_row(self, prompt: list[int], continuation: list[int], routed: _Routed, throughout: bool) -> Row:
         edit, name, _ = routed
-        if edit is not None and throughout:
-            edit = dataclasses.replace(edit, position="all")
+        if edit is not None and throughout and edit.position != "all":
+            # One for each edit: rows that share it share its indices.
+            edit = self._throughout.setdefault(edit, dataclasses.replace(edit, position="all"))
         return Row(prompt, continuation, edit, name)
 
     @cached_property

@@ -74,10 +74,11 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
     path, utils, rows, included = (folder / each for each in (f"{name}.yaml", "utils.py", ROWS, shared))
     for each in (path, utils, rows, included):
         _check_replaceable(each, each if each in (path, utils) else utils)
+    yaml = _yaml(name, shared, delimiter(data), generation, min(SHOTS, pool), data).encode()
     files.write(utils, _UTILS.encode())  # the first, because it tells whose the folder is
     files.write(included, (include_path() / shared).read_bytes())
     files.write(rows, as_lines(data))
-    files.write(path, _yaml(name, shared, delimiter(data), generation, min(SHOTS, pool), data).encode())
+    files.write(path, yaml)
     return path
 
 
@@ -96,10 +97,12 @@ def _shared(data: OwnData) -> str:
 
 
 def _yaml(name: str, shared: str, between: str, generation: str, n_train: int, data: OwnData) -> str:
+    # JSON's escapes of letters beyond 16 bits are no YAML, and names of files need not be Unicode.
+    sources = ", ".join(data.sources).encode(errors="backslashreplace").decode()
     return (
-        f"# {', '.join(data.sources)} as a task, written by `laai task`. Needs lm-eval-laai to be installed.\n"
+        f"# {sources} as a task, written by `laai task`. Needs lm-eval-laai to be installed.\n"
         f"include: {shared}\ntask: {json.dumps(name)}\ntarget_delimiter: {json.dumps(between)}\n{generation}"
-        f"metadata:\n  source: {json.dumps(', '.join(data.sources))}\n"
+        f"metadata:\n  source: {json.dumps(sources, ensure_ascii=False)}\n"
         f"  seed: 0\n  n_train: {n_train}\n  version: 1.0\n"
     )
 
@@ -142,10 +145,10 @@ def task_of(data: OwnData, split: Split) -> ConfigurableTask:
     return ConfigurableTask(config=config)
 
 
-def load_beside(file: Path, seed: int = 0, n_train: int = SHOTS, **_: Any) -> dict[str, Dataset]:
+def load_beside(file: Path, /, seed: int = 0, n_train: int = SHOTS, **_: Any) -> dict[str, Dataset]:
     """The splits `train` (the few-shot examples: what an intervention is trained on) and `test` of a written task.
 
-    `file` lies in the task's folder. `**_` because the harness passes every model argument.
+    `file` lies in the task's folder. `**_` because the harness passes model arguments and other tasks' metadata.
     """
     data = read_examples(file.with_name(ROWS))
     return documents(data.split(seed, n_train), delimiter(data))

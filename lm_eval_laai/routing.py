@@ -97,6 +97,7 @@ class Routing:
         ]
 
     def _route(self, source: str, loaded: Intervention, file: Path | None = None) -> Route:
+        loaded.to_bytes()  # LaaiError now, and not when its hash is reported at the run's end
         return Route(source, loaded, loaded.rescaled(self.scale), file)
 
 

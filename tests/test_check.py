@@ -562,6 +562,7 @@ def test_other_refusals(baseline: Path, tmp_path: Path, capfd: pytest.CaptureFix
         ([results, "--against", str(baseline), "--update", "--github"], "--update"),
         ([results, "--against", str(baseline), "--json", "--github"], "--json"),
         ([results, "--against", str(baseline), "--junit", str(baseline / "x.xml")], "cannot write"),
+        ([results, "--against", str(baseline), "--junit", str(baseline)], "is what this command reads"),
     ]:
         capfd.readouterr()
         assert cli.main(["check", *argv]) == 2

@@ -123,6 +123,29 @@ def test_rows_of_one_input_and_several_prompts_are_on_one_side(tmp_path: Path) -
     assert [doc["prompt"] for doc in few.fewshot_docs()] == [e.prompt for e in data.split(1, 5).train]
 
 
+def test_files_whose_names_differ_in_other_letters_are_other_tasks(tmp_path: Path) -> None:
+    names = []
+    for name in ("Wörter.csv", "Wärter.csv", "反义词.csv", "同义词.csv", "my words.csv", "!.csv"):
+        (tmp_path / name).write_text("input,output\nhot,cold\n")
+        names.append(read_examples(tmp_path / name).name)
+    assert len(set(names)) == 6 and names[-2:] == ["my_words", "examples"]
+    assert all(re.fullmatch("[A-Za-z0-9_-]+", name) for name in names)
+
+
+@pytest.mark.parametrize("name", ["😀 words.csv", "caf\udce9.csv"])  # the second is no Unicode: a byte of Latin-1
+def test_a_task_of_a_file_of_any_name(name: str, file: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("input,output\n" + "\n".join(f"w{n},v{n}" for n in range(40)))
+    own_task.write(read_examples(tmp_path / name), tmp_path / "tasks", name="mine")
+    assert len(list(loaded(tmp_path / "tasks", "mine").test_docs())) > 20
+
+
+def test_a_written_task_beside_one_that_needs_metadata_of_the_same_name(file: Path, tmp_path: Path) -> None:
+    """The harness gives the metadata to all tasks, `file` of `laai_pairs` too."""
+    own_task.write(read_examples(file), tmp_path, name="mine")
+    written = tmp_path / "mine" / own_task.ROWS
+    assert len(own_task.load_beside(written, **{"file": "words.json", "seed": 1})["test"]) > 30
+
+
 @pytest.mark.parametrize("empty", ["", " ", None])
 def test_an_empty_input_that_no_template_names_is_none(empty: Any, tmp_path: Path) -> None:
     """As most rows of Alpaca have it: the prompt then decides about the split."""

@@ -383,6 +383,13 @@ def test_tokens_without_their_task_are_refused():
     assert len(harness_model()._loglikelihood_tokens(tokens, disable_tqdm=True)) == 1
 
 
+@pytest.mark.parametrize("vectors", [{"layer": -1}, {"metadata": {"note": object()}}])
+def test_what_cannot_be_reported_at_the_end_is_refused_at_the_start(vectors):
+    unwritable = laai.Intervention({vectors.pop("layer", 0): torch.ones(4, 8)}, **vectors)
+    with pytest.raises(LaaiError, match="counts from the end|cannot be written as JSON"):
+        HFLaai(tiny_model("Llama"), unwritable, tokenizer=tiny_tokenizer(bos=True))
+
+
 def test_response_cache_is_refused(tmp_path):
     from lm_eval.api.model import CachingLM
 

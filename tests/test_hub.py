@@ -17,6 +17,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 import laai_core as laai
 from lm_eval_laai.commands import cli
+from lm_eval_laai.experiments.load import ModelSource
+from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.hub import push_to_hub
 from lm_eval_laai.hub.card import model_card
 from lm_eval_laai.model import HFLaai
@@ -64,6 +66,16 @@ def test_every_form_of_the_name(shared):
         ("org/two:b.safetensors", 5),
     ]:
         assert laai.Intervention.load(spec).sha256 == example(seed).sha256, spec
+
+
+def test_a_models_commits_are_other_models(hub):
+    """Cells of one revision must not be taken for those of another."""
+    hub.repositories["org/model"] = repository = Repository()
+    config = {"model_type": "llama", "num_hidden_layers": 2}
+    old = repository.commit({"config.json": json.dumps(config).encode()})
+    new = repository.commit({"config.json": json.dumps({**config, "hidden_size": 64}).encode()})
+    identities = [Setting(ModelSource("org/model", revision=revision)).model for revision in (old, None, "main")]
+    assert identities == [{"hub": "org/model", "commit": commit} for commit in (old, new, new)]
 
 
 def test_the_cache_answers_offline_and_when_the_hub_is_down(shared, monkeypatch):
@@ -280,7 +292,9 @@ def test_push_refusals(hub, monkeypatch):
     assert refused("org/there") == "the Hub does not let you write to org/there: log in with a write token"
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert refused("forbidden/x") == "the Hub does not let you write to forbidden/x: log in with a write token"
-    assert "is no repository name" in refused("a/b/c")
+    for name in ("a/b/c", "alone"):
+        assert "is no repository name" in refused(name)
+    assert "alone" not in hub.repositories
     assert refused("org/new", revision="nowhere") == "org/new has no revision 'nowhere'"
     assert "expected a name that ends in .safetensors" in refused("org/new", file="x.bin")
     set_offline(monkeypatch, True)

@@ -828,6 +828,7 @@ def test_refused_command_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         ([samples, "--price-per-million", "-1", "2"], "expected two prices"),
         ([samples, "--price-per-million", "nan", "2"], "expected two prices"),
         ([samples, "--output", tmp_path], "is a folder"),
+        ([samples, "--output", tmp_path / "cache"], "is the cache of answers"),
         ([samples, "--output", samples / "x"], "cannot write to"),
         ([tmp_path / "samples_laai_antonym_2.jsonl"], "cannot be read"),
     ):

@@ -189,6 +189,9 @@ def test_wrong_outputs_are_refused_and_nothing_is_lost(tmp_path):
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(laai.LaaiError, match="exists and is no adapter"):
         fitted("lora", tmp_path / "mine", steps=1)
+    (tmp_path / "mine" / "adapter_config.json").touch()  # a trainer's checkpoint has one, and more
+    with pytest.raises(laai.LaaiError, match="exists and is no adapter of ours"):
+        fitted("lora", tmp_path / "mine", steps=1)
     with pytest.raises(laai.LaaiError, match="expected a folder"):
         fitted("lora", tmp_path / "x.safetensors", steps=1)
     with pytest.raises(laai.LaaiError, match="ends in .safetensors"):
@@ -200,7 +203,7 @@ def test_wrong_outputs_are_refused_and_nothing_is_lost(tmp_path):
     sharded._tp_size = 2  # as transformers marks it
     with pytest.raises(laai.LaaiError, match="sharded by tensor parallelism: expected a whole one for the method fv"):
         fitted("fv", tmp_path / "x.safetensors", sharded)
-    assert [path.name for path in tmp_path.glob("**/*")] == ["mine", "thesis.tex"]
+    assert sorted(path.name for path in tmp_path.glob("**/*")) == ["adapter_config.json", "mine", "thesis.tex"]
 
 
 # The command line.

@@ -156,7 +156,7 @@ def test_train_and_compose(
     files = [facts["file"], facts["file"]]
     composed = facts_of("compose", *files, "--method", "fit", *flags, "--output", f"{tmp_path}/sum/")
     assert composed["file"] == str(tmp_path / "sum" / "laai_pairs.safetensors")
-    assert facts_of("inspect", facts["file"], "--model", small, "--task", f"pairs:{file}")["writes"]["prompts"] == 10
+    assert facts_of("inspect", facts["file"], "--model", small, "--task", f"pairs:{file}")["writes"]["prompts"] == 5
     assert cli.main(["inspect", facts["file"], "--model", str(small)]) == 2
     assert "--task examples:FILE or pairs:FILE" in capfd.readouterr().err
 

@@ -44,7 +44,7 @@ from lm_eval_laai.inspection.plot import heat_map, largest
 from lm_eval_laai.judge import Cache, Judge
 from lm_eval_laai.paper import gpt_eval, report
 from lm_eval_laai.paper.by_hand import by_hand
-from lm_eval_laai.paper.content import Content
+from lm_eval_laai.paper.content import Content, map_name
 from lm_eval_laai.paper.tables import Recipe, Row, Table, examples_table, paper_table
 from lm_eval_laai.tasks import include_path
 
@@ -471,8 +471,12 @@ def test_what_fails_leaves_the_others(tmp_path: Path, caplog: pytest.LogCaptureF
     assert [record.levelname for record in caplog.records if record.name == run.__module__] == ["ERROR"] * 2
     assert "a prompt of several examples has" in caplog.text
     recipe = Recipe(narrow, True, 1, 0.1, 0.1, "relative")
-    facts = report.write(Content("laai paper", [recipe], [0], [table]), store, tmp_path)
-    assert facts["missing"] == [f"{TASK} + fv of {TASK} seed 0 N 10"]
+    maps = {"regularised": Fit(TASK, "laai", 0, 10, 1, 3, 0.1, 0.1)}
+    old = tmp_path / map_name("regularised")
+    old.touch()
+    facts = report.write(Content("laai paper", [recipe], [0], [table], maps=maps), store, tmp_path)
+    assert facts["missing"] == [f"{TASK} + fv of {TASK} seed 0 N 10", "figure 2, regularised"]
+    assert facts["figure_2"] == {"regularised": None} and not old.exists()
     assert [row["columns"][TASK]["exact_match"] is None for row in facts["tables"]["6"]] == [True, False]
     assert "| a | ours | missing |" in (tmp_path / "report.md").read_text()
 

@@ -14,11 +14,12 @@ from test_select import EXAMPLES
 from tiny import tiny_model
 
 import laai_core as laai
+from laai_core.data.split import in_training_pool
 from laai_core.data.tasks import load_pairs
 from laai_core.example import Example
 from laai_core.locate import locate
 from lm_eval_laai.methods import select
-from lm_eval_laai.methods.pseudo_labels import CONFIDENCE, INPUTS, _frame, _Writer, pseudo_labelled
+from lm_eval_laai.methods.pseudo_labels import CONFIDENCE, INPUTS, _frame, _pool_key, _Writer, pseudo_labelled
 
 INSTRUCTION = "Write the past tense of the verb."
 
@@ -80,6 +81,23 @@ def test_the_texts_around_the_inputs():
     assert _frame(["same", "same"]) == ("same", "")
 
 
+def test_the_text_that_the_split_sorts_by():
+    """Read off the examples, which are all in the training pool under it, and under no other."""
+    words = [word for word in map("w{}".format, range(100)) if in_training_pool(word)][:10]
+    other = {"rendering": {"prompt_template": "Undo {input}!"}}
+    cases = [
+        ([Example(f"Q: {word}\nA:", " x") for word in words], "Q: w", "\nA:", "Q: new\nA:", "new"),
+        ([Example(f"Undo {word}!", " x", **other) for word in words], "Undo w", "!", "Undo new!", "new"),
+        ([Example(f"Say {word}.", " x") for word in words], "Say ", ".", "Say new.", "new"),
+    ]
+    for examples, head, tail, prompt, text in cases:
+        assert _pool_key(examples, head, tail)(prompt) == text
+    prompts = [prompt for prompt in map("Say w{}.".format, range(100)) if in_training_pool(prompt)][:10]
+    assert _pool_key([Example(prompt, " x") for prompt in prompts], "Say w", ".")("Say w7.") == "Say w7."
+    elsewhere = [Example(f"Say w{number}.", " x") for number in range(10)]
+    assert _pool_key(elsewhere, "Say w", ".") is None
+
+
 def test_none_where_they_cannot_be_made():
     layout = locate(tiny_model("Llama"))
     options = [Example(e.prompt, options=[" a", " b"], distribution=[0.5, 0.5]) for e in EXAMPLES]
@@ -112,6 +130,7 @@ def test_a_model_that_follows_the_rule_labels_new_words_rightly():
     assert not {one.prompt for one in found} & {one.prompt for one in examples}
     assert len({one.prompt for one in found}) == len(found)
     words = [(one.prompt.removeprefix("Q: ").removesuffix("\nA:"), one.target.removeprefix(" ")) for one in found]
+    assert all(in_training_pool(word) for word, _ in words)  # no input of a test item, in no word set
     right = [known[word] == answer for word, answer in words if word in known]
     assert len(right) >= 5 and sum(right) >= 0.8 * len(right)
     # Each as the harness's ten-shot prompt is answered, and as surely as is said.

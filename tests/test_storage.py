@@ -9,6 +9,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from laai_core import Intervention, LaaiError
+from laai_core import Intervention, LaaiError, files
 
 MODEL = {
     "base_model": "some/model",
@@ -370,3 +371,14 @@ def test_any_damage_gives_an_intervention_or_one_line(tmp_path, changes, length)
     else:
         assert length == len(GOOD)  # nothing shorter may pass
         assert all(torch.isfinite(loaded.vector(layer)).all() for layer in loaded.layers)
+
+
+def test_a_pipe_gets_what_is_written(tmp_path):
+    """A device or a pipe must not be replaced by a file."""
+    pipe, found = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
+    reader.start()
+    files.write(pipe, b"content")
+    reader.join(60)
+    assert found == [b"content"] and pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]

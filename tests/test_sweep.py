@@ -64,6 +64,12 @@ def test_scores_are_those_of_one_by_one(tmp_path: Path, facts_of: Callable[..., 
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == facts
 
 
+def test_of_one_example(small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]) -> None:
+    line = ["sweep", "--model", small, "--task", "lexicon_antonym", "--limit", 2, "--output", tmp_path]
+    facts = facts_of(*line, "--layers", "0", "--seeds", 1, "--n-train", 1)
+    assert [len(record["values"]) for record in facts["scores"]] == [1, 1]
+
+
 def test_a_larger_sweep_computes_only_what_is_new(
     small: Path, tmp_path: Path, facts_of: Callable[..., dict[str, Any]]
 ) -> None:

@@ -47,7 +47,11 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_folder_a_file_and_named_files(file: Path) -> None:
-    (file.parent / "half.partial.safetensors").write_bytes(b"")
+    for hidden in (
+        "half.partial.safetensors",
+        "._antonym.safetensors",
+    ):  # the second is macOS's
+        (file.parent / hidden).write_bytes(b"")
     identity = laai.Intervention.load(file).sha256
     given = engine_arguments({"antonym": {"path": str(file), "sha256": identity}}, scale=2.0)
     assert given["enable_prefix_caching"] is False

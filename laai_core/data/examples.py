@@ -46,7 +46,8 @@ class OwnData(NamedTuple):
     """The items of one file in file order, one for each prompt, all with targets or all with options.
 
     `name`, the task's in the harness, is the file's name without its ending and with nothing but letters, digits, -
-    and _. `sources` is {file name: SHA-256 of its bytes}. `repeated` rows showed a prompt again and were left out.
+    and _ (and a hash, where other letters are left out). `sources` is {file name: SHA-256 of its bytes}. `repeated`
+    rows showed a prompt again and were left out.
     """
 
     items: list[Item]
@@ -122,8 +123,16 @@ def read_examples(source: str | os.PathLike[str], prompt_template: str | None = 
         shown |= prompts
     if not items:
         raise LaaiError(f"{label} has no row; expected at least one {_ROWS}")
-    stem = "examples" if name == STDIN else re.sub(r"[^\w-]+", "_", path.stem, flags=re.ASCII).strip("_") or "examples"
+    stem = "examples" if name == STDIN else _task_name(path.stem)
     return OwnData(items, stem, {path.name: hashlib.sha256(raw).hexdigest()}, repeated)
+
+
+def _task_name(stem: str) -> str:
+    """A file's name as a task's; where letters are left out, their hash tells names apart that are alike without."""
+    name = re.sub(r"[^\w-]+", "_", stem, flags=re.ASCII).strip("_")
+    if not stem.isascii():
+        name += "_" + hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]
+    return name.strip("_") or "examples"
 
 
 def as_lines(data: OwnData) -> bytes:

@@ -6,6 +6,7 @@ An engine gets `additional_config={"laai": {"interventions": ..., "scale": 1.0, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def paths(config: Any) -> dict[str, str]:
             if not isinstance(file, Mapping) or "path" not in file:
                 raise LaaiError(f'intervention {name} is {file!r:.60}: expected {{"path": ..., "sha256": ...}}')
         return {str(name): str(file["path"]) for name, file in source.items()}
-    path = Path(str(source))
+    path = Path(os.path.expanduser(str(source)))
     files = vectors_in(path) if path.is_dir() else [path]
     found = {file.stem: str(file) for file in files if file.suffix == SUFFIX}
     if not found:

@@ -117,8 +117,8 @@ class Steering:
         if arguments.get(NAME) == PROBE:
             return Placed(self.probe, arguments[LENGTH] - 1, "generated")
         check_request(arguments, self._names, tokens)
-        name = arguments[NAME]
-        return Placed(self._names[name], arguments.get(LENGTH, tokens) - 1, self._positions[name])
+        name, length = arguments[NAME], arguments.get(LENGTH)
+        return Placed(self._names[name], (tokens if length is None else length) - 1, self._positions[name])
 
 
 def _slice(module: Any, width: int) -> slice:

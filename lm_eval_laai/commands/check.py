@@ -10,6 +10,7 @@ from typing import Any
 
 from laai_core import files
 from laai_core.errors import LaaiError
+from lm_eval_laai.commands.outputs import check_no_input
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.gate.baseline import Baseline, load_baseline
 from lm_eval_laai.gate.check import FAILED, OK, Finding, compare, github, inert, junit, printable
@@ -59,7 +60,9 @@ def _command(arguments: argparse.Namespace) -> Report:
 def _report(facts: dict[str, Any], findings: Sequence[Finding], text: str, arguments: argparse.Namespace) -> Report:
     """The report, and the JUnit file and the GitHub annotations that were asked for."""
     if arguments.junit:
-        files.write(Path(arguments.junit).expanduser(), junit(findings))
+        output = Path(arguments.junit).expanduser()
+        check_no_input(output, arguments.against, *(facts.get(name) for name in ("results", "against")))
+        files.write(output, junit(findings))
     failed = any(finding.state == FAILED for finding in findings)
     facts |= {"passed": not failed, "findings": [dict(vars(finding)) for finding in findings]}
     text = inert(text)

@@ -15,13 +15,13 @@ from lm_eval_laai.chats import common_rendering
 from lm_eval_laai.commands.examples import add_own_data_arguments, fitting_split
 from lm_eval_laai.commands.options import (
     add_model_arguments,
-    check_no_input,
     check_unused,
     decimals,
     model_source,
     output_path,
     task_name,
 )
+from lm_eval_laai.commands.outputs import check_no_input
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.methods.compose import METHODS, compose
 from lm_eval_laai.tasks import harness_task

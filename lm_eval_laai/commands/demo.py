@@ -19,10 +19,10 @@ from laai_core.files import SUFFIX
 from lm_eval_laai.commands.options import (
     add_layer_argument,
     add_model_arguments,
-    check_writable,
     checked_layer,
     model_source,
 )
+from lm_eval_laai.commands.outputs import check_writable
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.commands.train import summary
 from lm_eval_laai.inspection.plot import can_plot, heat_map

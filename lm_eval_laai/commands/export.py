@@ -10,11 +10,10 @@ from laai_core import files
 from laai_core.errors import LaaiError
 from lm_eval_laai.commands.options import (
     add_model_arguments,
-    check_no_input,
     check_unused,
-    check_writable,
     model_source,
 )
+from lm_eval_laai.commands.outputs import check_no_input, check_writable
 from lm_eval_laai.commands.report import Report
 
 if TYPE_CHECKING:

@@ -149,7 +149,7 @@ def _own_task(intervention: Intervention) -> str:
 
 
 def _examples(intervention: Intervention, task: str, data: str | None) -> list[Example]:
-    """A task's training examples; of rows of one's own as many, by the seed and in the template that the file records.
+    """A task's training examples: as many, by the seed and (rows of one's own) in the template that the file records.
 
     Where the training pool has fewer, they are drawn from all rows, as by `laai train --split all`.
     """
@@ -158,12 +158,12 @@ def _examples(intervention: Intervention, task: str, data: str | None) -> list[E
     from lm_eval_laai.chats import PROMPT_TEMPLATE, rendering_of
 
     kind, _, file = task.partition(":")
+    seed, count = _recorded_number(intervention, "seed", 0), _recorded_number(intervention, "n_train", 10)
     if kind not in (EXAMPLES, EXAMPLE_OPTIONS):
-        return load_task(task, data=data).train
+        return load_task(task, seed, count, data).train
     template = (rendering_of(intervention) or {}).get(PROMPT_TEMPLATE)
     rows = own_rows(kind, file, template if isinstance(template, str) else None)
-    count = min(_recorded_number(intervention, "n_train", 10), len(rows.items))
-    seed = _recorded_number(intervention, "seed", 0)
+    count = min(count, len(rows.items))
     return rows.split(seed, count, train_on_all=rows.pool_size < count).train
 
 

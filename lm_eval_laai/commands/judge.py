@@ -12,7 +12,7 @@ from typing import Any
 
 from laai_core import files
 from laai_core.errors import LaaiError
-from lm_eval_laai.commands.options import check_no_input, check_writable
+from lm_eval_laai.commands.outputs import check_no_input, check_writable
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.judge.cache import Cache
 from lm_eval_laai.judge.endpoint import KEY_VARIABLE, OPENAI_URL, REQUEST, Judge
@@ -77,9 +77,13 @@ def _command(arguments: argparse.Namespace) -> Report:
         task_named(task)
     samples = [read_samples(path) for path in paths]
     output = _output(arguments.output)
+    where = Path(arguments.cache).expanduser()
     if output is not None:
         check_no_input(output, *paths)
-    where = Path(arguments.cache).expanduser()
+        if output.resolve() == where.resolve():
+            raise LaaiError(
+                f"--output {output} is the cache of answers: expected another file to write the verdicts to"
+            )
     # A dry run makes no file.
     with Cache(":memory:" if arguments.dry_run and not where.exists() else where) as cache:
         plan = _plan(list(zip(tasks, samples, strict=True)), judge, cache, prices)
@@ -115,7 +119,8 @@ def _output(name: str | None) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
         raise LaaiError(f"--output {name} is a folder; expected a file to write the verdicts to")
-    check_writable(path.parent)
+    if path.is_file() or not path.exists():  # others are devices and pipes
+        check_writable(path.parent)
     return path
 
 

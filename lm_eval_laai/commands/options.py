@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laai_core.errors import LaaiError
 from laai_core.files import SUFFIX
+from laai_core.numeric import layer_number
+from lm_eval_laai.commands.outputs import check_writable
 from lm_eval_laai.methods.method import is_adapter
 from lm_eval_laai.tasks import harness_task
 
@@ -63,16 +63,16 @@ def add_layer_argument(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def layer_count(config: Any) -> int:
-    """Decoder blocks of the model, from its configuration."""
-    return config.get_text_config(decoder=True).num_hidden_layers
+    """Decoder blocks of the model, from its configuration. LaaiError where that does not say."""
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise LaaiError(f"{type(config).__name__} has no num_hidden_layers: expected one of transformers")
+    return count
 
 
 def checked_layer(layer: int | None, config: Any) -> int | None:
     """The layer, 0-based, from a model's configuration: a wrong one is refused before the weights are read."""
-    count = layer_count(config)
-    if layer is not None and not -count <= layer < count:
-        raise LaaiError(f"layer {layer} is out of range: this model has layers 0 to {count - 1}")
-    return None if layer is None else layer % count
+    return None if layer is None else layer_number(layer, layer_count(config))
 
 
 def output_path(output: str, task: str) -> Path:
@@ -95,14 +95,6 @@ def adapter_folder(output: str, task: str) -> Path:
     return path
 
 
-def check_no_input(output: Path, *inputs: str | Path | None) -> None:
-    """LaaiError for an output that would replace a file which the command reads."""
-    for one in inputs:
-        path = None if one is None else Path(os.path.expanduser(one))
-        if path is not None and path.exists() and os.path.exists(output) and output.samefile(path):
-            raise LaaiError(f"{output} is what this command reads: expected another file to write")
-
-
 def a_path(text: str) -> Path:
     """The type of a flag: a shell leaves the ~ in --flag=~/file."""
     return Path(text).expanduser()
@@ -111,16 +103,6 @@ def a_path(text: str) -> Path:
 def task_name(text: str) -> str:
     """The type of a flag: a task with or without laai_."""
     return text.removeprefix("laai_")
-
-
-def check_writable(folder: Path) -> None:
-    """LaaiError unless files can be made in `folder`, or it can be made itself. Leaves nothing behind."""
-    existing = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise LaaiError(f"cannot write to {folder}: {error.strerror}; expected a writable folder") from error
 
 
 def numbers(text: str) -> list[int]:

@@ -16,12 +16,12 @@ from lm_eval_laai.commands.options import (
     add_layer_argument,
     add_model_arguments,
     check_counts,
-    check_writable,
     checked_layer,
     layer_count,
     model_source,
     numbers,
 )
+from lm_eval_laai.commands.outputs import check_writable
 from lm_eval_laai.commands.report import Report
 from lm_eval_laai.experiments.cells import Cell, Fit, Store, named
 from lm_eval_laai.experiments.curves import Sweep
@@ -30,6 +30,7 @@ from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.inspection.plot import check_plot
 from lm_eval_laai.judge import Cache, Judge
 from lm_eval_laai.judge.endpoint import package_and_key
+from lm_eval_laai.judge.judgement import check_concurrency
 from lm_eval_laai.known_models.folder import reference_model
 from lm_eval_laai.methods.method import middle_layer
 from lm_eval_laai.paper import estimate, gpt_eval, report
@@ -100,7 +101,11 @@ def _command(arguments: argparse.Namespace) -> Report | None:
     if arguments.dry_run:
         return _listed(plans, store) if process.first else None
     if judge is not None and _judged(content) and any(plan.left(store)[1] for plan in plans):
-        package_and_key(judge)  # now, and not after the cells whose answers it will be asked about
+        # Now, and not after the cells whose answers it will be asked about.
+        package_and_key(judge)
+        check_concurrency(arguments.concurrency)
+        with Cache(Path(arguments.cache).expanduser()):
+            pass
     run(plans, store, process)
     if not process.first:
         return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from laai_core.errors import LaaiError
 from laai_core.files import unwritable
-from lm_eval_laai.commands.options import check_writable
+from lm_eval_laai.commands.outputs import check_writable
 
 if TYPE_CHECKING:  # torch
     from laai_core.optimize import Step

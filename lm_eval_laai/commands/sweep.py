@@ -20,7 +20,6 @@ from lm_eval_laai.commands.examples import add_own_data_arguments, own_data
 from lm_eval_laai.commands.options import (
     add_model_arguments,
     check_counts,
-    check_writable,
     checked_layer,
     decimals,
     layer_count,
@@ -28,6 +27,7 @@ from lm_eval_laai.commands.options import (
     numbers,
     task_name,
 )
+from lm_eval_laai.commands.outputs import check_no_input, check_writable
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.experiments.cells import Store
 from lm_eval_laai.experiments.curves import Sweep, draw, title
@@ -86,6 +86,7 @@ def _command(arguments: argparse.Namespace) -> Report | None:
         raise LaaiError(f"no task named {', '.join(unknown)!r}: `laai tasks` lists them")
     folder = Path(arguments.output).expanduser()
     check_writable(folder)
+    check_no_input(folder / "sweep.json", arguments.examples)
     if arguments.plot:
         check_plot(folder / "sweep.png")
     process = Process()
@@ -100,6 +101,7 @@ def _command(arguments: argparse.Namespace) -> Report | None:
         penalties,
         arguments.penalty_scale,
         arguments.n_train,
+        start="icl" if arguments.n_train > 1 else "zero",
     )
     store = Store(folder)
     run([Plan(sweep.setting, tuple(sweep.cells()))], store, process)

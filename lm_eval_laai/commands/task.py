@@ -9,7 +9,7 @@ from typing import Any
 
 from laai_core.data.examples import STDIN
 from lm_eval_laai.commands.examples import add_template_argument, read_rows
-from lm_eval_laai.commands.options import check_no_input, check_writable
+from lm_eval_laai.commands.outputs import check_no_input, check_writable
 from lm_eval_laai.commands.report import Report, table
 
 logger = logging.getLogger(__name__)

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import cached_file, extract_commit_hash
+
 from laai_core.data import load_task
 from laai_core.data.split import Split
 from laai_core.errors import LaaiError
@@ -17,7 +19,7 @@ from laai_core.record import examples_sha256
 from lm_eval_laai.experiments.cells import Cell, Fit
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.methods import LAAI
-from lm_eval_laai.methods.pseudo_labels import CONFIDENCE, INPUTS, TRUSTED
+from lm_eval_laai.methods.pseudo_labels import CONFIDENCE, INPUTS, PROPOSED, TRUSTED
 from lm_eval_laai.methods.select import PENALTIES
 from lm_eval_laai.tasks import TaskInfo, harness_metadata, list_tasks
 
@@ -70,7 +72,7 @@ class Setting:
         return {
             **asdict(fit),
             **({"chosen_from": [*PENALTIES]} if chosen else {}),
-            **({"pseudo_labels": [INPUTS, TRUSTED, CONFIDENCE]} if labels else {}),
+            **({"pseudo_labels": [INPUTS, PROPOSED, TRUSTED, CONFIDENCE]} if labels else {}),
             "task": task_info(fit.task).name,
             "examples_sha256": examples_sha256(examples),
             **self._shared,
@@ -97,12 +99,17 @@ class Setting:
 
     @cached_property
     def model(self) -> dict[str, Any]:
-        """The model's identity: SHA-256 of a folder's files, or a commit on the Hub."""
+        """The model's identity: SHA-256 of a folder's files, or a commit on the Hub. LaaiError where it has none."""
         folder = Path(self.source.pretrained)
         gguf = {} if self.source.gguf_file is None else {"gguf_file": self.source.gguf_file}
         if folder.is_dir():
             return {"sha256": _folder_sha256(folder, self.source.gguf_file), **gguf}
-        return {**gguf, "hub": self.source.name, "commit": getattr(self.source.config(), "_commit_hash", None)}
+        self.source.config()  # downloads the file, and says why where that fails
+        file = cached_file(str(folder), self.source.gguf_file or "config.json", revision=self.source.revision)
+        commit = extract_commit_hash(file, None)
+        if commit is None:
+            raise LaaiError(f"{self.source.name}: its commit on the Hub is not known: expected a folder of the model")
+        return {**gguf, "hub": self.source.name, "commit": commit}
 
     @cached_property
     def _shared(self) -> dict[str, Any]:
@@ -149,7 +156,8 @@ def _test_sha256(data_set: str, data: str | None) -> str:
 
 def _folder_sha256(folder: Path, gguf_file: str | None) -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES or p.name == gguf_file):
+    paths = {path for path in folder.iterdir() if path.suffix in _MODEL_FILES}
+    for path in sorted(paths | ({folder / gguf_file} if gguf_file else set())):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(1 << 24):

@@ -37,6 +37,8 @@ def push_to_hub(
     Raises:
         LaaiError: a bad name, not logged in, no right to write, no such branch, no network.
     """
+    if "/" not in repo:  # the Hub would make a repository of the user's, and take no commit to this name
+        raise LaaiError(f"{repo!r:.60} is no repository name: expected ORG/NAME")
     file = file or f"{task_of(intervention) or 'intervention'}{SUFFIX}"
     if not file.endswith(SUFFIX):
         raise LaaiError(f"file is {file!r}: expected a name that ends in {SUFFIX}")

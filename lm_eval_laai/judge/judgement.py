@@ -120,8 +120,7 @@ def judge_samples(
     """
     if not samples:
         raise LaaiError("no samples to judge; expected at least one")
-    if not 1 <= concurrency <= 256:
-        raise LaaiError(f"concurrency is {concurrency}; expected 1 to 256 requests at the same time")
+    check_concurrency(concurrency)
     queries = all_queries(samples, task)
     todo = unanswered(queries, judge, cache)
     _check_readable(queries, judge, cache)
@@ -139,6 +138,12 @@ def judge_samples(
         prompt_tokens=sum(answer.prompt_tokens for answer in paid),
         completion_tokens=sum(answer.completion_tokens for answer in paid),
     )
+
+
+def check_concurrency(concurrency: int) -> None:
+    """LaaiError for a number of requests at the same time that is out of range."""
+    if not 1 <= concurrency <= 256:
+        raise LaaiError(f"concurrency is {concurrency}; expected 1 to 256 requests at the same time")
 
 
 def _ask(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def pretrained(name: str) -> str:
     A model's folder of that name in the current one comes first; one of results, as `lm_eval --output_path .` makes
     for a model, does not. Raises LaaiError for a known model that is not fetched yet.
     """
+    if name.startswith("~"):  # the shell leaves it alone in --model=~/NAME
+        name = os.path.expanduser(name)
     here = Path(name)
     no_model = name in {*KNOWN, REFERENCE} and not [*here.glob("config.json"), *here.glob("*.gguf")]
     if here.is_dir() and not no_model:

@@ -201,7 +201,7 @@ class _WeightedForward(PlainForward):
         batch_size: int | None,
     ) -> None:
         super().__init__(layout, batch, min(stacks), like.site, batch_size, like.position)
-        self._stacks = {layout.layer(layer): stack.flatten(1) for layer, stack in stacks.items()}
+        self._stacks = {layout.layer(n): stack.flatten(1).to(self._batch.row.device) for n, stack in stacks.items()}
 
     def _edit(self, vectors: torch.Tensor) -> Edit:
         return Edit({layer: vectors @ stack for layer, stack in self._stacks.items()}, self._site, self._position)
@@ -225,7 +225,7 @@ def _fit(
             if not math.isfinite(loss) or not bool(torch.isfinite(gradients).all()):
                 raise WorkFailed(f"loss or gradient not finite at weights {weights.tolist()}")
             seen.append((loss, weights.tolist()))
-            weights.grad = gradients.squeeze(0)
+            weights.grad = gradients.squeeze(0).to(weights.device)
             bar.set_postfix(task_loss=f"{loss:.4f}", refresh=False)
             bar.update()
             return loss

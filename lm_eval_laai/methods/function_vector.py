@@ -183,7 +183,7 @@ def _last_tokens(layout: Layout, prompts: Sequence[Prompt], copies: int) -> dict
     owner = torch.arange(len(prompts), device=device).repeat_interleave(copies)
     cached = layout.model(**model_inputs(layout, tokens, mask), use_cache=True, logits_to_keep=1).past_key_values
     try:
-        cache = read_only(selected(cached, owner))
+        cache = read_only(selected(cached, owner.cpu()))  # the layers' caches may lie on several devices
     except (AttributeError, NotImplementedError) as error:
         name = type(layout.model).__name__
         raise LaaiError(f"{name}: expected a key-value cache whose rows can be chosen, got {error}") from error

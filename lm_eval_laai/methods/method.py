@@ -101,8 +101,8 @@ class Method:
                 raise LaaiError(f"output is {path}: expected a name that ends in {SUFFIX}")
         elif path.suffix == SUFFIX:
             raise LaaiError(f"output is {path}: expected a folder, which is what PEFT reads")
-        elif path.exists() and not is_adapter(path):
-            raise LaaiError(f"{path} exists and is no adapter: expected a new folder, or an adapter's to replace")
+        elif path.exists() and not (path / ADAPTER_FACTS).is_file():  # another tool's adapter may have more beside it
+            raise LaaiError(f"{path} exists and is no adapter of ours: expected a new folder, or one to replace")
 
     def record(self, path: Path) -> dict[str, Any]:
         """The provenance recorded in the output at `path`."""

@@ -3,7 +3,9 @@
 Ten examples leave open how a rule goes on with other inputs. Where the model follows the rule behind ten shots, its
 answers say so, and a vector that is trained on them too replaces the shots better (context distillation: Snell, Klein
 & Zhong 2022; pseudo-labels: Lee 2013). Nothing but the model and the examples is used, and nothing is drawn: inputs
-begin with the likeliest first tokens behind the solved examples and go on greedily.
+begin with the likeliest first tokens behind the solved examples and go on greedily. An input that the data set's split
+makes a test item is not among them: the split depends on the input alone (`laai_core.data.split`), so that no test
+item has to be looked at.
 
 Wrong labels do harm, so there are none unless the model, behind the others, answers at least TRUSTED of the examples
 rightly; and of its answers those are kept to which it gives a probability of at least CONFIDENCE.
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ import torch
 from transformers import GenerationConfig
 
 from laai_core.cache import padded
+from laai_core.data.examples import DEFAULT_TEMPLATE
+from laai_core.data.split import in_training_pool
 from laai_core.encode import Whitespace, encode_prompt
 from laai_core.example import Example
 from laai_core.hooks import shadowed
@@ -32,7 +36,8 @@ from lm_eval_laai.prefixes import SharedPrefixes
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedTokenizerBase
 
-INPUTS = 40  # proposed at most
+INPUTS = 40  # answered at most
+PROPOSED = 130  # where seven in ten inputs are test items
 TRUSTED = 0.5  # share of the examples
 CONFIDENCE = 0.5  # probability of an answer and its end
 SPARE = 4  # tokens that an input or an answer may have beyond the longest of the examples
@@ -73,9 +78,12 @@ def pseudo_labelled(
     right = [a is not None and a.text == e.answer.strip() for a, e in zip(answers, examples, strict=True)]
     if sum(right) < TRUSTED * len(examples):
         return []
-    known = {example.prompt.removeprefix(again) for example in examples}
-    inputs = writer.inputs(shots + head.rstrip(), tail, input_room)
-    asked = [prompt for prompt in (head + text + tail for text in inputs) if prompt not in known]
+    key = _pool_key(examples, again + head, tail)
+    inputs = writer.inputs(shots + head.rstrip(), tail, input_room, PROPOSED if key else INPUTS)
+    new = dict.fromkeys(head + text + tail for text in inputs)
+    for example in examples:
+        new.pop(example.prompt.removeprefix(again), None)
+    asked = [prompt for prompt in new if key is None or in_training_pool(key(again + prompt))][:INPUTS]
     answers = writer.answers([shots + prompt for prompt in asked], answer_room)
     space = examples[0].answer.removesuffix(examples[0].answer.lstrip())
     return [
@@ -99,6 +107,23 @@ def _frame(prompts: Sequence[str]) -> tuple[str, str]:
     head = os.path.commonprefix(prompts)
     backwards = [prompt.removeprefix(head)[::-1] for prompt in prompts]
     return head, os.path.commonprefix(backwards)[::-1]
+
+
+def _pool_key(examples: Sequence[Example], head: str, tail: str) -> Callable[[str], str] | None:
+    """The part of a prompt by which the examples' data set is split: what their template, or else all of them, have
+    around it left out, or nothing. The part under which all examples are in the training pool; None where no part
+    is, since they are from elsewhere (a task of the harness, say, which has test documents of its own).
+    """
+    template = (examples[0].rendering or {}).get("prompt_template", DEFAULT_TEMPLATE)
+    before, after = template.partition("{")[0], template.rpartition("}")[2]
+    for begin, end in ((before, after), (head, tail), ("", "")):
+
+        def key(prompt: str, begin: str = begin, end: str = end) -> str:
+            return prompt.removeprefix(begin).removesuffix(end)
+
+        if all(in_training_pool(key(example.prompt)) for example in examples):
+            return key
+    return None
 
 
 @dataclass(frozen=True)
@@ -134,11 +159,11 @@ class _Writer:
         tokens = [token for token in self.encoded(text) if token != self._tokenizer.bos_token_id]
         return self._text(tokens) == self._tokenizer.decode(tokens)
 
-    def inputs(self, context: str, tail: str, room: int) -> list[str]:
-        """Distinct texts that the model puts between `context` and `tail`, the likeliest first."""
+    def inputs(self, context: str, tail: str, room: int, count: int) -> list[str]:
+        """Up to `count` distinct texts that the model puts between `context` and `tail`, the likeliest first."""
         start = self.encoded(context)
         scores = self._generated([start], 1).logits[0][0]
-        first = scores.topk(min(INPUTS, len(scores))).indices.tolist()
+        first = scores.topk(min(count, len(scores))).indices.tolist()
         begun = len(self._text(start))
         found: dict[str, None] = {}
         for token, (row, _) in zip(first, self._continued([[*start, one] for one in first], room), strict=True):

@@ -48,11 +48,13 @@ def write(content: Content, store: Store, folder: Path) -> dict[str, Any]:
 
 
 def _missing(content: Content, store: Store) -> list[str]:
-    """The cells that could not be computed."""
+    """The cells and maps that could not be computed."""
     wanted = {pair for table in content.tables for pair in table.cells(content.seeds)}
     if content.sweep is not None:
         wanted |= {(content.sweep.setting, cell) for cell in content.sweep.cells()}
-    return sorted(named(cell) for setting, cell in wanted if result_of(setting, cell, store) is None)
+    setting = content.recipes[0].setting
+    maps = [f"figure 2, {title}" for title, fit in content.maps.items() if _trained(setting, fit, store) is None]
+    return sorted(named(cell) for setting, cell in wanted if result_of(setting, cell, store) is None) + maps
 
 
 def _model_facts(recipe: Recipe) -> dict[str, Any]:
@@ -110,6 +112,7 @@ def _draw_maps(maps: Mapping[str, Fit], setting: Setting, store: Store, folder: 
     found = {title: _trained(setting, fit, store) for title, fit in maps.items()}
     limit = max((largest(one) for one in found.values() if one is not None), default=None)
     for title, one in found.items():
+        (folder / map_name(title)).unlink(missing_ok=True)  # an earlier report's
         if one is not None:
             heat_map(one, folder / map_name(title), limit)
     return {title: one and _map_facts(maps[title], one) for title, one in found.items()}
