@@ -80,9 +80,8 @@ def pseudo_labelled(
         return []
     key = _pool_key(examples, again + head, tail)
     inputs = writer.inputs(shots + head.rstrip(), tail, input_room, PROPOSED if key else INPUTS)
-    new = dict.fromkeys(head + text + tail for text in inputs)
-    for example in examples:
-        new.pop(example.prompt.removeprefix(again), None)
+    known = {example.prompt.removeprefix(again) for example in examples}
+    new = [prompt for prompt in (head + text + tail for text in inputs) if prompt not in known]
     asked = [prompt for prompt in new if key is None or in_training_pool(key(again + prompt))][:INPUTS]
     answers = writer.answers([shots + prompt for prompt in asked], answer_room)
     space = examples[0].answer.removesuffix(examples[0].answer.lstrip())
