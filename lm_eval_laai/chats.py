@@ -75,10 +75,12 @@ class Chats:
         """Remember a context that was rendered."""
         self._systems[context] = system_message(messages)
 
-    def difference(self, intervention: Intervention, context: str, tokenizer: Any) -> str | None:
+    def difference(
+        self, intervention: Intervention, context: str, tokenizer: Any, arguments: Mapping[str, Any]
+    ) -> str | None:
         """How training and evaluation prompts differ; None if they do not, or the training's are not known.
 
-        Only an intervention's first context is compared.
+        Only an intervention's first context is compared. `arguments` are those of the chat template, training's none.
         """
         if id(intervention) in self._compared:
             return None
@@ -99,6 +101,8 @@ class Chats:
             return None
         if trained[TEMPLATE] != template_sha256(tokenizer):
             return "the intervention was trained with another chat template than the tokenizer's"
+        if arguments:
+            return f"the intervention was trained without chat_template_args, evaluated with {dict(arguments)!s:.80}"
         if trained.get(SYSTEM) != self._systems[context]:
             before, now = trained.get(SYSTEM), self._systems[context]
             return f"the intervention was trained under the system message {before!r:.60}, evaluated under {now!r:.60}"

@@ -63,11 +63,7 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
             f"which the text of a row decides; expected more rows"
         )
     for item in data.items:
-        if item.example.target is not None and len(item.example.target.strip().splitlines()) > 1:
-            raise LaaiError(
-                f"{item.where}: target {item.example.target!r:.60} has a line break inside; "
-                f"expected one line, which exact match compares"
-            )
+        check_one_line(item.example, item.where)
     shared = _shared(data)
     generation = "" if data.has_options else _generation(data, max_gen_toks)
     folder = folder / name
@@ -80,6 +76,15 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
     files.write(rows, as_lines(data))
     files.write(path, yaml)
     return path
+
+
+def check_one_line(example: Example, where: str) -> None:
+    """LaaiError for a target of several lines."""
+    if example.target is not None and len(example.target.strip().splitlines()) > 1:
+        raise LaaiError(
+            f"{where}: target {example.target!r:.60} has a line break inside; "
+            f"expected one line, which exact match compares"
+        )
 
 
 def _check_replaceable(path: Path, marked: Path) -> None:

@@ -11,6 +11,7 @@ Both begin behind the prefix that the prompts of a task share (`lm_eval_laai.pre
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +29,8 @@ from lm_eval_laai.prefixes import SharedPrefixes, continued_inputs
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 # A shared prompt's cache is repeated for its continuations; below this many tokens the memory does not matter.
 _FREE_CACHE_TOKENS = 4096
@@ -128,8 +131,7 @@ class Scorer:
         for number, row in enumerate(rows):
             if not row.prompt:
                 raise LaaiError(f"{row.name}: its context has no tokens, of which the vector needs the last")
-            room = room_for_prompt(row.continuation, self._max_length + 1, row.name)
-            prompt = tuple(row.prompt[-room:])  # truncated from the left, as the harness does
+            prompt = tuple(truncated_prompt(row.prompt, row.continuation, self._max_length + 1, row.name))
             key = (prompt, id(row.edit))
             group = groups.setdefault(key, _Group(prompt, row.edit, row.name, row.prefix))
             if group.members and len(row.continuation) > len(group.longest()):
@@ -231,11 +233,13 @@ class Scorer:
         return F.log_softmax(logits, dim=-1, dtype=self._softmax_dtype)
 
 
-def room_for_prompt(continuation: Sequence[int], window: int, name: str) -> int:
-    """Tokens left for a prompt, at least one, where prompt and continuation may have `window` tokens together.
+def truncated_prompt(prompt: list[int], continuation: Sequence[int], window: int, name: str) -> list[int]:
+    """The last tokens of a prompt, where prompt and continuation may have `window` tokens together.
+
+    Truncated from the left with a warning, as the harness does.
 
     Raises:
-        LaaiError: for a continuation without tokens, or one that leaves no room.
+        LaaiError: for a continuation without tokens, or one that leaves no room for a prompt.
     """
     if not continuation:
         raise LaaiError(
@@ -244,7 +248,15 @@ def room_for_prompt(continuation: Sequence[int], window: int, name: str) -> int:
         )
     if len(continuation) >= window:
         raise LaaiError(f"a continuation of {len(continuation)} tokens does not fit the model's {window - 1}")
-    return window - len(continuation)
+    room = window - len(continuation)
+    if len(prompt) > room:
+        logger.warning(
+            "%s: a prompt of %d tokens leaves no room for its continuation: truncated from the left to %d",
+            name,
+            len(prompt),
+            room,
+        )
+    return prompt[-room:]
 
 
 def _answer(span: torch.Tensor, continuation: Sequence[int]) -> Answer:

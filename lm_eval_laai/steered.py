@@ -29,6 +29,8 @@ class Steered(TemplateLM):
     _routed_rows: list[Any] | None = None  # of the loglikelihood call in progress
     _window_reserve = 0  # by so many tokens a rolling window is shorter than max_length
     # What the class that runs the model has.
+    enable_thinking: bool | None
+    chat_template_args: dict[str, Any]
     _routed: Any  # (requests): what it must know of each, the intervention first
     _window_row: Any  # (prompt, continuation, one of _routed, whether it acts on every token): what _score takes
     _score: Any  # (rows, kind of request, disable_tqdm): log-probability and is_greedy of each
@@ -117,9 +119,16 @@ class Steered(TemplateLM):
         self._routing.require(request.task_name for request in requests)
         interventions = [self._routing.get(request.task_name) for request in requests]
         for iv, request in zip(interventions, requests, strict=True):
-            if iv is not None and (different := self._chats.difference(iv, request.args[0], self.tokenizer)):
+            if iv is None:
+                continue
+            if different := self._chats.difference(iv, request.args[0], self.tokenizer, self._template_arguments()):
                 logger.warning("%s: %s", request.task_name, different)
         return interventions
+
+    def _template_arguments(self) -> dict[str, Any]:
+        """What the harness hands the chat template: the model arguments chat_template_args and enable_thinking."""
+        arguments = {"enable_thinking": self.enable_thinking, **self.chat_template_args}
+        return {name: value for name, value in arguments.items() if value is not None}
 
     def _warn_if_made_elsewhere(self, used_on: str, dtype: torch.dtype) -> None:
         """Warn of vectors trained on another model of the same shape, or in another dtype."""

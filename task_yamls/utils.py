@@ -10,7 +10,7 @@ from laai_core.data import load_task
 from laai_core.data.opinion import Opinion
 from laai_core.data.tasks import EXAMPLE_OPTIONS, EXAMPLES, OPINIONQA_GROUP, PAIRS, opinionqa_group, split_opinions
 from laai_core.errors import LaaiError
-from lm_eval_laai.own_task import document, documents, exact_match, opinion_metrics
+from lm_eval_laai.own_task import check_one_line, document, documents, exact_match, opinion_metrics
 
 __all__ = ["exact_match", "load", "load_opinions", "opinion_metrics"]
 
@@ -36,6 +36,8 @@ def load(
     split = load_task(laai_task, seed=seed, n_train=n_train, data=None if data is None else str(data))
     if not split.test:
         raise LaaiError(f"{split.name}: all of its rows are for training; expected test items, of more rows")
+    for example in (*split.train, *split.test):
+        check_one_line(example, split.name)
     return documents(split)
 
 

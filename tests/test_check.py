@@ -401,6 +401,16 @@ def test_a_name_that_is_a_command_of_the_runner(
     assert commands == [] and re.split(r"[:\[]", name)[-1] in out
 
 
+@pytest.mark.parametrize("flag", [["--alpha", "0.1"], ["--metric", METRIC], ["--junit", "x.xml"], ["--github"]])
+def test_an_update_checks_nothing(
+    flag: list[str], document: dict[str, Any], put: Callable[[Any], Path], tmp_path: Path, capfd: Any
+) -> None:
+    path = tmp_path / "new.yaml"
+    assert cli.main(["check", str(put(document)), "--against", str(path), "--update", *flag]) == 2
+    assert f"--update checks nothing: expected no {flag[0]} with it" in capfd.readouterr().err
+    assert not path.exists()
+
+
 # Baselines
 
 

@@ -24,6 +24,7 @@ from laai_core.data.split import in_training_pool
 from lm_eval_laai import own_task
 from lm_eval_laai.commands import cli
 from lm_eval_laai.commands.examples import read_rows
+from lm_eval_laai.tasks import include_path
 
 WORDS = [{"input": f"word{n}", "output": f"answer {n}"} for n in range(60)]
 SHARES = [
@@ -299,6 +300,14 @@ def test_what_cannot_be_a_task(rows: Any, flags: Any, said: str, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_target_of_several_lines_is_no_harness_task(tmp_path: Path) -> None:
+    """Exact match compares one line: the score of such a target would be zero whatever the model says."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(lines([{"prompt": f"p{n}", "target": "a\nb" if n == 7 else "a"} for n in range(40)]))
+    with pytest.raises(laai.LaaiError, match="examples:x.jsonl: target .* has a line break inside"):
+        loaded(include_path(), "laai_examples", file=str(path))
+
+
 @pytest.mark.parametrize("name", ["utils.py", "words.yaml", "examples.jsonl", "_word_task_yaml"])
 def test_a_task_replaces_its_own_files_only(name: str, tmp_path: Path, refused: Callable[..., str], facts_of) -> None:
     source, folder = tmp_path / "words.jsonl", tmp_path / "words"
@@ -439,6 +448,9 @@ def test_refusals(file: Path, tmp_path: Path, refused: Callable[..., str]) -> No
     assert "expected one of --task, --examples and --harness-task, got none" in refused(*line)
     assert "got --task and --examples" in refused(*line, "--task", "antonym", "--examples", file)
     assert "--loss does not go with --examples" in refused(*line, "--examples", file, "--loss", "kl")
+    for command in (line, ["sweep", *line[1:]]):
+        assert "--data does not go with --examples" in refused(*command, "--examples", file, "--data", tmp_path)
+    assert "has the stop string 'swe' inside" in refused(*line, "--task", f"examples:{file}", "--stop", "swe")
     assert "expected --examples with it" in refused(*line, "--task", "lexicon_antonym", "--prompt-template", "{a}")
     assert "has the stop string 'w' inside" not in refused(*line, "--examples", file, "--stop", "swe", "--n-train", 99)
     assert "has the stop string 'swe' inside" in refused(*line, "--examples", file, "--stop", "swe")

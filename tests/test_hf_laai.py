@@ -218,7 +218,7 @@ def test_tokenizers(padding_side, bos):
         assert_same(lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True), want)
 
 
-def test_left_truncation_and_windows():
+def test_left_truncation_and_windows(caplog):
     lm = harness_model(iv=intervention("Llama"), batch_size=2, max_length=8)
     token = lm.tok_encode("q", add_special_tokens=False)[0]
     prompt = [token + i for i in range(12)]
@@ -227,9 +227,13 @@ def test_left_truncation_and_windows():
         continuation = [token + 5 + i for i in range(count)]
         lm._routed_rows = [(next(iter(lm._edits.values())), "", None)]
         try:
+            caplog.clear()
             got = lm._loglikelihood_tokens([(("", ""), prompt, continuation)], disable_tqdm=True)
         finally:
             lm._routed_rows = None
+        assert f"a prompt of 12 tokens leaves no room for its continuation: truncated from the left to {left}" in (
+            caplog.text
+        )
         assert_same(got, [slow_reference.loglikelihood(lm.model, prompt[-left:], continuation, spec("Llama"))])
     with pytest.raises(laai.LaaiError, match="continuation of 9 tokens does not fit"):
         lm.loglikelihood(requests("loglikelihood", [("a", "b" * 9)]), disable_tqdm=True)

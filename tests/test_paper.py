@@ -460,6 +460,12 @@ def test_figure_1_of_one_rule(small: Path, tmp_path: Path, facts_of: Callable[..
     assert "![figure 1](paper_figure1.png)" in (tmp_path / "report.md").read_text()
 
 
+def test_shots_that_the_model_has_no_room_for_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    narrow = Setting(ModelSource(str(small_model_folder(tmp_path / "model", positions=48))), limit=2)
+    run([Plan(narrow, (Cell(TASK, shots=10),))], Store(tmp_path), Process())
+    assert "Left truncation applied" in caplog.text
+
+
 def test_what_fails_leaves_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Function vectors need prompts of several examples, and this model has no room for them."""
     narrow = Setting(ModelSource(str(small_model_folder(tmp_path / "model", positions=48))), limit=2)
@@ -581,6 +587,10 @@ def test_the_whole_of_it(small: Path, tmp_path: Path, facts_of: Callable[..., di
         (["--figures", "3"], "--figures 3"),
         (["--rules", "antonym,capital"], "--rules capital: expected some of en_fr, en_de, antonym, synonym"),
         (["--tables", "", "--figures", ""], "nothing to do"),
+        (["--tables", "6", "--group", "SEX=Female"], "--group is for Table 3"),
+        (["--figures", "2", "--rules", "antonym"], "--rules is for Figure 1"),
+        (["--concurrency", "2"], "--concurrency: expected --judge-model with it"),
+        (["--tables", "3", "--judge-model", "m"], "--judge-model is for the tables 1 and 2"),
         (["--data", "lexicon", "--seeds", "0"], "--seeds is 0"),
         (["--data", "lexicon", "--layer", "6"], "layer 6 is out of range"),
         (["--data", "lexicon", "--examples", "100000"], "n_train is 100000"),

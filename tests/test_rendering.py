@@ -293,11 +293,13 @@ CHAT, BRIEF, LONG = (
         (["--prompt-template", "say {input} as"], False, None, "trained with the template 'say {input} as', this"),
         (["--prompt-template", "Please: {input}\nA:"], False, None, "trained with the template 'Please: "),
         ([], False, "Be brief.", "trained with the template 'Q: {input}"),
+        (CHAT, {"enable_thinking": False}, None, "trained without chat_template_args, evaluated with {'enable_thin"),
+        (CHAT, {"chat_template_args": {"date": "1 May"}}, None, "evaluated with {'date': '1 May'}"),
     ],
 )
 def test_hf_laai_says_where_evaluation_differs(
     flags: Any,
-    chat: bool,
+    chat: Any,
     system: Any,
     said: Any,
     chatty: Path,
@@ -316,16 +318,16 @@ def test_hf_laai_says_where_evaluation_differs(
     assert [] == told if said is None else len(told) == 1 and said in told[0]
 
 
-def warned(model: Path, vector: Path, folder: Path, chat: bool, system: str | None, capfd: Any) -> list[str]:
-    """What an evaluation of the task `rows` says of the vector's training prompts."""
+def warned(model: Path, vector: Path, folder: Path, chat: Any, system: str | None, capfd: Any) -> list[str]:
+    """What an evaluation of the task `rows`, in a chat with the given arguments, says of the training prompts."""
     capfd.readouterr()
     found = lm_eval.simple_evaluate(
         "hf-laai",
-        model_args={"pretrained": str(model), "intervention": str(vector)},
+        model_args={"pretrained": str(model), "intervention": str(vector), **(chat if isinstance(chat, dict) else {})},
         tasks=["rows"],
         task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False),
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
+        apply_chat_template=bool(chat),
+        fewshot_as_multiturn=bool(chat),
         system_instruction=system,
         limit=3,
         bootstrap_iters=0,

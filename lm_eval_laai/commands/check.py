@@ -41,8 +41,9 @@ def _command(arguments: argparse.Namespace) -> Report:
     results = read_results(arguments.results)
     path = Path(arguments.against).expanduser()
     if arguments.update:
-        if arguments.junit or arguments.github:
-            raise LaaiError("--update checks nothing: expected no --junit and no --github with it")
+        for flag in ("junit", "github", "alpha", "metric"):
+            if getattr(arguments, flag):
+                raise LaaiError(f"--update checks nothing: expected no --{flag} with it")
         if is_run(path):
             raise LaaiError(f"--update writes a baseline: expected --against FILE.yaml, got {path}")
         return _update(results, path)

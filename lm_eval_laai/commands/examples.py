@@ -83,6 +83,8 @@ def own_data(arguments: argparse.Namespace) -> OwnData | None:
         if arguments.prompt_template is not None:
             raise LaaiError("--prompt-template is for rows of your own: expected --examples with it")
         return None
+    if arguments.data is not None:
+        raise LaaiError("--data does not go with --examples: it goes with --task")
     return read_rows(arguments.examples, arguments.prompt_template)
 
 
@@ -135,7 +137,6 @@ def training_split(arguments: argparse.Namespace) -> Split:
         split = data.split(arguments.seed, arguments.n_train, arguments.split == ALL)
         if arguments.split == ALL:
             logger.warning("--split all: a score on %s would be of rows that were trained on", arguments.examples)
-        _check_stops(split, Settings.stop if arguments.stop is None else arguments.stop)
         return _own_split(arguments, data, split)
     if arguments.harness_task is not None:
         return _harness_split(arguments)
@@ -149,6 +150,7 @@ def _is_rendered(arguments: argparse.Namespace) -> bool:
 
 def _own_split(arguments: argparse.Namespace, data: OwnData, split: Split) -> Split:
     """A split of own rows, rendered where the flags say so."""
+    _check_stops(arguments, split)
     arguments.task = f"{HARNESS}:{data.name}"
     return _render_own(arguments, data, split) if _is_rendered(arguments) else replace(split, name=arguments.task)
 
@@ -156,6 +158,7 @@ def _own_split(arguments: argparse.Namespace, data: OwnData, split: Split) -> Sp
 def _named_split(arguments: argparse.Namespace) -> Split:
     """The split of --task, rendered where the flags say so."""
     split = load_task(arguments.task, seed=arguments.seed, n_train=arguments.n_train, data=arguments.data)
+    _check_stops(arguments, split)
     return _render_named(arguments, split) if _is_rendered(arguments) else split
 
 
@@ -179,8 +182,9 @@ def _check_companions(arguments: argparse.Namespace, source: str) -> None:
         raise LaaiError(f"--split {arguments.split}: with --examples, expected {TRAIN} or {ALL}")
 
 
-def _check_stops(split: Split, stop: str) -> None:
+def _check_stops(arguments: argparse.Namespace, split: Split) -> None:
     """LaaiError for a target inside which generation would stop."""
+    stop = Settings.stop if arguments.stop is None else arguments.stop
     for example in split.train:
         if example.target is not None and stop and stop in example.target:
             raise LaaiError(

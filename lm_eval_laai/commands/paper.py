@@ -6,6 +6,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lm_eval_laai.commands.options import (
     add_layer_argument,
     add_model_arguments,
     check_counts,
+    check_unused,
     checked_layer,
     layer_count,
     model_source,
@@ -29,7 +31,7 @@ from lm_eval_laai.experiments.run import Plan, Process, run
 from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.inspection.plot import check_plot
 from lm_eval_laai.judge import Cache, Judge
-from lm_eval_laai.judge.endpoint import package_and_key
+from lm_eval_laai.judge.endpoint import OPENAI_URL, package_and_key
 from lm_eval_laai.judge.judgement import check_concurrency
 from lm_eval_laai.known_models.folder import reference_model
 from lm_eval_laai.methods.method import middle_layer
@@ -124,6 +126,14 @@ def _check_choices(arguments: argparse.Namespace) -> None:
         raise LaaiError("nothing to do: expected --tables, --figures or --examples")
     if arguments.groups and arguments.data == LEXICON:
         raise LaaiError(f"--group: --data {LEXICON} has groups of its own; expected public sets")
+    if arguments.groups and 3 not in arguments.tables:
+        raise LaaiError("--group is for Table 3: expected 3 among --tables")
+    if arguments.rules != list(FOUR_RULES) and 1 not in arguments.figures:
+        raise LaaiError("--rules is for Figure 1: expected 1 among --figures")
+    if arguments.judge_model is None:
+        check_unused(arguments, partial(add_judge_arguments, required=False), "expected --judge-model with it")
+    elif not set(JUDGED) & set(map(str, arguments.tables)):
+        raise LaaiError(f"--judge-model is for the tables {' and '.join(JUDGED)}: expected one of them among --tables")
 
 
 def _content(arguments: argparse.Namespace, process: Process, judge: Judge | None) -> Content:
@@ -261,7 +271,10 @@ def _command_line(arguments: argparse.Namespace) -> str:
         ("--layer", arguments.layer),
         ("--limit", arguments.limit),
         ("--judge-model", arguments.judge_model),
+        ("--base-url", None if arguments.base_url == OPENAI_URL else arguments.base_url),
     ):
         if value is not None:
             words += [flag, str(value)]
-    return shlex.join(words + (["--quick"] if arguments.quick else []))
+    for flag, given in (("--trust-remote-code", arguments.trust_remote_code), ("--quick", arguments.quick)):
+        words += [flag] * given
+    return shlex.join(words)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import reduce
@@ -56,8 +57,8 @@ def evaluated(
         for one in loaded["tasks"].values():
             one.set_config(key="num_fewshot", value=shots)
             one.set_fewshot_seed(seed=_FEWSHOT_SEED)
-        # `evaluate` and not `simple_evaluate`, which under torchrun returns the results on one process only.
-        results: dict[str, Any] = evaluate(lm, loaded, limit=limit, bootstrap_iters=bootstrap_iters)
+    # `evaluate` and not `simple_evaluate`, which under torchrun returns the results on one process only.
+    results: dict[str, Any] = evaluate(lm, loaded, limit=limit, bootstrap_iters=bootstrap_iters)
     return results
 
 
@@ -70,12 +71,7 @@ def score(
         paths: the cell's fits: intervention files, whose sum is applied, or one folder in PEFT's format.
     """
     task = task_info(cell.task)
-    # The harness's bars would be one or two for each of hundreds of cells; errors are raised anyway.
-    with (
-        redirect_stderr(io.StringIO()),
-        warnings_off(),
-        _language_model(model, tokenizer, setting.rows(cell), paths) as lm,
-    ):
+    with _bars_off(), _language_model(model, tokenizer, setting.rows(cell), paths) as lm:
         found = evaluated(lm, [cell.task], cell.shots, setting.metadata(cell), setting.limit)
     metrics = {
         name.removesuffix(",none"): value
@@ -100,18 +96,35 @@ def _language_model(
         # Behind a soft prompt `hf`'s answers depend on the padding, so on the batch's other rows: one at a time.
         soft_prompt = adapted.active_peft_config.is_prompt_learning
         try:
-            yield HFLM(adapted, tokenizer=tokenizer, batch_size=1 if soft_prompt else batch_size)
+            with warnings_off():
+                lm = HFLM(adapted, tokenizer=tokenizer, batch_size=1 if soft_prompt else batch_size)
+            yield lm
         finally:
             if not soft_prompt:  # a soft prompt replaces no module of the model
                 adapted.unload()
     else:
         total = reduce(add, map(Intervention.load, paths)) if paths else _zero(model)
-        yield HFLaai(model, total, tokenizer=tokenizer, batch_size=batch_size)
+        with warnings_off():
+            lm = HFLaai(model, total, tokenizer=tokenizer, batch_size=batch_size)
+        yield lm
 
 
 def _zero(model: PreTrainedModel) -> Intervention:
     """A vector that adds nothing: `hf` runs the solved examples anew for every request, `hf-laai` once a task."""
     return Intervention({0: torch.zeros(locate(model).hidden_size)}, site="residual")
+
+
+@contextmanager
+def _bars_off() -> Iterator[None]:
+    """Nothing on stderr but log lines: the harness's bars would be one or two for each of hundreds of cells."""
+    usual = logging.lastResort  # writes to sys.stderr, whatever that is at the time
+    logging.lastResort = logging.StreamHandler(sys.stderr)
+    logging.lastResort.setLevel(logging.WARNING)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.lastResort = usual
 
 
 @contextmanager
