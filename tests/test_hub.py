@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -260,13 +261,29 @@ def test_a_card_tells_nothing_of_the_machine(hub, monkeypatch, tmp_path):
     assert str(tmp_path) not in card and "| base model | model-7b |" in card and "base_model:" not in card
 
 
+@pytest.mark.parametrize(
+    ("task", "metadata"),
+    [
+        ("laai_antonym", None),
+        ("laai_pairs:my words.json", {"file": "my words.json"}),
+        ("laai_opinionqa_group:POLIDEOLOGY=Very liberal", {"attribute": "POLIDEOLOGY", "group": "Very liberal"}),
+    ],
+)
+def test_the_cards_command_has_the_tasks_data_and_the_dtype(task, metadata):
+    card = model_card(example(task=task, training={"dtype": "float32"}), "org/new", "a.safetensors")
+    words = shlex.split(next(line for line in card.splitlines() if line.startswith("lm_eval ")))
+    assert words[words.index("--tasks") + 1] == task.partition(":")[0]
+    assert ",dtype=float32,intervention=org/new:a.safetensors" in words[words.index("--model_args") + 1]
+    assert metadata == (json.loads(words[words.index("--metadata") + 1]) if "--metadata" in words else None)
+
+
 def test_the_card_of_a_known_model_names_it_as_the_hub_does():
     card = model_card(example(base_model="smollm2-135m"), "org/new", "a.safetensors")
     header = yaml.safe_load(card.split("---\n")[1])
     on_hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (header["base_model"], header["base_model_relation"]) == (on_hub, "adapter")
     assert "| trained on | its copy that `laai models fetch smollm2-135m` gets |" in card.splitlines()
-    assert f"pretrained={on_hub},intervention=org/new:a.safetensors" in card
+    assert "pretrained=smollm2-135m,intervention=org/new:a.safetensors" in card  # the weights it was trained on
     assert "trained on" not in model_card(example(), "org/new", "a.safetensors")
 
 

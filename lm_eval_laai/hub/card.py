@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from laai_core.hub import HubPath, hub_path
 from laai_core.intervention import Intervention
 from lm_eval_laai.facts import flat
 from lm_eval_laai.known_models.table import KNOWN
+from lm_eval_laai.tasks import harness_metadata
 
 Scores = Mapping[str, Mapping[str, Any]]
 
@@ -93,9 +96,7 @@ def model_card(
             "## Use",
             "",
             "```bash",
-            f"lm_eval --model hf-laai --model_args pretrained={base},intervention={repo}:{file} "
-            f"--tasks {task or 'TASK'}"
-            + (' --include_path "$(laai tasks --include-path)"' if (task or "").startswith("laai_") else ""),
+            _evaluation(intervention, made_for if made_for in KNOWN else base, f"{repo}:{file}"),
             "```",
             "",
             "```python",
@@ -112,6 +113,21 @@ def model_card(
 def task_of(intervention: Intervention) -> str | None:
     """The harness's name of the recorded task, without its data, whose path is that of one machine."""
     return str(intervention.metadata.get("task") or "").partition(":")[0] or None
+
+
+def _evaluation(intervention: Intervention, model: str, where: str) -> str:
+    """The harness's command line for the recorded task, in the dtype of the training."""
+    training, task = (intervention.metadata.get(name) for name in ("training", "task"))
+    dtype = training.get("dtype") if isinstance(training, dict) else None
+    arguments = {"pretrained": model, "dtype": dtype, "intervention": where}
+    words = ["lm_eval --model hf-laai --model_args"]
+    words.append(",".join(f"{name}={value}" for name, value in arguments.items() if value))
+    words.append(f"--tasks {task_of(intervention) or 'TASK'}")
+    if str(task).startswith("laai_"):
+        words.append('--include_path "$(laai tasks --include-path)"')
+        if data := harness_metadata([str(task)]):
+            words.append(f"--metadata {shlex.quote(json.dumps(data, ensure_ascii=False))}")
+    return " ".join(words)
 
 
 def _eval_results(scores: Scores) -> list[EvalResult]:
