@@ -57,7 +57,7 @@ class Settings:
     model. Exactly `steps` evaluations are made, unless `tolerance` is met or `prox` stops progressing in float32.
     """
 
-    steps: int = _setting(100, "model evaluations", **_COUNT)
+    steps: int = _setting(100, "optimisation steps, each one loss and gradient", **_COUNT)
     tolerance: float | None = _setting(
         None, "stop early, at this share of the first stationarity residual", **_POSITIVE
     )
@@ -68,7 +68,9 @@ class Settings:
     penalty_scale: PenaltyScale = _setting(
         "relative", "whether penalties are relative to the size of the activation", choices=PENALTY_SCALES
     )
-    optimizer: OptimizerName = _setting("prox", "prox gives exact zeros", choices=OPTIMIZERS)
+    optimizer: OptimizerName = _setting(
+        "prox", "prox: proximal gradient, exact zeros; adam: no exact zeros", choices=OPTIMIZERS
+    )
     forward: ForwardName = _setting(
         "auto",
         "plain: full forwards; replay: only what depends on the vector, the same result faster; captured: a replay "
@@ -77,7 +79,8 @@ class Settings:
     )
     whitespace: Whitespace = _setting(
         "refuse",
-        "a prompt that ends in whitespace: tokenise it as the harness does for these requests",
+        "a prompt that ends in whitespace; loglikelihood: the whitespace goes to the target, generation: it stays, each "
+        "as the harness does for such requests",
         choices=WHITESPACE,
     )
     stop: str = _setting(
@@ -89,7 +92,8 @@ class Settings:
     site: Site = _setting("heads", "the activation that the vector is added to", choices=SITES)
     position: str = _setting(
         "last",
-        "the tokens it is added to: the prompt's last, that and all generated ones, or all; only last is replayed",
+        "the tokens it is added to; last: the prompt's last, generated: that and all generated ones, all: every token "
+        "(generated and all run full forwards)",
         choices=POSITIONS,
     )
 

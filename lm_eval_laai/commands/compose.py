@@ -14,6 +14,7 @@ from laai_core.settings import Settings
 from lm_eval_laai.chats import common_rendering
 from lm_eval_laai.commands.examples import add_own_data_arguments, fitting_split
 from lm_eval_laai.commands.options import (
+    DATA_HELP,
     add_model_arguments,
     check_unused,
     decimals,
@@ -41,7 +42,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="fit finds the weights of a sum on the task's training examples (default: %(default)s)",
     )
     parser.add_argument("--weights", type=decimals, metavar="W1,W2,...", help="one a file (default: all 1)")
-    parser.add_argument("--task", type=task_name, help="the composed task: goes into the file; --method fit needs it")
+    parser.add_argument(
+        "--task",
+        type=task_name,
+        help="name of the composed task, recorded in the file; --method fit takes its examples, or --examples",
+    )
     _add_fit_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -50,7 +55,7 @@ def _add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the method `fit` alone."""
     fitting = parser.add_argument_group("for --method fit")
     add_model_arguments(fitting, required=False)
-    fitting.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
+    fitting.add_argument("--data", metavar="DIR", help=DATA_HELP)
     fitting.add_argument("--n-train", type=int, default=10, help="training examples (default: %(default)s)")
     fitting.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
     fitting.add_argument("--batch-size", type=int, help="rows per forward (default: all)")

@@ -56,14 +56,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         nargs="+",
         metavar="TASK",
-        help=f"or groups, or pairs:FILE.json (default: {', '.join(TASKS)}; for the reference model "
-        f"{', '.join(REFERENCE_TASKS)})",
+        help=f"tasks or groups of `laai tasks`, or pairs:FILE.json (default: {', '.join(TASKS)}; for the reference "
+        f"model {', '.join(REFERENCE_TASKS)})",
     )
     parser.add_argument("--data", metavar="DIR", help="folder of the public data sets, for tasks that need one")
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
     add_layer_argument(parser, "chosen by cross-validation on the training examples")
     parser.add_argument(
-        "--limit", type=int, help=f"test items a task (default: {LIMIT}; all with the reference model)"
+        "--limit",
+        type=int,
+        help=f"test items a task (default: {LIMIT}; all with --tasks or the reference model)",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="prompts at once (default: %(default)s)")
     parser.add_argument("--output", metavar="DIR", help="default: runs/demo/ and the model's name")

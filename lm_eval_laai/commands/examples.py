@@ -63,8 +63,8 @@ def add_rendering_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--include-path", metavar="DIR", help="where the harness finds tasks besides its own")
     group.add_argument(
         "--split",
-        help="the harness task's split to draw from (default: its training split); "
-        "all, with --examples: draw from all rows and leave none to test on",
+        help="the harness task's split to draw from (default: its training split, or else another that is not "
+        "evaluated on); all, with --examples: draw from all rows and leave none to test on",
     )
     group.add_argument(
         "--loss",

@@ -7,7 +7,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from laai_core.errors import LaaiError
-from lm_eval_laai.commands.options import a_path, add_model_arguments, check_unused, model_source, task_name
+from lm_eval_laai.commands.options import DATA_HELP, a_path, add_model_arguments, check_unused, model_source, task_name
 from lm_eval_laai.commands.report import Report, table
 from lm_eval_laai.facts import flat
 from lm_eval_laai.inspection.plot import check_plot, heat_map
@@ -44,7 +44,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=task_name,
         help="whose training prompts the model is run on, or examples:FILE (default: the file's own task)",
     )
-    writing.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
+    writing.add_argument("--data", metavar="DIR", help=DATA_HELP)
     writing.add_argument("--projection", help="module path of the attention output projection, as for train")
 
 

@@ -54,10 +54,15 @@ def add_judge_arguments(parser: Any, required: bool) -> None:
     parser.add_argument(
         "--request",
         metavar="JSON",
-        help=f"further fields of every request (default: {json.dumps(dict(REQUEST))})",
+        help=f"fields of every request besides model and messages (default: {json.dumps(dict(REQUEST))})",
     )
     parser.add_argument("--concurrency", type=int, default=8, help="requests at once (default: %(default)s)")
-    parser.add_argument("--cache", default=CACHE, metavar="FILE", help="answers paid for (default: %(default)s)")
+    parser.add_argument(
+        "--cache",
+        default=CACHE,
+        metavar="FILE",
+        help="SQLite file of the judge's answers, which are not asked for again (default: %(default)s)",
+    )
 
 
 def judge_from(arguments: argparse.Namespace) -> Judge:

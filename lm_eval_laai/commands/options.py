@@ -57,6 +57,9 @@ def check_unused(arguments: argparse.Namespace, add: Callable[[argparse.Argument
             raise LaaiError(f"--{name.replace('_', '-')}: {why}")
 
 
+DATA_HELP = "folder of the public data sets (default: $LAAI_DATA, or else where `laai data fetch` puts them)"
+
+
 def add_layer_argument(parser: argparse.ArgumentParser, default: str) -> None:
     """--layer, for `checked_layer`."""
     parser.add_argument("--layer", type=int, help=f"0-based, negative counts from the end (default: {default})")

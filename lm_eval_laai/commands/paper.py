@@ -14,6 +14,7 @@ from laai_core.errors import LaaiError
 from laai_core.settings import Job
 from lm_eval_laai.commands.judge import add_judge_arguments, judge_from
 from lm_eval_laai.commands.options import (
+    DATA_HELP,
     add_layer_argument,
     add_model_arguments,
     check_counts,
@@ -50,11 +51,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The flags of `paper`."""
     parser.set_defaults(command=_command)
     add_model_arguments(parser, required=False, several=True)
+    parser.add_argument("--data", metavar=f"{LEXICON} or DIR", help=f"{LEXICON} is all bundled; else the {DATA_HELP}")
     parser.add_argument(
-        "--data", metavar=f"{LEXICON} or DIR", help=f"{LEXICON} is all bundled (default: public sets in $LAAI_DATA)"
+        "--tables", type=numbers, default=list(TITLES), metavar="N[,N]", help='default: all six; "" for none'
     )
-    parser.add_argument("--tables", type=numbers, default=list(TITLES), metavar="N[,N]", help="default: all six")
-    parser.add_argument("--figures", type=numbers, default=list(FIGURES), metavar="N[,N]", help="default: both")
+    parser.add_argument(
+        "--figures", type=numbers, default=list(FIGURES), metavar="N[,N]", help='default: both; "" for none'
+    )
     parser.add_argument(
         "--rules",
         type=lambda text: text.split(","),
@@ -63,14 +66,18 @@ def add(parser: argparse.ArgumentParser) -> None:
         help=f"of Figure 1 (default: the paper's, {','.join(FOUR_RULES)})",
     )
     parser.add_argument(
-        "--examples", type=numbers, default=[], metavar="N[,N]", help="and a table of these numbers of examples"
+        "--examples",
+        type=numbers,
+        default=[],
+        metavar="N[,N]",
+        help="also a table of scores by number of training examples, as 1,2,5,10",
     )
     parser.add_argument(
         "--group",
         action="append",
         dest="groups",
         metavar="ATTRIBUTE=GROUP",
-        help="of OpinionQA, for Table 3, as in SEX=Female; may be repeated (default: the paper's four)",
+        help="a group of people in OpinionQA, for Table 3, as in SEX=Female; may be repeated (default: the paper's)",
     )
     parser.add_argument("--seeds", type=int, default=5, help="draws of examples: 0, 1, ... (default: %(default)s)")
     add_layer_argument(parser, f"{PAPER_LAYER}, the paper's; on the lexicon the middle")

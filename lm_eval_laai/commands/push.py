@@ -14,10 +14,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_command)
     parser.add_argument("file", metavar="FILE", help="a .safetensors file")
     parser.add_argument("repository", metavar="ORG/NAME", help="made if it is new; its README.md is replaced")
-    parser.add_argument("--name", metavar="FILE", help="in the repository (default: the task's name)")
-    parser.add_argument("--results", metavar="PATH", help="the card's scores: a results file, or a folder of them")
+    parser.add_argument("--name", metavar="FILE", help="in the repository (default: TASK.safetensors)")
+    parser.add_argument("--results", metavar="PATH", help="the card's scores: a results file, or a folder: its newest")
     parser.add_argument("--license", metavar="NAME", help="of the intervention, for the card, such as apache-2.0")
-    parser.add_argument("--private", action="store_true", help="if the repository is new (default: the account's)")
+    parser.add_argument(
+        "--private", action="store_true", help="if the repository is new (default: the account's setting)"
+    )
     parser.add_argument("--revision", metavar="BRANCH", help="the branch to commit to")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 

@@ -18,6 +18,7 @@ from laai_core.errors import LaaiError
 from laai_core.settings import PENALTY_SCALES, Job, check
 from lm_eval_laai.commands.examples import add_own_data_arguments, own_data
 from lm_eval_laai.commands.options import (
+    DATA_HELP,
     add_model_arguments,
     check_counts,
     checked_layer,
@@ -45,7 +46,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, required=True)
     parser.add_argument("--task", type=_words, metavar="T[,T]", help="as for train")
     add_own_data_arguments(parser)
-    parser.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
+    parser.add_argument("--data", metavar="DIR", help=DATA_HELP)
     parser.add_argument("--n-train", type=int, default=10, help="training examples (default: %(default)s)")
     parser.add_argument("--layers", type=_layers, default=ALL, metavar="N[,N]", help="0-based (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="draws of examples: 0, 1, ... (default: %(default)s)")

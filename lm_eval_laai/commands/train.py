@@ -20,6 +20,7 @@ from laai_core.settings import check as check_field
 from laai_core.train import TrainResult
 from lm_eval_laai.commands.examples import add_own_data_arguments, add_rendering_arguments, training_split, unescaped
 from lm_eval_laai.commands.options import (
+    DATA_HELP,
     a_path,
     adapter_folder,
     add_layer_argument,
@@ -59,7 +60,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", type=task_name, help="a task, with or without laai_, for example lexicon_antonym")
     add_own_data_arguments(parser)
     add_rendering_arguments(parser)
-    parser.add_argument("--data", metavar="DIR", help="folder of the public data sets (default: $LAAI_DATA)")
+    parser.add_argument("--data", metavar="DIR", help=DATA_HELP)
     parser.add_argument("--n-train", type=int, default=10, help="training examples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
     add_layer_argument(parser, "of laai chosen by cross-validation; of the others as docs/methods.md says")
