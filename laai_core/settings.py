@@ -79,8 +79,8 @@ class Settings:
     )
     whitespace: Whitespace = _setting(
         "refuse",
-        "a prompt that ends in whitespace; loglikelihood: the whitespace goes to the target, generation: it stays, each "
-        "as the harness does for such requests",
+        "a prompt that ends in whitespace; loglikelihood: the whitespace goes to the target, generation: it stays, "
+        "each as the harness does for such requests",
         choices=WHITESPACE,
     )
     stop: str = _setting(

@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from laai_core.data.examples import is_filled
+from laai_core.data.examples import DEFAULT_TEMPLATE, is_filled
+from laai_core.data.tasks import word_task_names
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 
@@ -64,23 +65,35 @@ def as_evaluated(prompt: str, rendering: Mapping[str, Any]) -> str | list[dict[s
     return [*first, {"role": "user", "content": prompt}]
 
 
+def template_of(intervention: Intervention, rendering: Mapping[str, Any]) -> str | None:
+    """The recorded template, or the word tasks' for a file that was trained on a word task or composed of such."""
+    if PROMPT_TEMPLATE in rendering:
+        return str(rendering[PROMPT_TEMPLATE])
+    composition = intervention.metadata.get("composition")
+    parents = composition.get("parents") if isinstance(composition, dict) else None
+    tasks = [intervention.metadata.get("task")]
+    if tasks == [None] and isinstance(parents, list):
+        tasks = [parent.get("task") if isinstance(parent, dict) else None for parent in parents]
+    words = {f"laai_{name}" for name in word_task_names()}
+    return DEFAULT_TEMPLATE if all(str(task).partition(":")[0] in words for task in tasks) else None
+
+
 class Chats:
     """The contexts that the harness rendered as chats, and their system messages."""
 
     def __init__(self) -> None:
         self._systems: dict[str, str | None] = {}
+        self._plain: dict[str, bool] = {}
         self._compared: set[int] = set()
 
-    def note(self, context: str, messages: Sequence[Mapping[str, str]]) -> None:
-        """Remember a context that was rendered."""
-        self._systems[context] = system_message(messages)
+    def note(self, context: str, messages: Sequence[Mapping[str, str]], plain: bool) -> None:
+        """Remember a context that was rendered, and whether it is as without arguments of the template."""
+        self._systems[context], self._plain[context] = system_message(messages), plain
 
-    def difference(
-        self, intervention: Intervention, context: str, tokenizer: Any, arguments: Mapping[str, Any]
-    ) -> str | None:
+    def difference(self, intervention: Intervention, context: str, tokenizer: Any) -> str | None:
         """How training and evaluation prompts differ; None if they do not, or the training's are not known.
 
-        Only an intervention's first context is compared. `arguments` are those of the chat template, training's none.
+        Only an intervention's first context is compared.
         """
         if id(intervention) in self._compared:
             return None
@@ -95,14 +108,14 @@ class Chats:
             instruction = trained.get(INSTRUCTION)
             if isinstance(instruction, str) and not context.startswith(instruction):
                 return f"the intervention was trained under the instruction {instruction!r:.60}, this prompt is not"
-            template = trained.get(PROMPT_TEMPLATE)
-            if isinstance(template, str) and not is_filled(template, context.removeprefix(str(instruction or ""))):
+            template = template_of(intervention, trained)
+            if template is not None and not is_filled(template, context.removeprefix(str(instruction or ""))):
                 return f"the intervention was trained with the template {template!r:.60}, this prompt has another"
             return None
         if trained[TEMPLATE] != template_sha256(tokenizer):
             return "the intervention was trained with another chat template than the tokenizer's"
-        if arguments:
-            return f"the intervention was trained without chat_template_args, evaluated with {dict(arguments)!s:.80}"
+        if not self._plain[context]:
+            return "the intervention was trained without arguments of the chat template, such as enable_thinking"
         if trained.get(SYSTEM) != self._systems[context]:
             before, now = trained.get(SYSTEM), self._systems[context]
             return f"the intervention was trained under the system message {before!r:.60}, evaluated under {now!r:.60}"

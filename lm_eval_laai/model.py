@@ -95,7 +95,7 @@ class HFLaai(Steered, HFLM):
         self._edits = {id(route.scaled): self._edit(route) for route in self._routing.routes.values()}
         used_on = self.pretrained if isinstance(self.pretrained, str) else self.config._name_or_path
         used_on = used_on or type(self.model).__name__
-        self._warn_if_made_elsewhere(used_on, self.model.dtype)
+        self._warn_if_made_elsewhere(used_on, self.mixed_precision_dtype or self.model.dtype)
 
     def _edit(self, route: Route) -> Edit:
         try:

@@ -16,6 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from lm_eval_laai.chats import Chats, check_chat_template
+from lm_eval_laai.rendering import ChatTemplate
 from lm_eval_laai.routing import Routing
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,6 @@ class Steered(TemplateLM):
     _routed_rows: list[Any] | None = None  # of the loglikelihood call in progress
     _window_reserve = 0  # by so many tokens a rolling window is shorter than max_length
     # What the class that runs the model has.
-    enable_thinking: bool | None
-    chat_template_args: dict[str, Any]
     _routed: Any  # (requests): what it must know of each, the intervention first
     _window_row: Any  # (prompt, continuation, one of _routed, whether it acts on every token): what _score takes
     _score: Any  # (rows, kind of request, disable_tqdm): log-probability and is_greedy of each
@@ -54,7 +53,8 @@ class Steered(TemplateLM):
             check_chat_template(self.tokenizer)
             raise
         if self._routing is not None:
-            self._chats.note(text, chat_history)
+            plain = ChatTemplate(self.tokenizer)(chat_history, add_generation_prompt)
+            self._chats.note(text, chat_history, text == plain)
         return text
 
     def set_cache_hook(self, cache_hook: Any) -> None:
@@ -119,16 +119,9 @@ class Steered(TemplateLM):
         self._routing.require(request.task_name for request in requests)
         interventions = [self._routing.get(request.task_name) for request in requests]
         for iv, request in zip(interventions, requests, strict=True):
-            if iv is None:
-                continue
-            if different := self._chats.difference(iv, request.args[0], self.tokenizer, self._template_arguments()):
+            if iv is not None and (different := self._chats.difference(iv, request.args[0], self.tokenizer)):
                 logger.warning("%s: %s", request.task_name, different)
         return interventions
-
-    def _template_arguments(self) -> dict[str, Any]:
-        """What the harness hands the chat template: the model arguments chat_template_args and enable_thinking."""
-        arguments = {"enable_thinking": self.enable_thinking, **self.chat_template_args}
-        return {name: value for name, value in arguments.items() if value is not None}
 
     def _warn_if_made_elsewhere(self, used_on: str, dtype: torch.dtype) -> None:
         """Warn of vectors trained on another model of the same shape, or in another dtype."""

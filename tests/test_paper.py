@@ -28,6 +28,7 @@ from lm_eval.tasks import TaskManager
 from tiny import REFERENCE, small_model_folder
 
 import laai_core as laai
+from laai_core import start
 from laai_core.data import in_training_pool
 from laai_core.errors import LaaiError, WorkFailed
 from laai_core.files import unwritable
@@ -42,6 +43,7 @@ from lm_eval_laai.experiments.scores import seconds_of
 from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.inspection.plot import heat_map, largest
 from lm_eval_laai.judge import Cache, Judge
+from lm_eval_laai.methods import pseudo_labels, select
 from lm_eval_laai.paper import gpt_eval, report
 from lm_eval_laai.paper.by_hand import by_hand
 from lm_eval_laai.paper.content import Content, map_name
@@ -104,24 +106,48 @@ def test_identity_follows_the_data(public_data: Path, tmp_path: Path) -> None:
     setting._test_sha256.cache_clear()
 
 
-def test_only_a_choice_depends_on_the_penalties_to_choose_from(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("module, name", [(start, "MOST_SHOTS"), (select, "PENALTIES"), (pseudo_labels, "INPUTS")])
+def test_the_codes_constants_identify_its_trainings(
+    module: Any, name: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fits = recipe.chosen(TASK, 0), recipe.laai(TASK, 0), recipe.baseline("icv", TASK, 0)
     before = [recipe.setting.fit_identity(fit) for fit in fits]
-    monkeypatch.setattr(setting, "PENALTIES", (0.5, 0.25))
+    monkeypatch.setattr(module, name, 3)
     after = [recipe.setting.fit_identity(fit) for fit in fits]
-    assert after[0] == before[0] | {"chosen_from": [0.5, 0.25]} != before[0]
-    assert after[1:] == before[1:]
+    assert [one == two for one, two in zip(before, after, strict=True)] == [False, False, True]
 
 
-def test_whatever_is_validated_may_have_pseudo_labels(recipe: Recipe) -> None:
-    """A sweep's fits leave only their number of evaluations open; the paper's training, and opinions, have none."""
-    swept = Fit(TASK, "laai", 0, 10, 1, None, 0.1, 0.1, "relative", "icl")
-    fits = recipe.chosen(TASK, 0), swept, replace(swept, start="zero"), replace(swept, steps=5)
-    opinions = replace(swept, task="laai_survey_keen")
-    labels = ["pseudo_labels" in recipe.setting.fit_identity(fit) for fit in (*fits, opinions)]
-    assert labels == [True, True, False, False, False]
+def test_what_fails_in_a_batch_leaves_its_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One seed draws an example that is longer than the model's window; both seeds are rows of one batch."""
+    longest = next(word for word in (f"w{n}" for n in range(40)) if in_training_pool(word))
+    rows = [{"input": f"w{n}", "output": "x" * (200 if f"w{n}" == longest else 1)} for n in range(40)]
+    path = tmp_path / "words.json"
+    path.write_text(json.dumps(rows))
+    narrow = Setting(ModelSource(str(small_model_folder(tmp_path / "model", positions=48))), limit=2)
+    task = f"laai_pairs:{path}"
+    long = [any(len(one.target) > 99 for one in narrow.split(task, seed, 4).train) for seed in range(20)]
+    seeds = long.index(False), long.index(True)
+    fits = [Fit(task, "laai", seed, 4, 1, 2, 0.0, 0.0, "relative", "zero") for seed in seeds]
+    store, plan = Store(tmp_path / "store"), Plan(narrow, tuple(Cell(task, fits=(fit,)) for fit in fits))
+    assert plan.batches() == [fits]
+    run([plan], store, Process())
+    assert [plan.path(fit, store).exists() for fit in fits] == [True, False]
+    assert [cell.fits for cell in plan.left(store)[1]] == [(fits[1],)]
+    assert f"seed {seeds[1]}" in caplog.text
+
+
+def test_data_that_changes_during_a_run_is_not_scored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "words.json"
+    rows = [{"input": f"w{n}", "output": "x"} for n in range(40)]
+    path.write_text(json.dumps(rows))
+    cell = Cell(f"laai_pairs:{path}")
+    here = Setting(ModelSource(str(small_model_folder(tmp_path / "model"))))
+    plan, store = Plan(here, (cell,)), Store(tmp_path / "store")
+    here.cell_identity(cell)
+    path.write_text(json.dumps([{**row, "output": "y"} for row in rows]))
+    run([plan], store, Process())
+    assert "its data changed while this ran" in caplog.text
+    assert plan.left(store)[1] == {cell}
 
 
 def test_zero_shot_is_one_cell_for_all_seeds(recipe: Recipe) -> None:

@@ -28,7 +28,7 @@ from lm_eval_laai.rendering import Renderer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}<eos>\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}{% if shout %}!{% endif %}"
 )
 WORDS = "there in the morning a cold wall and then another story of nothing".split()
 DOCS = {
@@ -293,8 +293,8 @@ CHAT, BRIEF, LONG = (
         (["--prompt-template", "say {input} as"], False, None, "trained with the template 'say {input} as', this"),
         (["--prompt-template", "Please: {input}\nA:"], False, None, "trained with the template 'Please: "),
         ([], False, "Be brief.", "trained with the template 'Q: {input}"),
-        (CHAT, {"enable_thinking": False}, None, "trained without chat_template_args, evaluated with {'enable_thin"),
-        (CHAT, {"chat_template_args": {"date": "1 May"}}, None, "evaluated with {'date': '1 May'}"),
+        (CHAT, {"chat_template_args": {"shout": True}}, None, "trained without arguments of the chat template"),
+        (CHAT, {"chat_template_args": {"unheard": True}}, None, None),
     ],
 )
 def test_hf_laai_says_where_evaluation_differs(
@@ -316,6 +316,21 @@ def test_hf_laai_says_where_evaluation_differs(
     monkeypatch.setattr(logging.root, "handlers", [])
     told = warned(chatty, vector, tmp_path, chat, system, capfd)
     assert [] == told if said is None else len(told) == 1 and said in told[0]
+
+
+def test_hf_laai_knows_the_prompts_of_the_word_tasks(
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training on one records no rendering: its prompts are as they are."""
+    vector = tmp_path / "v.safetensors"
+    assert train("--model", small, "--task", "lexicon_antonym", "--n-train", 4, "--output", vector) == 0
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"input": f"word{n}", "output": f"a{n}"}) + "\n" for n in range(40)))
+    own_task.write(read_examples(rows), tmp_path / "tasks")
+    monkeypatch.setattr(logging.root, "handlers", [])
+    assert warned(small, vector, tmp_path, False, None, capfd) == []
+    (told,) = warned(small, vector, tmp_path, False, "You are a pirate.\n", capfd)
+    assert "trained with the template 'Q: {input}\\nA:', this prompt has another" in told
 
 
 def warned(model: Path, vector: Path, folder: Path, chat: Any, system: str | None, capfd: Any) -> list[str]:

@@ -77,30 +77,13 @@ def _command(arguments: argparse.Namespace) -> Report:
 
 def _rendered(texts: list[str], intervention: Intervention) -> list[str | list[dict[str, str]]]:
     """The texts in the template of the file's training prompts; as conversations where those were chats."""
-    from lm_eval_laai.chats import as_evaluated, rendering_of
+    from lm_eval_laai.chats import as_evaluated, rendering_of, template_of
 
     rendering = rendering_of(intervention) or {}
-    template = _template(intervention, rendering)
+    template = template_of(intervention, rendering)
     if template is None:
         print("the file records no prompt template: the texts are taken as they are", file=sys.stderr)
     return [as_evaluated(text if template is None else _filled(template, text), rendering) for text in texts]
-
-
-def _template(intervention: Intervention, rendering: dict[str, Any]) -> str | None:
-    """The recorded template, or the word tasks' for a file that was trained on a word task or composed of such."""
-    from laai_core.data.examples import DEFAULT_TEMPLATE
-    from laai_core.data.tasks import word_task_names
-    from lm_eval_laai.chats import PROMPT_TEMPLATE
-
-    if PROMPT_TEMPLATE in rendering:
-        return str(rendering[PROMPT_TEMPLATE])
-    composition = intervention.metadata.get("composition")
-    parents = composition.get("parents") if isinstance(composition, dict) else None
-    tasks = [intervention.metadata.get("task")]
-    if tasks == [None] and isinstance(parents, list):
-        tasks = [parent.get("task") if isinstance(parent, dict) else None for parent in parents]
-    words = {f"laai_{name}" for name in word_task_names()}
-    return DEFAULT_TEMPLATE if all(str(task).partition(":")[0] in words for task in tasks) else None
 
 
 def _filled(template: str, text: str) -> str:

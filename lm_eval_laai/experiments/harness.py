@@ -21,11 +21,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
 
+from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from laai_core.locate import locate
 from lm_eval_laai.experiments.cells import Cell
 from lm_eval_laai.experiments.setting import Setting, task_info
 from lm_eval_laai.model import HFLaai
+from lm_eval_laai.own_task import document
 from lm_eval_laai.tasks import include_path
 
 if TYPE_CHECKING:  # importing transformers takes a second
@@ -79,10 +81,20 @@ def score(
         if name.endswith(",none") and isinstance(value, float)
     }
     samples = found["samples"][task.name]
+    _check_items(samples, setting, cell)
     result: dict[str, Any] = {"metrics": metrics, "n": len(samples)}
     if task.generates:
         result["answers"] = [[sample["doc"]["prompt"], sample["filtered_resps"][0]] for sample in samples]
     return result
+
+
+def _check_items(samples: Sequence[dict[str, Any]], setting: Setting, cell: Cell) -> None:
+    """LaaiError where the test items, which the harness reads for every cell, are not those of the cell's identity."""
+    part = "target" if task_info(cell.task).generates else "distribution"
+    items = map(document, setting.split(cell.task).test[: setting.limit])
+    found = [sample["doc"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    if [(doc["prompt"], doc[part]) for doc in found] != [(item["prompt"], item[part]) for item in items]:
+        raise LaaiError("its data changed while this ran: expected the test items of the start; start again")
 
 
 @contextmanager

@@ -141,7 +141,11 @@ def _computed(pieces: list[Any], compute: Callable[[list[Any]], Write]) -> None:
     except DiskFailed:
         raise
     except LaaiError as error:
-        logger.error("%s: %s", "; ".join(map(named, pieces)), error)
+        if len(pieces) > 1:  # one of them may be the reason, which ended all
+            for piece in pieces:
+                _computed([piece], compute)
+        else:
+            logger.error("%s: %s", named(pieces[0]), error)
     else:
         write()
 

@@ -12,21 +12,20 @@ from typing import Any
 
 from transformers.utils import cached_file, extract_commit_hash
 
+from laai_core import start
 from laai_core.data import load_task
 from laai_core.data.split import Split
 from laai_core.errors import LaaiError
 from laai_core.record import examples_sha256
 from lm_eval_laai.experiments.cells import Cell, Fit
 from lm_eval_laai.experiments.load import ModelSource
-from lm_eval_laai.methods import LAAI
-from lm_eval_laai.methods.pseudo_labels import CONFIDENCE, INPUTS, PROPOSED, TRUSTED
-from lm_eval_laai.methods.select import PENALTIES
+from lm_eval_laai.methods import LAAI, pseudo_labels, select
 from lm_eval_laai.tasks import TaskInfo, harness_metadata, list_tasks
 
 # Incremented when a change of the code changes the results of finished cells.
-# 6: long steps of prox; 5: a mean with the folds; 2 to 4: other choices of the number of evaluations; 1: stopped
-# trainings were stored
-CELLS_VERSION = 6
+# 7: in-context starts and scores of decoders that number tokens by themselves; 6: long steps of prox; 5: a mean with
+# the folds; 2 to 4: other choices of the number of evaluations; 1: stopped trainings were stored
+CELLS_VERSION = 7
 _LIBRARIES = ("torch", "transformers", "lm_eval", "peft")
 # Of a folder: weights, configuration, tokenizer, code.
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".tiktoken", ".py")
@@ -58,21 +57,15 @@ class Setting:
 
     def metadata(self, cell: Cell) -> dict[str, Any]:
         """The harness's --metadata for a cell."""
-        # A file of one's own may have fewer rows for training than the YAML's ten, which zero-shot does not need.
-        n_train = cell.shots or (1 if ":" in cell.task else None)
-        return harness_metadata([cell.task], cell.seed, n_train, self.data)
+        return harness_metadata([cell.task], cell.seed, cell.shots or 1, self.data)
 
     def fit_identity(self, fit: Fit) -> dict[str, Any]:
         """Everything a fit depends on."""
         examples = self.split(fit.task, fit.seed, fit.n_train).train
-        chosen = fit.method == LAAI.name and None in (fit.l1, fit.group)
-        validated = fit.method == LAAI.name and None in (fit.layer, fit.l1, fit.group, fit.steps)
-        labels = validated and fit.start != "zero" and task_info(fit.task).generates
         # By its name alone, without the folder: the SHA-256 sums identify the examples.
         return {
             **asdict(fit),
-            **({"chosen_from": [*PENALTIES]} if chosen else {}),
-            **({"pseudo_labels": [INPUTS, PROPOSED, TRUSTED, CONFIDENCE]} if labels else {}),
+            **({"constants": _constants()} if fit.method == LAAI.name else {}),
             "task": task_info(fit.task).name,
             "examples_sha256": examples_sha256(examples),
             **self._shared,
@@ -125,6 +118,16 @@ class Setting:
 def software() -> dict[str, str]:
     """The versions a report states."""
     return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
+
+
+def _constants() -> list[str]:
+    """What decides a training by LAAI besides its settings: constants of its start, choice and pseudo-labels."""
+    names = {
+        start: ("SHUFFLES", "MOST_SHOTS"),
+        select: ("FOLDS", "COARSE", "DEPTHS", "EVALUATIONS", "PATIENCE", "FLOOR", "HEAD_START", "PENALTIES"),
+        pseudo_labels: ("INPUTS", "PROPOSED", "TRUSTED", "CONFIDENCE"),
+    }
+    return [repr(getattr(module, name)) for module in names for name in names[module]]
 
 
 @cache
