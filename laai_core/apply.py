@@ -88,9 +88,9 @@ def hooked(
     """`apply` for edits: rows that share one Edit object share its indices."""
     steering = _Steering(layout, rows, prompt_lengths)
     with attached(steering.hooks()), ExitStack() as methods:
-        methods.enter_context(wrapped(layout.model, "generate", steering.generate))
-        if hasattr(layout.model, "init_continuous_batching"):
-            methods.enter_context(wrapped(layout.model, "init_continuous_batching", _refuse_packing))
+        for name, method in (("generate", steering.generate), ("init_continuous_batching", _refuse_packing)):
+            if hasattr(layout.model, name):
+                methods.enter_context(wrapped(layout.model, name, method))
         try:
             yield
         finally:

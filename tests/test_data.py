@@ -195,6 +195,8 @@ def test_example_of_a_distribution():
         dict(prompt="Q", options=[" A"], distribution=[1]),
         dict(prompt="Q", options="AB", distribution=[1, 0]),
         dict(prompt="Q", options=7, distribution=[1, 0]),
+        dict(prompt="Q", options={" A", " B"}, distribution=[1, 0]),
+        dict(prompt="Q", options={" A": 1, " B": 0}, distribution=[1, 0]),
         dict(prompt="Q", options=[" A", " A"], distribution=[1, 0]),
         dict(prompt="Q", options=[" A", " B"], distribution=[1]),
         dict(prompt="Q", options=[" A", " B"], distribution=0.5),

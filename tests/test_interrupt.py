@@ -158,6 +158,23 @@ def test_the_best_so_far_of_a_chosen_training_says_where_it_began():
     assert (training["start"], training["steps"], "mean_of" in training) == ("icl", 2, False)
 
 
+def test_ctrl_c_while_the_mean_is_measured_loses_no_training(monkeypatch):
+    model, choice = tiny_model("Llama"), select.choose(tiny_model("Llama"), TOKENIZER, examples())
+    train_many, calls = select.train_many, []
+
+    def interrupted_at_the_mean(*args, **options):
+        calls.append(options)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train_many(*args, **options)
+
+    monkeypatch.setattr(select, "train_many", interrupted_at_the_mean)
+    with pytest.raises(Interrupted) as stopped:
+        select.trained(model, TOKENIZER, examples(), replace(choice, steps=3, further=[]))
+    assert len(stopped.value.results) == len(choice.starts) > 1
+    assert stopped.value.results[0].intervention.metadata["training"]["steps"] == 3
+
+
 def test_the_log_of_an_interrupted_training_has_what_it_came_to(small, folder):
     with changed(ctrl_c):
         assert cli.main([*TRAIN, *FIXED, "--model", str(small), "--log-to", "log.jsonl"]) == 130

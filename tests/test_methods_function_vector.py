@@ -108,10 +108,13 @@ def test_a_planted_head_is_found(place):
     assert effects[first] > 0.1 and effects[first] > 10 * abs(effects[second])
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Gemma2"])
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Gemma2", "Gemma3Text", "Olmo2", "Granite"])
 def test_the_vector_is_what_the_chosen_heads_write(name, monkeypatch):
+    """With the scale of the norm behind attention, if the block has one: that of the mean output of all heads."""
     monkeypatch.setattr(fv, "PROMPTS", 9)
     model = tiny_model(name)
+    for block in model.model.layers if name == "Granite" else []:
+        block.residual_multiplier = 3
     made = fv.function_vector(model, TOKENIZER, EXAMPLES, heads=5, task="laai_words")
     facts = made.metadata["training"]
     assert (made.site, made.position, made.operation, made.layers) == ("residual", "last", "add", [1])
@@ -128,7 +131,11 @@ def test_the_vector_is_what_the_chosen_heads_write(name, monkeypatch):
         place = slice(head * head_dim(name), (head + 1) * head_dim(name))
         weight = model.get_submodule(path).weight.detach()
         weight = weight.T if name == "GPT2" else weight  # [hidden, D]
-        total += weight[:, place] @ mean[place]
+        part = weight[:, place] @ mean[place]
+        if name in ("Gemma2", "Gemma3Text", "Olmo2"):
+            norm = model.get_submodule(f"model.layers.{layer}.post_attention_layernorm")
+            part = part * (norm.weight + (name != "Olmo2")) / (weight @ mean).square().mean().sqrt()
+        total += part * (3 if name == "Granite" else 1)
     assert torch.allclose(made.vector(1), total, atol=1e-4)
     assert made.vector(1).norm() > 0.1
 

@@ -91,11 +91,15 @@ def test_the_text_that_the_split_sorts_by():
         ([Example(f"Say {word}.", " x") for word in words], "Say ", ".", "Say new.", "new"),
     ]
     for examples, head, tail, prompt, text in cases:
-        assert _pool_key(examples, head, tail)(prompt) == text
+        assert _pool_key(examples, "", head, tail)(prompt) == text
     prompts = [prompt for prompt in map("Say w{}.".format, range(100)) if in_training_pool(prompt)][:10]
-    assert _pool_key([Example(prompt, " x") for prompt in prompts], "Say w", ".")("Say w7.") == "Say w7."
+    assert _pool_key([Example(prompt, " x") for prompt in prompts], "", "Say w", ".")("Say w7.") == "Say w7."
     elsewhere = [Example(f"Say w{number}.", " x") for number in range(10)]
-    assert _pool_key(elsewhere, "Say w", ".") is None
+    assert _pool_key(elsewhere, "", "Say w", ".") is None
+    # Behind an instruction, of whose end the prompt may have the white space.
+    for again, space in (("Be brief.", ""), ("Be brief.", "\n\n"), ("Be brief.\n", "")):
+        told = [Example(f"{again}{space}{prompt}", " x") for prompt in prompts]
+        assert _pool_key(told, again, f"{space}Say w", ".")(f"{again}{space}Say w7.") == "Say w7."
 
 
 def test_none_where_they_cannot_be_made():

@@ -342,6 +342,7 @@ def test_train_chosen_is_the_mean_over_all_examples_and_the_folds(start, count):
         ({"layer": 7}, "layer 7 is out of range"),
         ({"optimizer": "sgd"}, "unknown optimizer 'sgd'"),
         ({"start": "ice"}, "unknown start 'ice': expected one of icl, zero"),
+        ({"start": laai.Intervention({0: torch.zeros(4, 8)})}, "start is an Intervention: a choice has starts of its"),
     ],
 )
 def test_refusals(settings, said):

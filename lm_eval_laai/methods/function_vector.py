@@ -81,13 +81,13 @@ def function_vector(
     correct = few_shot_prompts(tokenizer, examples, PROMPTS, False, draw)
     shuffled = few_shot_prompts(tokenizer, examples, TRIALS, True, draw)
     _refuse(layout, [*correct, *shuffled])
-    if padding_error(layout) > MISPLACED:
-        raise LaaiError(f"{type(layout.model).__name__} numbers tokens by itself: a function vector needs padded rows")
     with (
         frozen(layout.model),
         torch.no_grad(),
         tqdm(total=PROMPTS + TRIALS, desc="function vector", disable=not progress, leave=False) as bar,
     ):
+        if padding_error(layout) > MISPLACED:
+            raise LaaiError(f"{type(model).__name__} numbers tokens by itself: a function vector needs padded rows")
         means = mean_head_outputs(layout, correct, bar)
         effects = indirect_effects(layout, shuffled, means, bar)
         chosen = sorted(effects, key=lambda head: (-effects[head], head))[:heads]
@@ -215,7 +215,8 @@ def _replaced(layout: Layout, layer: int, mean: torch.Tensor, prompts: int) -> I
 def _written(layout: Layout, means: dict[int, torch.Tensor], chosen: Sequence[tuple[int, int]]) -> torch.Tensor:
     """[hidden] the chosen heads' mean contribution to the residual stream, float32 on the CPU.
 
-    Computed by the projection itself, which may be quantised, less its bias, which belongs to no head.
+    Computed by the projection itself, which may be quantised, less its bias, which belongs to no head; scaled as the
+    block scales the mean output of all heads.
     """
     total = torch.zeros(layout.hidden_size, dtype=torch.float32)
     for layer in sorted({layer for layer, _ in chosen}):
@@ -225,9 +226,22 @@ def _written(layout: Layout, means: dict[int, torch.Tensor], chosen: Sequence[tu
         for at, head in chosen:
             if at == layer:
                 kept[head] = mean[head]
-        rows = torch.stack([kept.flatten(), torch.zeros_like(kept.flatten())]).to(layout.model.dtype)
-        total += torch.sub(*projection(rows.unsqueeze(0))[0].float()).cpu()
+        rows = torch.stack([kept.flatten(), torch.zeros_like(kept.flatten()), mean.flatten()]).to(layout.model.dtype)
+        part, bias, whole = projection(rows.unsqueeze(0))[0]
+        total += ((part - bias).float() * _scale(layout.blocks[layer], whole)).cpu()
     return total
+
+
+def _scale(block: nn.Module, output: torch.Tensor) -> torch.Tensor:
+    """[hidden] by how much a block scales this output of its attention before it adds it to the residual stream.
+
+    Blocks of Gemma 2 to 4, OLMo 2 and 3, GLM-4 and EXAONE 4 have a norm there, those of Granite a factor.
+    """
+    norm = getattr(block, "post_self_attn_layernorm", None)
+    if norm is None and hasattr(block, "post_feedforward_layernorm"):
+        norm = block.post_attention_layernorm
+    scale = torch.ones_like(output) if norm is None else torch.where(output == 0, 0, norm(output) / output)
+    return scale.float() * getattr(block, "residual_multiplier", 1)
 
 
 def _refuse(layout: Layout, prompts: Sequence[Prompt]) -> None:

@@ -78,7 +78,7 @@ def pseudo_labelled(
     right = [a is not None and a.text == e.answer.strip() for a, e in zip(answers, examples, strict=True)]
     if sum(right) < TRUSTED * len(examples):
         return []
-    key = _pool_key(examples, again + head, tail)
+    key = _pool_key(examples, again, head, tail)
     inputs = writer.inputs(shots + head.rstrip(), tail, input_room, PROPOSED if key else INPUTS)
     known = {example.prompt.removeprefix(again) for example in examples}
     new = [prompt for prompt in (head + text + tail for text in inputs) if prompt not in known]
@@ -108,17 +108,20 @@ def _frame(prompts: Sequence[str]) -> tuple[str, str]:
     return head, os.path.commonprefix(backwards)[::-1]
 
 
-def _pool_key(examples: Sequence[Example], head: str, tail: str) -> Callable[[str], str] | None:
-    """The part of a prompt by which the examples' data set is split: what their template, or else all of them, have
-    around it left out, or nothing. The part under which all examples are in the training pool; None where no part
-    is, since they are from elsewhere (a task of the harness, say, which has test documents of its own).
+def _pool_key(examples: Sequence[Example], again: str, head: str, tail: str) -> Callable[[str], str] | None:
+    """The part of a prompt by which the examples' data set is split: behind what every prompt begins with `again`,
+    what their template, or else all of them, have around it left out, or nothing. The part under which all examples
+    are in the training pool; None where no part is, since they are from elsewhere (a task of the harness, say, which
+    has test documents of its own).
     """
+    rest = examples[0].prompt.removeprefix(again)
+    again += rest[: len(rest) - len(rest.lstrip())] if again else ""  # between an instruction and the prompt
     template = (examples[0].rendering or {}).get("prompt_template", DEFAULT_TEMPLATE)
     before, after = template.partition("{")[0], template.rpartition("}")[2]
     for begin, end in ((before, after), (head, tail), ("", "")):
 
         def key(prompt: str, begin: str = begin, end: str = end) -> str:
-            return prompt.removeprefix(begin).removesuffix(end)
+            return prompt.removeprefix(again).removeprefix(begin).removesuffix(end)
 
         if all(in_training_pool(key(example.prompt)) for example in examples):
             return key

@@ -34,7 +34,7 @@ import torch
 from tqdm.auto import tqdm
 
 from laai_core.devices import cpu_by_default
-from laai_core.errors import LaaiError, Unfinished
+from laai_core.errors import Interrupted, LaaiError, Unfinished
 from laai_core.example import Example
 from laai_core.hooks import frozen
 from laai_core.intervention import Intervention
@@ -132,6 +132,10 @@ def choose(
     if None not in (layer, l1, group, steps) or len(examples) < 2:
         lone = usable[int(LONE_DEPTH * len(usable))]
         return Choice(lone if layer is None else coarse[0], *usual, shared.steps, [])
+    if isinstance(start, Intervention):
+        raise LaaiError(
+            "start is an Intervention: a choice has starts of its own, expected layer, l1, group and steps"
+        )
     folds = _Folds(layout, tokenizer, examples, sorted({*coarse, *fine}), shared, lr, start)
     tried: list[Tried] = []
     with folds.ready(), tqdm(desc="cross-validate", unit=" evaluations", disable=not progress, leave=False) as bar:
@@ -220,7 +224,10 @@ def trained(
     if choice.further:
         return _recorded(found[0], found[0], **facts)
     mean = reduce(add, (one.intervention for one in found)) * (1 / len(found))
-    (result,) = train_many(model, tokenizer, [Job(examples, **own | {"start": mean})], **shared | {"steps": 1})
+    try:
+        (result,) = train_many(model, tokenizer, [Job(examples, **own | {"start": mean})], **shared | {"steps": 1})
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted", [_recorded(one, one, **facts) for one in found]) from None
     return _recorded(result, found[0], mean_of=len(found), **facts)
 
 
