@@ -49,6 +49,8 @@ class Forward(ABC):
         captured: record a step's operations, and play them as long as the same runs are evaluated.
     """
 
+    _begins_at_end = False  # whether the model is given the tokens from each prompt's last on, not all
+
     def __init__(
         self,
         layout: Layout,
@@ -65,10 +67,6 @@ class Forward(ABC):
         self._last: tuple[Any, list[Part]] = (None, [])
         self._captures = captured
         self._recorded: tuple[Objective, Captured] | None = None  # a step over the parts of `_last`
-
-    @abstractmethod
-    def _first(self, lengths: torch.Tensor) -> torch.Tensor:
-        """The first column [rows] of each row given to the model; `lengths` [rows]: tokens of the prompts."""
 
     @abstractmethod
     def _inputs(self, rows: list[int]) -> Any:
@@ -191,7 +189,7 @@ class Forward(ABC):
     def _part(self, rows: list[int], active: Sequence[int]) -> Part:
         batch = self._batch
         lengths = torch.tensor(batch.prompt_lengths)[rows]
-        first = self._first(lengths)
+        first = (lengths - 1) * self._begins_at_end
         within = torch.full((len(batch.prompt_lengths),), -1)
         within[rows] = torch.arange(len(rows))
         row = within[batch.row.cpu()]
@@ -260,9 +258,6 @@ class _Logprobs(torch.autograd.Function):
 
 class PlainForward(Forward):
     """Full hooked forwards: the reference for `ReplayForward`, and the only forward for all positions."""
-
-    def _first(self, lengths: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(lengths)
 
     def _inputs(self, rows: list[int]) -> dict[str, Any]:
         ids, mask = self._batch.input_ids[rows], self._batch.attention_mask[rows]

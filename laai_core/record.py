@@ -46,7 +46,12 @@ def training_facts(
         "n_train": len(examples),
         "examples_sha256": examples_sha256(examples),
         "dtype": str(layout.model.dtype).removeprefix("torch."),
-        "versions": versions(),
+        "versions": {
+            "laai": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
 
 
@@ -54,13 +59,3 @@ def examples_sha256(examples: Sequence[Example]) -> str:
     """SHA-256 of the training examples in order, without their renderings."""
     rows = [[e.prompt, e.target, e.options, e.distribution] for e in examples]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions of the software that affects a training's numbers."""
-    return {
-        "laai": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

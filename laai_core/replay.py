@@ -85,6 +85,8 @@ class ReplayForward(Forward):
         captured: as for `Forward`.
     """
 
+    _begins_at_end = True
+
     def __init__(
         self,
         layout: Layout,
@@ -116,9 +118,6 @@ class ReplayForward(Forward):
                 raise
             return " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return float((mine - theirs).abs().max())
-
-    def _first(self, lengths: torch.Tensor) -> torch.Tensor:
-        return lengths - 1
 
     def _inputs(self, rows: list[int]) -> tuple[dict[str, Any], Any, Rows, torch.Tensor]:
         inputs, entering = self._prefixes.suffixes(rows, self._layer, self._batch_size)

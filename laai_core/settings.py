@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -20,32 +20,29 @@ PENALTY_SCALES: tuple[PenaltyScale, ...] = get_args(PenaltyScale)
 ForwardName = Literal["auto", "plain", "replay", "captured"]
 StartName = Literal["icl", "zero"]
 
-_COUNT = {"fits": lambda value: (whole(value) or 0) >= 1, "expected": "at least one, a whole number"}
-_WEIGHT = {"fits": lambda value: 0 <= real(value) < 1e30, "expected": "a finite number, 0 to 1e30"}
-_POSITIVE = {"fits": lambda value: 0 < real(value) < math.inf, "expected": "a finite number above 0"}
+# A value is converted first: no file takes NumPy's numbers, and they widen tensors.
+_COUNT = {"number": whole, "fits": lambda n: (n or 0) >= 1, "expected": "at least one, a whole number"}
+_WEIGHT = {"number": real, "fits": lambda x: 0 <= x < 1e30, "expected": "a finite number, 0 to 1e30"}
+_POSITIVE = {"number": real, "fits": lambda x: 0 < x < math.inf, "expected": "a finite number above 0"}
 
 
 def _setting(default: Any, text: str, **limits: Any) -> Any:
     return field(default=default, metadata={"help": text, **limits})
 
 
-def check(kind: type, **values: Any) -> None:
-    """Raise LaaiError for a value outside the range of its field in `kind` (Settings or Job)."""
+def check(kind: type, **values: Any) -> dict[str, Any]:
+    """The values as Python's own. LaaiError for one outside the range of its field in `kind` (Settings or Job)."""
     for one in fields(kind):
         value, limits = values.get(one.name, one.default), one.metadata
         if value is one.default or isinstance(value, Intervention):  # a start may be an Intervention
             continue
         if value not in limits.get("choices", (value,)):
             raise LaaiError(f"unknown {one.name} {value!r}: expected one of {', '.join(limits['choices'])}")
-        if "fits" in limits and not limits["fits"](value):
+        number = limits["number"](value) if "number" in limits else value
+        if "fits" in limits and not limits["fits"](number):
             raise LaaiError(f"{one.name} is {value!r:.60}: expected {limits['expected']}")
-
-
-def _as_python(owner: Any, convert: Callable[[Any], Any], *names: str) -> None:
-    """Convert fields of a frozen dataclass that are set: no file takes NumPy's numbers, and they widen tensors."""
-    for name in names:
-        if getattr(owner, name) is not None:
-            object.__setattr__(owner, name, convert(getattr(owner, name)))
+        values[one.name] = number
+    return values
 
 
 @dataclass(frozen=True)
@@ -98,9 +95,7 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        check(Settings, **vars(self))
-        _as_python(self, whole, "steps", "batch_size")
-        _as_python(self, real, "tolerance")
+        vars(self).update(check(Settings, **vars(self)))
         if self.position != "last" and self.must_replay:
             raise LaaiError(f"position {self.position} cannot be replayed: expected forward auto or plain")
 
@@ -123,7 +118,9 @@ class Job:
     l1: float = _setting(0.0001, "weight of the sum of absolute values, the paper's gamma", **_WEIGHT)
     group: float = _setting(0.0001, "weight of the sum of the heads' norms, the paper's lambda", **_WEIGHT)
     lr: float = _setting(0.05, "learning rate of adam; prox finds its own step sizes", **_POSITIVE)
-    seed: int = field(default=0, metadata={"fits": lambda n: whole(n) is not None, "expected": "a whole number"})
+    seed: int = field(
+        default=0, metadata={"number": whole, "fits": lambda n: n is not None, "expected": "a whole number"}
+    )
     task: str | None = field(default=None, metadata={"fits": lambda s: isinstance(s, str), "expected": "a name"})
     start: StartName | Intervention | None = _setting(
         None,
@@ -136,9 +133,7 @@ class Job:
         if not isinstance(self.examples, Iterable):
             raise LaaiError(f"examples: got a {type(self.examples).__name__}, expected Examples, as split.train has")
         object.__setattr__(self, "examples", tuple(self.examples))  # the class is frozen; a generator runs once
-        check(Job, **vars(self))
-        _as_python(self, whole, "seed")
-        _as_python(self, real, "l1", "group", "lr")
+        vars(self).update(check(Job, **vars(self)))
         if isinstance(self.start, Intervention):
             self.start.to_bytes()  # LaaiError now, not when the identity is recorded at the training's end
         strange = [type(one).__name__ for one in self.examples if not isinstance(one, Example)]

@@ -15,6 +15,7 @@ only where the vector is the same.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -44,6 +45,16 @@ def takes_prefixes(config: GenerationConfig) -> bool:
     """Whether `generate` goes on from a cache that it is given: not where it is told to make one of another kind."""
     usual = config.cache_implementation in (None, "hybrid")  # transformers itself drops "hybrid"
     return usual and getattr(config, "prefill_chunk_size", None) is None
+
+
+def short_context(config: Any) -> float:
+    """The tokens up to which a forward has LongRoPE's short factors (Phi-3's of 128k tokens), else infinity. A longer
+    one has the long factors at every token, so that it cannot continue the cache of a shorter one.
+    """
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]  # one for all layers, or one a layer type
+    lengths = [one["original_max_position_embeddings"] for one in kinds if one.get("rope_type") == "longrope"]
+    return min(lengths, default=math.inf)
 
 
 def common_prefixes(
@@ -96,7 +107,8 @@ class SharedPrefixes:
         columns = min(map(sum, zip(padding, shared, strict=True)))
         # With virtual tokens a cache could not be continued: PEFT would prepend them again.
         worth = columns >= max(_FEWEST, _SMALLEST_PART * longest)
-        if not worth or self._layout.virtual_tokens or not self._exact:
+        short = short_context(self._layout.model.config)
+        if not worth or longest > short or self._layout.virtual_tokens or not self._exact:
             return None
         within = [edit if edit is not None and edit.position == "all" else None for edit in edits]
         keys: list[_Key] = [(tuple(prefix), edit) for prefix, edit in zip(prefixes, within, strict=True)]

@@ -25,7 +25,7 @@ from laai_core.cache import REFUSALS, model_inputs, padded, rounding, selected
 from laai_core.errors import LaaiError
 from laai_core.locate import Layout
 from lm_eval_laai.finite import check
-from lm_eval_laai.prefixes import SharedPrefixes, continued_inputs
+from lm_eval_laai.prefixes import SharedPrefixes, continued_inputs, short_context
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -110,21 +110,31 @@ class Scorer:
         shared = [g for g, is_linear in zip(groups, linear, strict=True) if not is_linear]
         plain = [g for g, is_linear in zip(groups, linear, strict=True) if is_linear]
         # With virtual tokens a cached prompt could not be continued: PEFT would prepend them again.
-        if shared and (self._layout.virtual_tokens or not self._shares_exactly):
-            plain += [_Group(g.prompt, g.edit, g.name, g.prefix, [member]) for g in shared for member in g.members]
+        no_cache = bool(self._layout.virtual_tokens) or not shared or not self._shares_exactly
+        if alone := [group for group in shared if no_cache or self._is_long(group)]:
+            plain += [_Group(g.prompt, g.edit, g.name, g.prefix, [member]) for g in alone for member in g.members]
             plain = _ordered(plain)
-            shared = []
-        for start in range(0, len(plain), batch_size):
-            chunk = plain[start : start + batch_size]
-            for number, answer in self._plain(chunk):
-                answers[number] = answer
-            done(sum(len(group.members) for group in chunk))
+            shared = [group for group in shared if group not in alone]
+        for part in ([g for g in plain if self._is_long(g)], [g for g in plain if not self._is_long(g)]):
+            for start in range(0, len(part), batch_size):
+                chunk = part[start : start + batch_size]
+                for number, answer in self._plain(chunk):
+                    answers[number] = answer
+                done(sum(len(group.members) for group in chunk))
         for chunk in _packed(shared, batch_size):
             for number, answer in self._shared(chunk, batch_size):
                 answers[number] = answer
             done(sum(len(group.members) for group in chunk))
         assert all(answer is not None for answer in answers)
         return answers  # type: ignore[return-value]
+
+    def _is_long(self, group: _Group) -> bool:
+        """Whether a row is so long that LongRoPE has other factors: for every token of a forward that it is in."""
+        return len(group.prompt) + len(group.longest()) - 1 > self._short_context
+
+    @cached_property
+    def _short_context(self) -> float:
+        return short_context(self._layout.model.config)
 
     def _groups(self, rows: Sequence[Row]) -> list[_Group]:
         groups: dict[tuple[tuple[int, ...], int], _Group] = {}
@@ -207,6 +217,8 @@ class Scorer:
         return found, getattr(output, "past_key_values", None)
 
     def _cached_prefixes(self, groups: Sequence[_Group], left: bool) -> DynamicCache | None:
+        if any(map(self._is_long, groups)):
+            return None
         return self._prefixes.cache(
             [g.prompt for g in groups], [g.edit for g in groups], [g.prefix for g in groups], left
         )

@@ -22,6 +22,7 @@ from tiny import (
     decoder_with_positions,
     gemma4_model,
     head_dim,
+    longrope_model,
     multimodal_model,
     parallel_hybrid_model,
     tiny_model,
@@ -246,6 +247,18 @@ def test_left_truncation_and_windows(caplog):
         whole = [(context, {"until": [], "max_gen_toks": 7}), (context, {"until": [], name: 8})]
         with pytest.raises(laai.LaaiError, match="document 1.* max_gen_toks is 8, which leaves no room for a prompt"):
             lm.generate_until(requests("generate_until", whole), True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_longrope_has_other_factors_beyond_its_border(batch_size):
+    """Of every token: rows of 36 tokens and more continue no cache of shorter ones, and share no batch with these."""
+    lm = HFLaai(longrope_model(35), intervention("Phi3"), tokenizer=tiny_tokenizer(bos=True), batch_size=batch_size)
+    contexts = [f"{'abcde' * 6}{'x' * more}" for more in (0, 2, 3, 4, 12)]
+    pairs = [(context, option) for context in contexts for option in ("q", "qw", "we", "wer")]
+    prompts = reference_scores(lm, pairs, [spec("Phi3")] * len(pairs))
+    lengths = {len(lm.tok_encode(context)) for context in contexts}
+    assert min(lengths) < 35 < max(lengths) and len(lengths) == 5
+    assert_same(lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True), prompts)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

@@ -150,6 +150,15 @@ def _random(config: Any, seed: int = 0, kind: Any = None) -> Any:
     return model.eval()
 
 
+def longrope_model(border: int) -> Any:
+    """A Phi-3 as it is for 128k tokens: rows of more tokens than `border` have other factors."""
+    config = tiny_config("Phi3")
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    config.rope_parameters = {**config.rope_parameters, "rope_type": "longrope", **factors}
+    config.rope_parameters["original_max_position_embeddings"] = config.original_max_position_embeddings = border
+    return _random(config)
+
+
 _CORPUS = [
     "Q: hot\nA: cold\n\nQ: the wall\nA: a wallpaper\n\nQ: there\nA: here\n\nQ: in the morning\nA: le matin\n\n",
     "Question: and then?\nA. another\nB. nothing\nAnswer: A\n\nthe others are in there and on that one\n",
