@@ -136,6 +136,18 @@ def test_what_fails_in_a_batch_leaves_its_others(tmp_path: Path, caplog: pytest.
     assert f"seed {seeds[1]}" in caplog.text
 
 
+def test_targets_that_do_not_fit_what_is_generated_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"input": f"w{n}", "output": "x" * (100 if n % 2 else 1)} for n in range(40)]
+    path = tmp_path / "words.json"
+    path.write_text(json.dumps(rows))
+    cell = Cell(f"laai_pairs:{path}")
+    here = Setting(ModelSource(str(small_model_folder(tmp_path / "model"))))
+    run([Plan(here, (cell,))], Store(tmp_path / "store"), Process())
+    test = [one.target for one in here.split(cell.task).test]
+    long = sum(len(target) > 99 for target in test)
+    assert f"{long} of {len(test)} targets have more than the 16 tokens that are generated" in caplog.text
+
+
 def test_data_that_changes_during_a_run_is_not_scored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "words.json"
     rows = [{"input": f"w{n}", "output": "x"} for n in range(40)]

@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from functools import reduce
+from functools import cache, reduce
 from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ from lm_eval_laai.tasks import include_path
 
 if TYPE_CHECKING:  # importing transformers takes a second
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _FEWSHOT_SEED = 1234  # the harness's default; the tasks' sampler takes the first n and draws nothing
 
@@ -84,6 +86,10 @@ def score(
     _check_items(samples, setting, cell)
     result: dict[str, Any] = {"metrics": metrics, "n": len(samples)}
     if task.generates:
+        room = found["configs"][task.name]["generation_kwargs"]["max_gen_toks"]
+        targets = [sample["doc"]["target"] for sample in samples]
+        long = sum(len(tokenizer(target, add_special_tokens=False).input_ids) > room for target in targets)
+        _tell_long(cell.task, long, len(samples), room)
         result["answers"] = [[sample["doc"]["prompt"], sample["filtered_resps"][0]] for sample in samples]
     return result
 
@@ -95,6 +101,13 @@ def _check_items(samples: Sequence[dict[str, Any]], setting: Setting, cell: Cell
     found = [sample["doc"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
     if [(doc["prompt"], doc[part]) for doc in found] != [(item["prompt"], item[part]) for item in items]:
         raise LaaiError("its data changed while this ran: expected the test items of the start; start again")
+
+
+@cache
+def _tell_long(task: str, long: int, count: int, room: int) -> None:
+    """Warn, once, of targets that no answer can equal."""
+    if long:
+        logger.warning("%s: %d of %d targets have more than the %d tokens that are generated", task, long, count, room)
 
 
 @contextmanager
@@ -142,10 +155,10 @@ def _bars_off() -> Iterator[None]:
 @contextmanager
 def warnings_off() -> Iterator[None]:
     """Errors only: the harness warns of a model that is loaded already, and of shots that are not the YAML's."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    harness = logging.getLogger("lm_eval")
+    level = harness.level
+    harness.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        harness.setLevel(level)
