@@ -50,7 +50,9 @@ HEAD = """# Benchmarks
 Made by `python benchmarks/report.py` from `benchmarks/results/*.json`, which hold every single timing. What is
 compared was measured in one process, in turn; figures are medians, and a ratio is the median of the rounds' own
 ratios, so a machine that is slow for a while changes little. Times are those of the machine named under each; the
-ratios are what is claimed. Each script takes `--quick`, which shows that it runs.
+ratios are what is claimed. Otherwise in the first section: scores are means over draws, each method was run by
+itself, at the commits in its record, and its CPU seconds are rough. Each script takes `--quick`, which shows that it
+runs.
 """
 
 
