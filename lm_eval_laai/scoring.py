@@ -67,6 +67,10 @@ class _Group:
         longest = self.longest()
         return all(c[:-1] == longest[: len(c) - 1] for _, c in self.members)
 
+    def each(self) -> list[_Group]:
+        """A group for each member."""
+        return [_Group(self.prompt, self.edit, self.name, self.prefix, [member]) for member in self.members]
+
     def stems(self) -> list[tuple[int, ...]]:
         """The distinct inputs behind the prompt that predict all but the first tokens."""
         return sorted({c[:-1] for _, c in self.members if len(c) > 1})
@@ -105,16 +109,15 @@ class Scorer:
             WorkFailed: for a NaN or infinite logit under an edit.
         """
         answers: list[Answer | None] = [None] * len(rows)
-        groups = _ordered(self._groups(rows))
+        groups = self._groups(rows)
+        groups = _ordered([one for g in groups for one in (g.each() if self._is_long(g) else [g])])
         linear = [group.is_linear() for group in groups]
         shared = [g for g, is_linear in zip(groups, linear, strict=True) if not is_linear]
         plain = [g for g, is_linear in zip(groups, linear, strict=True) if is_linear]
         # With virtual tokens a cached prompt could not be continued: PEFT would prepend them again.
-        no_cache = bool(self._layout.virtual_tokens) or not shared or not self._shares_exactly
-        if alone := [group for group in shared if no_cache or self._is_long(group)]:
-            plain += [_Group(g.prompt, g.edit, g.name, g.prefix, [member]) for g in alone for member in g.members]
-            plain = _ordered(plain)
-            shared = [group for group in shared if group not in alone]
+        if shared and (self._layout.virtual_tokens or not self._shares_exactly):
+            plain = _ordered([*plain, *(one for group in shared for one in group.each())])
+            shared = []
         for part in ([g for g in plain if self._is_long(g)], [g for g in plain if not self._is_long(g)]):
             for start in range(0, len(part), batch_size):
                 chunk = part[start : start + batch_size]
@@ -230,7 +233,7 @@ class Scorer:
         """
         continuations: list[tuple[int, tuple[int, ...]]] = [(0, (1, 2, 1)), (1, (2, 1, 2))]
         groups = [_Group(prompt, None, "", (), continuations) for prompt in [(2, 1, 2, 2, 1), (2, 1)]]
-        alone = [_Group(g.prompt, None, "", (), [member]) for g in groups for member in g.members]
+        alone = [one for group in groups for one in group.each()]
         try:
             shared = [score for _, (score, _) in self._shared(groups, 1)]
         except REFUSALS:

@@ -255,6 +255,9 @@ def test_longrope_has_other_factors_beyond_its_border(batch_size):
     lm = HFLaai(longrope_model(35), intervention("Phi3"), tokenizer=tiny_tokenizer(bos=True), batch_size=batch_size)
     contexts = [f"{'abcde' * 6}{'x' * more}" for more in (0, 2, 3, 4, 12)]
     pairs = [(context, option) for context in contexts for option in ("q", "qw", "we", "wer")]
+    pairs += [
+        (context + "y", option) for context in contexts for option in ("e", "er", "erq")
+    ]  # one row but for length
     prompts = reference_scores(lm, pairs, [spec("Phi3")] * len(pairs))
     lengths = {len(lm.tok_encode(context)) for context in contexts}
     assert min(lengths) < 35 < max(lengths) and len(lengths) == 5
