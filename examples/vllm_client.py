@@ -3,7 +3,7 @@
     VLLM_USE_V2_MODEL_RUNNER=0 vllm serve MODEL --worker-cls laai_core.vllm.worker.Worker \\
         --middleware laai_core.vllm.serving.check --no-enable-prefix-caching \\
         --additional-config '{"laai": {"interventions": "vectors/"}}'
-    python examples/vllm_client.py http://127.0.0.1:8000/v1 "Q: hot" antonym synonym
+    python examples/vllm_client.py http://127.0.0.1:8000/v1 "Q: hot" laai_antonym laai_synonym
 
 A name is that of a file in the folder, without suffix. The request goes to the model untouched where none is named.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -63,7 +63,7 @@ class Example:
     def _listed(self, name: str) -> tuple[Any, ...]:
         """The entries of `options` or `distribution`, whatever they came in; a generator gives them once."""
         value = getattr(self, name)
-        if not isinstance(value, str | Set | Mapping):  # a set has no order
+        if not isinstance(value, str | set | frozenset | Mapping):  # a set has no order
             with suppress(TypeError):
                 return tuple(value)
         self._refuse(f"{name} is {value!r:.60}", "a list")

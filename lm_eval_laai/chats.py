@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
+
 from laai_core.data.examples import DEFAULT_TEMPLATE, is_filled
 from laai_core.data.tasks import word_task_names
 from laai_core.errors import LaaiError
@@ -82,13 +84,12 @@ class Chats:
     """The contexts that the harness rendered as chats, and their system messages."""
 
     def __init__(self) -> None:
-        self._systems: dict[str, str | None] = {}
-        self._plain: dict[str, bool] = {}
+        self._noted: dict[str, tuple[list[dict[str, str]], bool]] = {}
         self._compared: set[int] = set()
 
-    def note(self, context: str, messages: Sequence[Mapping[str, str]], plain: bool) -> None:
-        """Remember a context that was rendered, and whether it is as without arguments of the template."""
-        self._systems[context], self._plain[context] = system_message(messages), plain
+    def note(self, context: str, messages: list[dict[str, str]], add_generation_prompt: bool) -> None:
+        """Remember of what a context was rendered."""
+        self._noted[context] = messages, add_generation_prompt
 
     def difference(self, intervention: Intervention, context: str, tokenizer: Any) -> str | None:
         """How training and evaluation prompts differ; None if they do not, or the training's are not known.
@@ -98,7 +99,7 @@ class Chats:
         if id(intervention) in self._compared:
             return None
         self._compared.add(id(intervention))
-        trained, is_chat = rendering_of(intervention), context in self._systems
+        trained, is_chat = rendering_of(intervention), context in self._noted
         if trained is None:
             return None
         if (TEMPLATE in trained) != is_chat:
@@ -114,9 +115,18 @@ class Chats:
             return None
         if trained[TEMPLATE] != template_sha256(tokenizer):
             return "the intervention was trained with another chat template than the tokenizer's"
-        if not self._plain[context]:
+        if self._has_arguments(context, tokenizer):
             return "the intervention was trained without arguments of the chat template, such as enable_thinking"
-        if trained.get(SYSTEM) != self._systems[context]:
-            before, now = trained.get(SYSTEM), self._systems[context]
+        before, now = trained.get(SYSTEM), system_message(self._noted[context][0])
+        if before != now:
             return f"the intervention was trained under the system message {before!r:.60}, evaluated under {now!r:.60}"
         return None
+
+    def _has_arguments(self, context: str, tokenizer: Any) -> bool:
+        """Whether arguments of the chat template changed a context; False where it is not known."""
+        from lm_eval_laai.rendering import ChatTemplate  # here: imports the harness, which takes seconds
+
+        try:
+            return ChatTemplate(tokenizer)(*self._noted[context]) != context
+        except (LaaiError, ValueError, TemplateError):  # no template, or one that needs arguments
+            return False

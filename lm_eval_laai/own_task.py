@@ -15,7 +15,7 @@ from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
 from laai_core import files
-from laai_core.data.examples import OwnData, as_lines, read_examples
+from laai_core.data.examples import OwnData, as_lines, check_one_line, read_examples
 from laai_core.data.reading import content
 from laai_core.data.split import Split
 from laai_core.errors import LaaiError
@@ -76,15 +76,6 @@ def write(data: OwnData, folder: Path, name: str | None = None, max_gen_toks: in
     files.write(rows, as_lines(data))
     files.write(path, yaml)
     return path
-
-
-def check_one_line(example: Example, where: str) -> None:
-    """LaaiError for a target of several lines."""
-    if example.target is not None and len(example.target.strip().splitlines()) > 1:
-        raise LaaiError(
-            f"{where}: target {example.target!r:.60} has a line break inside; "
-            f"expected one line, which exact match compares"
-        )
 
 
 def _check_replaceable(path: Path, marked: Path) -> None:

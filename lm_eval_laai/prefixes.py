@@ -51,9 +51,13 @@ def short_context(config: Any) -> float:
     """The tokens up to which a forward has LongRoPE's short factors (Phi-3's of 128k tokens), else infinity. A longer
     one has the long factors at every token, so that it cannot continue the cache of a shorter one.
     """
-    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    config = config.get_text_config(decoder=True)
+    rope = (
+        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    )  # before 5: the second
     kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]  # one for all layers, or one a layer type
-    lengths = [one["original_max_position_embeddings"] for one in kinds if one.get("rope_type") == "longrope"]
+    name = "original_max_position_embeddings"
+    lengths = [one.get(name, getattr(config, name, math.inf)) for one in kinds if one.get("rope_type") == "longrope"]
     return min(lengths, default=math.inf)
 
 

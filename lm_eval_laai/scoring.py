@@ -133,7 +133,8 @@ class Scorer:
 
     def _is_long(self, group: _Group) -> bool:
         """Whether a row is so long that LongRoPE has other factors: for every token of a forward that it is in."""
-        return len(group.prompt) + len(group.longest()) - 1 > self._short_context
+        length = self._layout.virtual_tokens + len(group.prompt) + len(group.longest()) - 1
+        return length > self._short_context
 
     @cached_property
     def _short_context(self) -> float:
@@ -141,10 +142,11 @@ class Scorer:
 
     def _groups(self, rows: Sequence[Row]) -> list[_Group]:
         groups: dict[tuple[tuple[int, ...], int], _Group] = {}
-        for number, row in enumerate(rows):
+        for row in rows:
             if not row.prompt:
                 raise LaaiError(f"{row.name}: its context has no tokens, of which the vector needs the last")
-            prompt = tuple(truncated_prompt(row.prompt, row.continuation, self._max_length + 1, row.name))
+        prompts = truncated_prompts(rows, self._max_length + 1)
+        for number, (row, prompt) in enumerate(zip(rows, map(tuple, prompts), strict=True)):
             key = (prompt, id(row.edit))
             group = groups.setdefault(key, _Group(prompt, row.edit, row.name, row.prefix))
             if group.members and len(row.continuation) > len(group.longest()):
@@ -248,30 +250,29 @@ class Scorer:
         return F.log_softmax(logits, dim=-1, dtype=self._softmax_dtype)
 
 
-def truncated_prompt(prompt: list[int], continuation: Sequence[int], window: int, name: str) -> list[int]:
-    """The last tokens of a prompt, where prompt and continuation may have `window` tokens together.
+def truncated_prompts(rows: Sequence[Any], window: int) -> list[list[int]]:
+    """The last tokens of the prompt of each row, where prompt and continuation may have `window` tokens together.
 
-    Truncated from the left with a warning, as the harness does.
+    Truncated from the left as the harness does, with one warning.
 
     Raises:
         LaaiError: for a continuation without tokens, or one that leaves no room for a prompt.
     """
-    if not continuation:
-        raise LaaiError(
-            f"{name}: its continuation has no tokens of its own behind its context, as where both merge "
-            f"into one token; expected at least one to score"
-        )
-    if len(continuation) >= window:
-        raise LaaiError(f"a continuation of {len(continuation)} tokens does not fit the model's {window - 1}")
-    room = window - len(continuation)
-    if len(prompt) > room:
-        logger.warning(
-            "%s: a prompt of %d tokens leaves no room for its continuation: truncated from the left to %d",
-            name,
-            len(prompt),
-            room,
-        )
-    return prompt[-room:]
+    prompts = []
+    for row in rows:
+        if not row.continuation:
+            raise LaaiError(
+                f"{row.name}: its continuation has no tokens of its own behind its context, as where both merge "
+                f"into one token; expected at least one to score"
+            )
+        if len(row.continuation) >= window:
+            raise LaaiError(f"a continuation of {len(row.continuation)} tokens does not fit the model's {window - 1}")
+        prompts.append(row.prompt[len(row.continuation) - window :])
+    cut = [row for row, prompt in zip(rows, prompts, strict=True) if len(row.prompt) > len(prompt)]
+    if cut:
+        said = "%s: a prompt of %d tokens is too long for the model: truncated from the left, as %d of %d requests"
+        logger.warning(said, cut[0].name, len(cut[0].prompt), len(cut), len(rows))
+    return prompts
 
 
 def _answer(span: torch.Tensor, continuation: Sequence[int]) -> Answer:

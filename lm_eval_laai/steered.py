@@ -16,7 +16,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from lm_eval_laai.chats import Chats, check_chat_template
-from lm_eval_laai.rendering import ChatTemplate
 from lm_eval_laai.routing import Routing
 
 logger = logging.getLogger(__name__)
@@ -53,8 +52,7 @@ class Steered(TemplateLM):
             check_chat_template(self.tokenizer)
             raise
         if self._routing is not None:
-            plain = ChatTemplate(self.tokenizer)(chat_history, add_generation_prompt)
-            self._chats.note(text, chat_history, text == plain)
+            self._chats.note(text, chat_history, add_generation_prompt)
         return text
 
     def set_cache_hook(self, cache_hook: Any) -> None:

@@ -20,7 +20,7 @@ from laai_core.intervention import Intervention
 from laai_core.vllm.options import NAME, engine_arguments, refuse, request_arguments
 from lm_eval_laai.finite import SHOWN, named, not_finite
 from lm_eval_laai.known_models.folder import pretrained as known_or_as_is
-from lm_eval_laai.scoring import truncated_prompt
+from lm_eval_laai.scoring import truncated_prompts
 from lm_eval_laai.steered import Steered
 
 try:
@@ -124,7 +124,7 @@ class VLLMLaai(Steered, VLLM):
 
     def _score(self, rows: list[_Row], kind: str, disable_tqdm: bool) -> list[tuple[float, bool]]:
         window = self.max_length - 1  # vLLM generates at least one token
-        prompts = [truncated_prompt(row.prompt, row.continuation, window, row.name) for row in rows]
+        prompts = truncated_prompts(rows, window)
         order = sorted(range(len(rows)), key=lambda n: -len(prompts[n]) - len(rows[n].continuation))
         size = len(rows) if self.batch_size == "auto" else int(self.batch_size)
         answers: dict[int, tuple[float, bool]] = {}

@@ -7,10 +7,11 @@ from typing import Any
 from datasets import Dataset
 
 from laai_core.data import load_task
+from laai_core.data.examples import check_one_line
 from laai_core.data.opinion import Opinion
 from laai_core.data.tasks import EXAMPLE_OPTIONS, EXAMPLES, OPINIONQA_GROUP, PAIRS, opinionqa_group, split_opinions
 from laai_core.errors import LaaiError
-from lm_eval_laai.own_task import check_one_line, document, documents, exact_match, opinion_metrics
+from lm_eval_laai.own_task import document, documents, exact_match, opinion_metrics
 
 __all__ = ["exact_match", "load", "load_opinions", "opinion_metrics"]
 

@@ -266,6 +266,8 @@ def test_a_card_tells_nothing_of_the_machine(hub, monkeypatch, tmp_path):
     [
         ("laai_antonym", None),
         ("laai_pairs:my words.json", {"file": "my words.json"}),
+        ("laai_pairs:/home/me/words.json", {"file": "words.json"}),
+        ("laai_pairs", None),
         ("laai_opinionqa_group:POLIDEOLOGY=Very liberal", {"attribute": "POLIDEOLOGY", "group": "Very liberal"}),
     ],
 )

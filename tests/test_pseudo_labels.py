@@ -100,6 +100,8 @@ def test_the_text_that_the_split_sorts_by():
     for again, space in (("Be brief.", ""), ("Be brief.", "\n\n"), ("Be brief.\n", "")):
         told = [Example(f"{again}{space}{prompt}", " x") for prompt in prompts]
         assert _pool_key(told, again, f"{space}Say w", ".")(f"{again}{space}Say w7.") == "Say w7."
+        told = [Example(f"{again}{space}Say {word}.", " x") for word in words]
+        assert _pool_key(told, again, f"{space}Say ", ".")(f"{again}{space}Say new.") == "new"
 
 
 def test_none_where_they_cannot_be_made():

@@ -154,8 +154,10 @@ def longrope_model(border: int) -> Any:
     """A Phi-3 as it is for 128k tokens: rows of more tokens than `border` have other factors."""
     config = tiny_config("Phi3")
     factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
-    config.rope_parameters = {**config.rope_parameters, "rope_type": "longrope", **factors}
-    config.rope_parameters["original_max_position_embeddings"] = config.original_max_position_embeddings = border
+    name = "rope_parameters" if hasattr(config, "rope_parameters") else "rope_scaling"  # transformers 4 has the latter
+    rope = {**(getattr(config, name) or {}), "rope_type": "longrope", **factors}
+    setattr(config, name, rope | {"original_max_position_embeddings": border})
+    config.original_max_position_embeddings = border
     return _random(config)
 
 

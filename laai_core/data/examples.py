@@ -243,6 +243,15 @@ def columns(template: str) -> list[str]:
     return list(dict.fromkeys(_COLUMN.findall(template)))
 
 
+def check_one_line(example: Example, where: str) -> None:
+    """LaaiError for a target of several lines."""
+    if example.target is not None and len(example.target.strip().splitlines()) > 1:
+        raise LaaiError(
+            f"{where}: target {example.target!r:.60} has a line break inside; "
+            f"expected one line, which exact match compares"
+        )
+
+
 def is_filled(template: str, text: str) -> bool:
     """Whether a text begins and ends as the template does, white space at its ends left aside."""
     parts = _COLUMN.split(template)

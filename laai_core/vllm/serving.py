@@ -2,7 +2,7 @@
 
 A request names its intervention in `vllm_xargs` (`extra_body` of the openai package):
 
-    {"model": ..., "prompt": "Q: hot\\nA:", "vllm_xargs": {"laai": "antonym"}}
+    {"model": ..., "prompt": "Q: hot\\nA:", "vllm_xargs": {"laai": "laai_antonym"}}
 
 A worker that gets a name it does not know can only end the engine; here it is one request that fails, with status 400.
 """

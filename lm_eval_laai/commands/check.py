@@ -42,7 +42,7 @@ def _command(arguments: argparse.Namespace) -> Report:
     path = Path(arguments.against).expanduser()
     if arguments.update:
         for flag in ("junit", "github", "alpha", "metric"):
-            if getattr(arguments, flag):
+            if getattr(arguments, flag) not in (None, False):
                 raise LaaiError(f"--update checks nothing: expected no --{flag} with it")
         if is_run(path):
             raise LaaiError(f"--update writes a baseline: expected --against FILE.yaml, got {path}")

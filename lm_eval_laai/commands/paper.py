@@ -279,6 +279,7 @@ def _command_line(arguments: argparse.Namespace) -> str:
         ("--limit", arguments.limit),
         ("--judge-model", arguments.judge_model),
         ("--base-url", None if arguments.base_url == OPENAI_URL else arguments.base_url),
+        ("--request", arguments.request),
     ):
         if value is not None:
             words += [flag, str(value)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from laai_core import files
 from laai_core.data import task_names
-from laai_core.data.examples import OwnData, as_lines
+from laai_core.data.examples import OwnData, as_lines, check_one_line
 from laai_core.data.tasks import examples_task
 from laai_core.errors import LaaiError
 from laai_core.settings import PENALTY_SCALES, Job, check
@@ -82,6 +82,8 @@ def _command(arguments: argparse.Namespace) -> Report | None:
     own = own_data(arguments)
     if (own is None) == (arguments.task is None):
         raise LaaiError("expected --task or --examples, one of the two")
+    for item in own.items if own else []:
+        check_one_line(item.example, item.where)
     unknown = [task for task in arguments.task or () if task.partition(":")[0] not in task_names()]
     if unknown or arguments.task == []:
         raise LaaiError(f"no task named {', '.join(unknown)!r}: `laai tasks` lists them")

@@ -62,7 +62,8 @@ def evaluated(
             one.set_config(key="num_fewshot", value=shots)
             one.set_fewshot_seed(seed=_FEWSHOT_SEED)
     # `evaluate` and not `simple_evaluate`, which under torchrun returns the results on one process only.
-    results: dict[str, Any] = evaluate(lm, loaded, limit=limit, bootstrap_iters=bootstrap_iters)
+    with warnings_off("lm_eval.evaluator_utils"):  # it tells of metrics that only some questions of a survey have
+        results: dict[str, Any] = evaluate(lm, loaded, limit=limit, bootstrap_iters=bootstrap_iters)
     return results
 
 
@@ -153,9 +154,9 @@ def _bars_off() -> Iterator[None]:
 
 
 @contextmanager
-def warnings_off() -> Iterator[None]:
+def warnings_off(name: str = "lm_eval") -> Iterator[None]:
     """Errors only: the harness warns of a model that is loaded already, and of shots that are not the YAML's."""
-    harness = logging.getLogger("lm_eval")
+    harness = logging.getLogger(name)
     level = harness.level
     harness.setLevel(logging.ERROR)
     try:

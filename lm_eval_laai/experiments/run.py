@@ -175,9 +175,11 @@ class _Worker:
 
     def fit(self, batch: list[Fit]) -> Write:
         """Train a batch; the returned function saves those of its fits that are not stored yet, and what they took."""
+        paths = [self._plan.path(fit, self._store) for fit in batch]
+        if all(path.exists() for path in paths):  # one of a batch that is tried again
+            return lambda: None
         model, tokenizer = self._model()
         start = time.process_time()
-        paths = [self._plan.path(fit, self._store) for fit in batch]
         if _is_job(batch[0]):
             shared: dict[str, Any] = {"penalty_scale": batch[0].penalty_scale, "steps": batch[0].steps}
             try:

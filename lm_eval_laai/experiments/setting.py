@@ -23,8 +23,9 @@ from lm_eval_laai.methods import LAAI, pseudo_labels, select
 from lm_eval_laai.tasks import TaskInfo, harness_metadata, list_tasks
 
 # Incremented when a change of the code changes the results of finished cells.
-# 7: in-context starts and scores of decoders that number tokens by themselves; 6: long steps of prox; 5: a mean with
-# the folds; 2 to 4: other choices of the number of evaluations; 1: stopped trainings were stored
+# 7: in-context starts and scores of decoders that number tokens by themselves, the scale of function vectors
+# 6: long steps of prox; 5: a mean with the folds; 2 to 4: other choices of the number of evaluations
+# 1: stopped trainings were stored
 CELLS_VERSION = 7
 _LIBRARIES = ("torch", "transformers", "lm_eval", "peft")
 # Of a folder: weights, configuration, tokenizer, code.
@@ -57,7 +58,9 @@ class Setting:
 
     def metadata(self, cell: Cell) -> dict[str, Any]:
         """The harness's --metadata for a cell."""
-        return harness_metadata([cell.task], cell.seed, cell.shots or 1, self.data)
+        # A file of one's own may have fewer rows for training than the YAML's ten, which zero-shot does not need.
+        n_train = cell.shots or (1 if ":" in cell.task else None)
+        return harness_metadata([cell.task], cell.seed, n_train, self.data)
 
     def fit_identity(self, fit: Fit) -> dict[str, Any]:
         """Everything a fit depends on."""

@@ -125,9 +125,15 @@ def _evaluation(intervention: Intervention, model: str, where: str) -> str:
     words.append(f"--tasks {task_of(intervention) or 'TASK'}")
     if str(task).startswith("laai_"):
         words.append('--include_path "$(laai tasks --include-path)"')
-        if data := harness_metadata([str(task)]):
+        if data := _data(str(task)):
             words.append(f"--metadata {shlex.quote(json.dumps(data, ensure_ascii=False))}")
     return " ".join(words)
+
+
+def _data(task: str) -> dict[str, str]:
+    """The harness's metadata for the data behind a task's colon; a file without its folder, of one machine."""
+    data = harness_metadata([task]) if task.partition(":")[2] else {}
+    return {name: os.path.basename(value) if name == "file" else value for name, value in data.items()}
 
 
 def _eval_results(scores: Scores) -> list[EvalResult]:

@@ -228,18 +228,18 @@ def _written(layout: Layout, means: dict[int, torch.Tensor], chosen: Sequence[tu
                 kept[head] = mean[head]
         rows = torch.stack([kept.flatten(), torch.zeros_like(kept.flatten()), mean.flatten()]).to(layout.model.dtype)
         part, bias, whole = projection(rows.unsqueeze(0))[0]
-        total += ((part - bias).float() * _scale(layout.blocks[layer], whole)).cpu()
+        total += ((part.float() - bias.float()) * _scale(layout.blocks[layer], whole)).cpu()
     return total
 
 
 def _scale(block: nn.Module, output: torch.Tensor) -> torch.Tensor:
     """[hidden] by how much a block scales this output of its attention before it adds it to the residual stream.
 
-    Blocks of Gemma 2 to 4, OLMo 2 and 3, GLM-4 and EXAONE 4 have a norm there, those of Granite a factor.
+    Blocks of Gemma 2 to 4, OLMo 2 and 3, GLM-4, EXAONE 4 and AFMoE have a norm there, those of Granite a factor.
     """
-    norm = getattr(block, "post_self_attn_layernorm", None)
-    if norm is None and hasattr(block, "post_feedforward_layernorm"):
-        norm = block.post_attention_layernorm
+    norm = getattr(block, "post_self_attn_layernorm", getattr(block, "post_norm1", None))
+    if norm is None and (hasattr(block, "post_feedforward_layernorm") or hasattr(block, "post_mlp_layernorm")):
+        norm = block.post_attention_layernorm  # elsewhere the norm of this name comes before the feed-forward
     scale = torch.ones_like(output) if norm is None else torch.where(output == 0, 0, norm(output) / output)
     return scale.float() * getattr(block, "residual_multiplier", 1)
 

@@ -115,7 +115,8 @@ def _pool_key(examples: Sequence[Example], again: str, head: str, tail: str) -> 
     has test documents of its own).
     """
     rest = examples[0].prompt.removeprefix(again)
-    again += rest[: len(rest) - len(rest.lstrip())] if again else ""  # between an instruction and the prompt
+    space = rest[: len(rest) - len(rest.lstrip())] if again else ""  # between an instruction and the prompt
+    again, head = again + space, head.removeprefix(space)
     template = (examples[0].rendering or {}).get("prompt_template", DEFAULT_TEMPLATE)
     before, after = template.partition("{")[0], template.rpartition("}")[2]
     for begin, end in ((before, after), (head, tail), ("", "")):
