@@ -12,6 +12,7 @@ from measure import DOCS, RESULTS, markdown
 ORDER = [
     "real_models",
     "time_to_quality",
+    "interference",
     "real_optimisers",
     "training",
     "step",
@@ -30,6 +31,7 @@ ORDER = [
 TITLES = {
     "real_models": "Real models: ten examples against ten shots",
     "time_to_quality": "Real models: seconds until a method is as good as ten shots",
+    "interference": "Real models: two vectors at once",
     "real_optimisers": "Real models: optimisers",
     "training": "Training: replay against plain and PEFT",
     "step": "A step against the machine's limits",
