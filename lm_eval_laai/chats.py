@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -81,9 +81,14 @@ def template_of(intervention: Intervention, rendering: Mapping[str, Any]) -> str
 
 
 class Chats:
-    """The contexts that the harness rendered as chats, and their system messages."""
+    """The contexts that the harness rendered, and their chats.
 
-    def __init__(self) -> None:
+    Args:
+        render: a chat's text as training has it, of its messages and whether it ends in an open answer.
+    """
+
+    def __init__(self, render: Callable[[list[dict[str, str]], bool], str]) -> None:
+        self._render = render
         self._noted: dict[str, tuple[list[dict[str, str]], bool]] = {}
         self._compared: set[int] = set()
 
@@ -115,18 +120,16 @@ class Chats:
             return None
         if trained[TEMPLATE] != template_sha256(tokenizer):
             return "the intervention was trained with another chat template than the tokenizer's"
-        if self._has_arguments(context, tokenizer):
+        if self._has_arguments(context):
             return "the intervention was trained without arguments of the chat template, such as enable_thinking"
         before, now = trained.get(SYSTEM), system_message(self._noted[context][0])
         if before != now:
             return f"the intervention was trained under the system message {before!r:.60}, evaluated under {now!r:.60}"
         return None
 
-    def _has_arguments(self, context: str, tokenizer: Any) -> bool:
+    def _has_arguments(self, context: str) -> bool:
         """Whether arguments of the chat template changed a context; False where it is not known."""
-        from lm_eval_laai.rendering import ChatTemplate  # here: imports the harness, which takes seconds
-
         try:
-            return ChatTemplate(tokenizer)(*self._noted[context]) != context
+            return self._render(*self._noted[context]) != context
         except (LaaiError, ValueError, TemplateError):  # no template, or one that needs arguments
             return False

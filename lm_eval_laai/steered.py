@@ -16,6 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from laai_core.errors import LaaiError
 from laai_core.intervention import Intervention
 from lm_eval_laai.chats import Chats, check_chat_template
+from lm_eval_laai.rendering import ChatTemplate
 from lm_eval_laai.routing import Routing
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Steered(TemplateLM):
         if intervention is None and scale != 1:
             raise LaaiError(f"scale is {scale!r:.60} without an intervention: expected intervention=FILE")
         self._routing = None if intervention is None else Routing(intervention, scale, unrouted)
-        self._chats = Chats()
+        self._chats = Chats(lambda *chat: ChatTemplate(self.tokenizer)(*chat))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The harness's; records the context, to warn of a vector that was trained on prompts rendered otherwise.
