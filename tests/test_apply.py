@@ -101,6 +101,15 @@ def test_generate_equals_reference(name, cache, beams):
         assert out[i, width:].tolist() == want
 
 
+def test_a_model_that_cannot_generate(monkeypatch):
+    monkeypatch.delattr(transformers.GenerationMixin, "generate")
+    model, ids = tiny_model("Llama"), torch.tensor([[5, 6, 7]])
+    plain = model(input_ids=ids).logits
+    with laai.apply(model, laai.Intervention({1: torch.ones(HEADS, head_dim("Llama"))})):
+        changed = model(input_ids=ids).logits
+    assert torch.equal(plain[:, :2], changed[:, :2]) and not torch.allclose(plain[:, 2], changed[:, 2])
+
+
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma2Window"])
 def test_generate_in_chunks_and_with_a_static_cache(name):
     model = tiny_model(name)

@@ -247,6 +247,16 @@ def test_left_truncation_and_windows(caplog):
             lm.generate_until(requests("generate_until", whole), True)
 
 
+def test_another_precision_than_the_trainings_is_told(caplog):
+    """Of the model, or of the harness's autocast around it."""
+    made = intervention("Llama")
+    made = laai.Intervention({1: made.vector(1)}, metadata={"training": {"dtype": "float32"}})
+    harness_model(iv=made)
+    assert "was trained in" not in caplog.text
+    harness_model(iv=made, mixed_precision_dtype="bfloat16")
+    assert "the intervention was trained in float32, the model runs in torch.bfloat16" in caplog.text
+
+
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_longrope_has_other_factors_beyond_its_border(batch_size):
     """Of every token: rows of 36 tokens and more continue no cache of shorter ones, and share no batch with these."""

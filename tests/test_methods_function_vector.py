@@ -108,6 +108,16 @@ def test_a_planted_head_is_found(place):
     assert effects[first] > 0.1 and effects[first] > 10 * abs(effects[second])
 
 
+def test_dropout_is_off_while_padding_is_tried():
+    model = tiny_model("GPT2")
+    want = fv.function_vector(model, TOKENIZER, EXAMPLES)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    made = fv.function_vector(model.train(), TOKENIZER, EXAMPLES)
+    assert torch.equal(made.vector(1), want.vector(1)) and model.training
+
+
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "GPTNeoX", "Gemma2", "Gemma3Text", "Olmo2", "Granite"])
 def test_the_vector_is_what_the_chosen_heads_write(name, monkeypatch):
     """With the scale of the norm behind attention, if the block has one: that of the mean output of all heads."""
