@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lm_eval_laai.experiments.cells import Cell, Store
 from lm_eval_laai.experiments.run import Plan, Process, run
-from lm_eval_laai.experiments.scores import MISSING, entry, shown
+from lm_eval_laai.experiments.scores import entry, shown
 from lm_eval_laai.methods import LAAI
 from measure import Record, parser
 from real_models import EXAMPLES, Place, places_of
@@ -40,7 +40,7 @@ def main() -> None:
         scores = {key: entry(key[0].setting, of, "exact_match", store) for key, of in cells.items()}
         for first, second in pairs:
             found = [scores[key] for key in ((first, ()), (first, (second,)), (second, ()), (second, (first,)))]
-            texts = [MISSING if one is None else shown(one.mean, one.spread) for one in found]
+            texts = [shown(one and one.mean, one and one.spread) for one in found]
             lines.append([model, f"{first.rule} + {second.rule}", *texts])
             record.keep(f"{model} {first.rule} + {second.rule}", [one and one.values for one in found])
     columns = ["model", "vectors", "first, alone", "first, sum", "second, alone", "second, sum"]

@@ -30,7 +30,7 @@ from laai_core.errors import LaaiError
 from lm_eval_laai.experiments.cells import Cell, Fit, Store
 from lm_eval_laai.experiments.load import ModelSource
 from lm_eval_laai.experiments.run import Plan, Process, run
-from lm_eval_laai.experiments.scores import Entry, result_of, seconds_of
+from lm_eval_laai.experiments.scores import Entry, result_of, seconds_of, shown
 from lm_eval_laai.experiments.setting import Setting
 from lm_eval_laai.methods import LAAI, METHODS
 from measure import RESULTS, Record
@@ -201,7 +201,7 @@ def _seconds(measured: Iterable[list[list[Any]]]) -> str:
 
 
 def _text(entry: Entry) -> str:
-    return f"{entry.mean:.3f}" + ("" if entry.spread is None else f" ± {entry.spread:.3f}")
+    return shown(entry.mean, entry.spread)
 
 
 if __name__ == "__main__":

@@ -132,8 +132,8 @@ class Job:
     def __post_init__(self) -> None:
         if not isinstance(self.examples, Iterable):
             raise LaaiError(f"examples: got a {type(self.examples).__name__}, expected Examples, as split.train has")
-        object.__setattr__(self, "examples", tuple(self.examples))  # the class is frozen; a generator runs once
-        vars(self).update(check(Job, **vars(self)))
+        # The class is frozen; a generator of examples runs once.
+        vars(self).update(check(Job, **vars(self) | {"examples": tuple(self.examples)}))
         if isinstance(self.start, Intervention):
             self.start.to_bytes()  # LaaiError now, not when the identity is recorded at the training's end
         strange = [type(one).__name__ for one in self.examples if not isinstance(one, Example)]

@@ -47,14 +47,13 @@ def takes_prefixes(config: GenerationConfig) -> bool:
     return usual and getattr(config, "prefill_chunk_size", None) is None
 
 
-def short_context(config: Any) -> float:
+def _short_context(config: Any) -> float:
     """The tokens up to which a forward has LongRoPE's short factors (Phi-3's of 128k tokens), else infinity. A longer
     one has the long factors at every token, so that it cannot continue the cache of a shorter one.
     """
     config = config.get_text_config(decoder=True)
-    rope = (
-        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    )  # before 5: the second
+    # transformers 4 has rope_scaling.
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]  # one for all layers, or one a layer type
     name = "original_max_position_embeddings"
     lengths = [one.get(name, getattr(config, name, math.inf)) for one in kinds if one.get("rope_type") == "longrope"]
@@ -84,6 +83,7 @@ class SharedPrefixes:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        self.short_context = _short_context(layout.model.config)
         self._kept: dict[_Key, _Layers] = {}  # the one that was used last comes last
 
     def close(self) -> None:
@@ -111,8 +111,7 @@ class SharedPrefixes:
         columns = min(map(sum, zip(padding, shared, strict=True)))
         # With virtual tokens a cache could not be continued: PEFT would prepend them again.
         worth = columns >= max(_FEWEST, _SMALLEST_PART * longest)
-        short = short_context(self._layout.model.config)
-        if not worth or longest > short or self._layout.virtual_tokens or not self._exact:
+        if not worth or longest > self.short_context or self._layout.virtual_tokens or not self._exact:
             return None
         within = [edit if edit is not None and edit.position == "all" else None for edit in edits]
         keys: list[_Key] = [(tuple(prefix), edit) for prefix, edit in zip(prefixes, within, strict=True)]

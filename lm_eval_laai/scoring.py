@@ -25,7 +25,7 @@ from laai_core.cache import REFUSALS, model_inputs, padded, rounding, selected
 from laai_core.errors import LaaiError
 from laai_core.locate import Layout
 from lm_eval_laai.finite import check
-from lm_eval_laai.prefixes import SharedPrefixes, continued_inputs, short_context
+from lm_eval_laai.prefixes import SharedPrefixes, continued_inputs
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -134,11 +134,7 @@ class Scorer:
     def _is_long(self, group: _Group) -> bool:
         """Whether a row is so long that LongRoPE has other factors: for every token of a forward that it is in."""
         length = self._layout.virtual_tokens + len(group.prompt) + len(group.longest()) - 1
-        return length > self._short_context
-
-    @cached_property
-    def _short_context(self) -> float:
-        return short_context(self._layout.model.config)
+        return length > self._prefixes.short_context
 
     def _groups(self, rows: Sequence[Row]) -> list[_Group]:
         groups: dict[tuple[tuple[int, ...], int], _Group] = {}
@@ -222,7 +218,7 @@ class Scorer:
         return found, getattr(output, "past_key_values", None)
 
     def _cached_prefixes(self, groups: Sequence[_Group], left: bool) -> DynamicCache | None:
-        if any(map(self._is_long, groups)):
+        if self._is_long(groups[0]):  # and so are all of the batch
             return None
         return self._prefixes.cache(
             [g.prompt for g in groups], [g.edit for g in groups], [g.prefix for g in groups], left

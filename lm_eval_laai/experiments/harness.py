@@ -89,7 +89,7 @@ def score(
     if task.generates:
         room = found["configs"][task.name]["generation_kwargs"]["max_gen_toks"]
         targets = [sample["doc"]["target"] for sample in samples]
-        long = sum(len(tokenizer(target, add_special_tokens=False).input_ids) > room for target in targets)
+        long = sum(len(ids) > room for ids in tokenizer(targets, add_special_tokens=False).input_ids)
         _tell_long(cell.task, long, len(samples), room)
         result["answers"] = [[sample["doc"]["prompt"], sample["filtered_resps"][0]] for sample in samples]
     return result
